@@ -1,0 +1,1 @@
+"""MoCo checkpoints to Detectron2 transfer tables."""

@@ -1,0 +1,21 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="moco_det",
+    version="0.1.0",
+    description="Momentum Contrast pretraining and its detection transfer, images to table",
+    packages=find_packages(include=["moco_det", "moco_det.*", "pretrain"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy",
+        "fvcore",
+        "pycocotools>=2.0.7",
+        # The headless build of opencv-python: the same `cv2`, and it imports on servers without libGL.
+        "opencv-python-headless>=4.8",
+        "pyyaml",
+        "tensorboard",
+    ],
+    extras_require={"test": ["pytest", "ruff", "scipy", "scikit-learn"]},
+)
