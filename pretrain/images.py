@@ -1,0 +1,172 @@
+"""Image files to batches of two views, the same on any number of processes and workers."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from pretrain.errors import UserError
+from pretrain.views import RandomView
+
+
+class UnreadableImage(Exception):
+    """The file is no image, or ends too early."""
+
+
+def find_images(folder: Path) -> np.ndarray:
+    """Sorted paths, relative to `folder`, of all images below it; links are followed.
+
+    A byte array rather than a list of str: forked workers then share the memory of 10^6 paths
+    instead of copying it piece by piece as reference counts change.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (DATA is a folder of images)")
+
+    def fail(error: OSError):
+        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    paths = [
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+    if not paths:
+        raise UserError(f"no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)})")
+    return np.array(sorted(os.fsencode(p) for p in paths), dtype=np.bytes_)
+
+
+def training_folder(data: Path) -> Path:
+    """DATA/train of an ImageFolder root, else DATA itself."""
+    return data / "train" if (data / "train").is_dir() else data
+
+
+def read_image(path: str) -> np.ndarray:
+    """RGB uint8 (H, W, 3). EXIF orientation is ignored, as PIL does in the papers' code.
+
+    Raises UnreadableImage also for a JPEG or PNG cut short, which OpenCV would fill with grey.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}") from error
+    if _is_truncated(data.tobytes()):
+        raise UnreadableImage(f"{path}: truncated file")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UnreadableImage(f"{path}: not an image that OpenCV can decode")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _is_truncated(data: bytes) -> bool:
+    if data.startswith(b"\xff\xd8"):
+        # The end marker must follow the last scan: an EXIF thumbnail brings one of its own earlier.
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-32:]
+    return False
+
+
+class TwoViews(Dataset):
+    """(epoch, index) -> two random views of image `index`, decoded once.
+
+    The draws are a function of (seed, epoch, index) alone. An unreadable image is replaced by the
+    next readable one, so that the replacement, too, does not depend on who loads it.
+    """
+
+    def __init__(self, folder: Path, paths: np.ndarray, view: RandomView, seed: int):
+        self.folder = os.fsencode(folder)
+        self.paths = paths
+        self.view = view
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]):
+        """query (S, S, 3) uint8, key (S, S, 3) uint8, list of messages on unreadable files."""
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        unreadable = []
+        for offset in range(len(self.paths)):
+            path = self.paths[(index + offset) % len(self.paths)]
+            try:
+                image = read_image(os.fsdecode(os.path.join(self.folder, path)))
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                if len(unreadable) == 100:
+                    break
+                continue
+            return self.view(image, rng), self.view(image, rng), unreadable
+        return None, None, unreadable
+
+
+def collate_views(samples: list):
+    """Stack to query (N, S, S, 3), key (N, S, S, 3), and all messages.
+
+    NHWC uint8 is a quarter of the floats' traffic, and its NCHW view is channels_last for nothing.
+    """
+    unreadable = [message for _, _, messages in samples for message in messages]
+    if any(q is None for q, _, _ in samples):
+        return None, None, unreadable
+    queries = torch.from_numpy(np.stack([q for q, _, _ in samples]))
+    keys = torch.from_numpy(np.stack([k for _, k, _ in samples]))
+    return queries, keys, unreadable
+
+
+class GlobalBatches(Sampler):
+    """This process's slice of every global batch of an epoch, as lists of (epoch, index).
+
+    The epoch's order is a function of (seed, epoch). Global batch t is its slice [tB, (t+1)B);
+    of that, process r of W takes the r-th of W equal parts. The last, incomplete batch is dropped.
+    """
+
+    def __init__(self, samples: int, batch_size: int, rank: int, world_size: int, seed: int):
+        self.samples = samples
+        self.batch_size = batch_size
+        self.local = batch_size // world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.first_step = 0
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """The next iteration begins at batch `step` of `epoch`."""
+        self.epoch = epoch
+        self.first_step = step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch - self.first_step
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        for step in range(self.first_step, self.steps_per_epoch):
+            begin = step * self.batch_size + self.rank * self.local
+            yield [(self.epoch, int(i)) for i in order[begin : begin + self.local]]
+
+
+def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
+    """A DataLoader whose workers live as long as the run and use one thread each."""
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0 and "batch_sampler" in kwargs,
+        worker_init_fn=_one_thread,
+        **kwargs,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)
