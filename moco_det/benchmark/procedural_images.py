@@ -1,0 +1,363 @@
+"""A small data set drawn from a seed, so that the whole road can be run without a download.
+
+Eight classes, each one shape filled with one texture. Everything else is a nuisance drawn anew for
+every object: its two colours, lighting, scale, stretch, rotation, texture period, background,
+focus and sensor noise. No class has a colour of its own, so a mean colour tells nothing about it.
+
+    images/{train,val}/<class>/*.jpg   one large object each; MoCo trains on `train` and ignores the
+                                       folders, only the kNN monitor reads classes from them
+    scenes/                            VOC layout, 1 to 4 objects of any class in one image
+
+Image i of a split depends on (seed, split, i) alone. Boxes are those of the drawn masks: objects
+lie inside the image and do not cover one another, so a box is exact to the pixel.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+IMAGE_SIZE = 128  # pixels, both sides
+JPEG_QUALITY = 92
+RADIUS_ALONE = (34, 56)  # pixels, half the extent of an object in images/
+RADIUS_SCENE = (17, 33)  # pixels, half the extent of an object in scenes/
+MAX_OBJECTS = 4  # in one scene
+SPLIT_IDS = {"images/train": 0, "images/val": 1, "scenes/train": 2, "scenes/test": 3}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One drawn image: `image` (H, W, 3) uint8 BGR, and a boolean (H, W) mask for each object."""
+
+    image: np.ndarray
+    masks: list[np.ndarray]
+    classes: list[int]
+
+
+# -- shapes: closed polygons (P, 2) within the unit circle ----------------------------------------
+
+
+def _on_circle(angles: np.ndarray, radii: np.ndarray | float = 1.0) -> np.ndarray:
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def _regular(corners: int) -> np.ndarray:
+    return _on_circle(np.arange(corners) * 2 * np.pi / corners)
+
+
+def _star() -> np.ndarray:
+    return _on_circle(np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5))
+
+
+def _turn(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def _cross() -> np.ndarray:
+    arm, end = 0.34, 0.94
+    quarter = np.array([[end, -arm], [end, arm], [arm, arm]])
+    return np.concatenate([quarter @ _turn(k * np.pi / 2).T for k in range(4)])
+
+
+def _crescent() -> np.ndarray:
+    outer = _on_circle(np.linspace(0.75, 2 * np.pi - 0.75, 40))
+    inner = _on_circle(np.linspace(2 * np.pi - 1.15, 1.15, 30), 0.75) + [0.42, 0.0]
+    return np.concatenate([outer, inner])
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y - 2.5], axis=1) / 17
+
+
+def _bar() -> np.ndarray:
+    return np.array([[-0.93, -0.36], [0.93, -0.36], [0.93, 0.36], [-0.93, 0.36]])
+
+
+# -- textures: (u, v) in periods, r = radius in periods -> values in [-1, 1] ----------------------
+
+
+def _rings(u, v, rng):
+    return np.sin(2 * np.pi * np.hypot(u, v))
+
+
+def _bricks(u, v, rng):
+    row = np.floor(1.5 * v)
+    mortar_along = np.abs((1.5 * v) % 1 - 0.5) > 0.36
+    mortar_across = np.abs((0.75 * u + 0.5 * (row % 2)) % 1 - 0.5) > 0.42
+    return np.where(mortar_along | mortar_across, 1.0, -1.0)
+
+
+def _stripes(u, v, rng):
+    return np.sin(2 * np.pi * u)
+
+
+def _rays(u, v, rng):
+    return np.sin(8 * np.arctan2(v, u))
+
+
+def _checks(u, v, rng):
+    return np.sin(np.pi * 1.3 * u) * np.sin(np.pi * 1.3 * v) * 2
+
+
+def _waves(u, v, rng):
+    return np.sin(2 * np.pi * (v + 0.4 * np.sin(np.pi * 0.9 * u)))
+
+
+def _dots(u, v, rng):
+    row = np.floor(v * 1.15)
+    across = (u + 0.5 * (row % 2)) % 1 - 0.5
+    return np.clip(4 * (0.33 - np.hypot(across, (v * 1.15) % 1 - 0.5)), -1, 1)
+
+
+def _grain(u, v, rng):
+    cells = max(4, int(round(3.2 * float(u.max() - u.min()) / np.sqrt(2))))
+    noise = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    return cv2.resize(noise, u.shape[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+SHAPE_AND_TEXTURE: dict[str, tuple[np.ndarray, Texture]] = {
+    "brick_square": (_regular(4), _bricks),
+    "checked_cross": (_cross(), _checks),
+    "dotted_heart": (_heart(), _dots),
+    "grainy_bar": (_bar(), _grain),
+    "ray_star": (_star(), _rays),
+    "ringed_disc": (_regular(48), _rings),
+    "striped_triangle": (_regular(3), _stripes),
+    "wavy_crescent": (_crescent(), _waves),
+}
+CLASSES = tuple(SHAPE_AND_TEXTURE)  # sorted, as the VOC reader sorts the names it finds
+
+
+# -- one image ------------------------------------------------------------------------------------
+
+
+def _colours(rng: np.random.Generator, count: int, saturation: float) -> np.ndarray:
+    """Random BGR colours (count, 3) in 0..255, any hue, at most `saturation` saturated."""
+    hue = rng.random((count, 1)) * 6
+    tint = np.clip(np.abs((hue + [0, 4, 2]) % 6 - 3) - 1, 0, 1)
+    value = rng.uniform(35, 250, (count, 1))
+    return value * (1 - rng.uniform(0, saturation, (count, 1)) * (1 - tint))
+
+
+def _two_colours(rng: np.random.Generator) -> np.ndarray:
+    """Two random BGR colours (2, 3) whose brightness differs enough for the texture to show."""
+    while True:
+        colours = _colours(rng, 2, saturation=0.9)
+        if abs(np.subtract(*(colours @ [0.114, 0.587, 0.299]))) > 65:
+            return colours
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth colour clouds under random lines, arcs and flat patches: (size, size, 3) uint8."""
+    cells = int(rng.integers(2, 8))
+    clouds = _colours(rng, cells**2, saturation=0.45).reshape(cells, cells, 3).astype(np.float32)
+    canvas = np.clip(cv2.resize(clouds, (size, size), interpolation=cv2.INTER_CUBIC), 0, 255)
+    canvas = canvas.astype(np.uint8)
+    for _ in range(int(rng.integers(4, 14))):
+        colour = _colours(rng, 1, saturation=0.7)[0].tolist()
+        x, y, x2, y2 = rng.integers(0, size, 4).tolist()
+        kind = rng.integers(3)
+        if kind == 0:
+            cv2.line(canvas, (x, y), (x2, y2), colour, int(rng.integers(1, 5)), cv2.LINE_AA)
+        elif kind == 1:
+            axes = rng.integers(3, size // 3, 2).tolist()
+            turn, start = rng.uniform(0, 360, 2)
+            end = start + rng.uniform(60, 300)
+            thickness = int(rng.integers(1, 4))
+            cv2.ellipse(canvas, (x, y), axes, turn, start, end, colour, thickness, cv2.LINE_AA)
+        else:
+            corners = rng.integers(-size // 6, size // 6, (int(rng.integers(3, 6)), 2)) + [x, y]
+            patch = cv2.fillPoly(canvas.copy(), [cv2.convexHull(corners.astype(np.int32))], colour)
+            opacity = float(rng.uniform(0.3, 0.9))
+            canvas = cv2.addWeighted(patch, opacity, canvas, 1 - opacity, 0)
+    return canvas
+
+
+def _polygon_alpha(polygon: np.ndarray, size: int) -> np.ndarray:
+    """Coverage (size, size) uint8 of a polygon given in pixels, with anti-aliased edges."""
+    fixed_point = np.round(polygon * 16).astype(np.int32)
+    return cv2.fillPoly(np.zeros((size, size), np.uint8), [fixed_point], 255, cv2.LINE_AA, shift=4)
+
+
+def _pose(rng: np.random.Generator) -> np.ndarray:
+    """A random stretch followed by a random rotation, (2, 2)."""
+    stretch = rng.permutation([1.0, rng.uniform(0.8, 1.0)])
+    return _turn(rng.uniform(0, 2 * np.pi)) @ np.diag(stretch)
+
+
+def _fill(canvas: np.ndarray, alpha: np.ndarray, centre, pose, period: float, texture, rng) -> None:
+    """Blend a texture into `canvas` (H, W, 3) uint8 where `alpha` covers it, in place."""
+    x0, y0, width, height = cv2.boundingRect(alpha)
+    window = np.s_[y0 : y0 + height, x0 : x0 + width]
+    y, x = np.mgrid[window].astype(np.float32)
+    offsets = np.stack([x - centre[0], y - centre[1]], axis=-1) @ np.linalg.inv(pose).T / period
+    phase = rng.uniform(-0.1, 0.1, 2)
+    pattern = texture(offsets[..., 0] + phase[0], offsets[..., 1] + phase[1], rng)
+    mix = np.clip(0.5 + 1.2 * pattern, 0, 1)[..., None]
+    first, second = _two_colours(rng)
+    cover = alpha[window][..., None] / 255.0
+    blended = (1 - cover) * canvas[window] + cover * (mix * first + (1 - mix) * second)
+    canvas[window] = np.round(blended)
+
+
+def _place(rng: np.random.Generator, shape: np.ndarray, radius: float, free: np.ndarray):
+    """Find a spot where the shape lies inside the image and on `free` pixels only.
+
+    Every miss makes the object 1 % smaller, so the search ends, and mostly after a few tries.
+    Returns (alpha, centre, pose, radius).
+    """
+    size = len(free)
+    while True:
+        pose = _pose(rng)
+        corners = radius * shape @ pose.T
+        low, high = 1 - corners.min(axis=0), size - 2 - corners.max(axis=0)
+        if (low < high).all():
+            centre = rng.uniform(low, high)
+            alpha = _polygon_alpha(corners + centre, size)
+            if free[alpha > 0].all():
+                return alpha, centre, pose, radius
+        radius *= 0.99
+
+
+def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Light the drawing from a random side, blur it slightly and add sensor noise."""
+    size = len(canvas)
+    across = np.linspace(-1, 1, size, dtype=np.float32)
+    angle, slope, gain = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.4), rng.uniform(0.65, 1.15)
+    slope_x, slope_y = np.float32(slope * np.cos(angle)), np.float32(slope * np.sin(angle))
+    light = np.float32(gain) * (1 + slope_x * across + slope_y * across[:, None])
+    lit = cv2.GaussianBlur(canvas * light[..., None], (0, 0), rng.uniform(0.2, 0.8))
+    lit += np.float32(rng.uniform(1, 7)) * rng.standard_normal(lit.shape, dtype=np.float32)
+    return np.clip(np.round(lit), 0, 255).astype(np.uint8)
+
+
+def draw_scene(
+    rng: np.random.Generator, classes: list[int], radii: list[float], size: int = IMAGE_SIZE
+) -> Scene:
+    """Draw objects of the given classes and radii (pixels) at random places over clutter.
+
+    No two objects cover each other and none leaves the image; a radius shrinks where there is no
+    room for it. A mask holds the pixels that the object covers by half or more.
+    """
+    canvas, free, masks = _background(rng, size), np.ones((size, size), bool), []
+    for index, radius in zip(classes, radii, strict=True):
+        shape, texture = SHAPE_AND_TEXTURE[CLASSES[index]]
+        alpha, centre, pose, radius = _place(rng, shape, radius, free)
+        _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), texture, rng)
+        free &= alpha == 0
+        masks.append(alpha >= 128)
+    return Scene(_photograph(rng, canvas), masks, list(classes))
+
+
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(x0, y0, x1, y1) of a mask in pixels, the upper ends exclusive."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return x, y, x + width, y + height
+
+
+# -- the two folders ------------------------------------------------------------------------------
+
+
+def _generator(seed: int, split: str, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed, SPLIT_IDS[split], index])
+
+
+def _write_jpeg(path: Path, image: np.ndarray) -> None:
+    encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    path.write_bytes(encoded.tobytes())
+
+
+def write_image_folder(root: Path, split: str, seed: int, per_class: int) -> None:
+    """Write `root`/images/`split`/<class>/*.jpg, `per_class` images of each class.
+
+    One image in six has a second, small object of any class: real photographs are not clean.
+    """
+    folder = Path(root) / "images" / split
+    for index, (name, number) in enumerate(itertools.product(CLASSES, range(per_class))):
+        rng = _generator(seed, f"images/{split}", index)
+        classes, radii = [CLASSES.index(name)], [rng.uniform(*RADIUS_ALONE)]
+        if rng.random() < 1 / 6:
+            classes.append(int(rng.integers(len(CLASSES))))
+            radii.append(rng.uniform(0.5, 0.7) * RADIUS_SCENE[0])
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        _write_jpeg(folder / name / f"{number:05d}.jpg", draw_scene(rng, classes, radii).image)
+
+
+def _annotation(file_name: str, scene: Scene) -> str:
+    """VOC XML: 1-based inclusive corners, so xmin = x0 + 1 and xmax = x1 (exclusive, 0-based)."""
+    height, width = scene.image.shape[:2]
+    lines = [
+        "<annotation>",
+        f"  <filename>{file_name}</filename>",
+        f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
+    ]
+    for index, mask in zip(scene.classes, scene.masks, strict=True):
+        x0, y0, x1, y1 = tight_box(mask)
+        corners = f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+        lines += [
+            f"  <object><name>{CLASSES[index]}</name><truncated>0</truncated>"
+            f"<difficult>0</difficult><bndbox>{corners}</bndbox></object>"
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def _dealt_classes(rng: np.random.Generator) -> Iterator[int]:
+    """Class indices without end: every run of `len(CLASSES)` holds each class once."""
+    while True:
+        yield from rng.permutation(len(CLASSES)).tolist()
+
+
+def draw_scenes(split: str, seed: int, count: int) -> Iterator[Scene]:
+    """Yield the scenes of a split. The first n are the same whatever `count` is."""
+    dealer = _dealt_classes(_generator(seed, f"scenes/{split}", -1 % 2**32))
+    for index in range(count):
+        rng = _generator(seed, f"scenes/{split}", index)
+        objects = int(rng.integers(1, MAX_OBJECTS + 1))
+        radii = rng.uniform(*RADIUS_SCENE, objects).tolist()
+        yield draw_scene(rng, list(itertools.islice(dealer, objects)), radii)
+
+
+def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> None:
+    """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names."""
+    folder = Path(root) / "scenes"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    names = []
+    for index, scene in enumerate(draw_scenes(split, seed, count)):
+        names.append(f"{split}_{index:05d}")
+        _write_jpeg(folder / "JPEGImages" / f"{names[-1]}.jpg", scene.image)
+        annotation = _annotation(f"{names[-1]}.jpg", scene)
+        (folder / "Annotations" / f"{names[-1]}.xml").write_text(annotation)
+    (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the embedded data set.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-images", type=int, default=250, help="per class, for MoCo")
+    parser.add_argument("--val-images", type=int, default=50, help="per class, for the kNN monitor")
+    parser.add_argument("--train-scenes", type=int, default=400)
+    parser.add_argument("--test-scenes", type=int, default=200)
+    args = parser.parse_args()
+    cv2.setNumThreads(1)  # on images this small, handing work to threads costs more than the work
+    write_image_folder(args.output, "train", args.seed, args.train_images)
+    write_image_folder(args.output, "val", args.seed, args.val_images)
+    total = len(CLASSES) * (args.train_images + args.val_images)
+    print(f"drew {total} images of {len(CLASSES)} classes in {args.output / 'images'}", flush=True)
+    write_voc_scenes(args.output, "train", args.seed, args.train_scenes)
+    write_voc_scenes(args.output, "test", args.seed, args.test_scenes)
+    total = args.train_scenes + args.test_scenes
+    print(f"drew {total} annotated scenes in {args.output / 'scenes'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
