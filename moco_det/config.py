@@ -329,8 +329,10 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     Strings that are Python literals are read as such, and lists and tuples replace each other
     (Detectron2). An int is taken for a float, and one name for a list of datasets (ours).
     """
-    if isinstance(value, str) and not isinstance(default, str):
-        value = _literal(value)
+    if isinstance(value, str):
+        literal = _literal(value)
+        if isinstance(literal, str) or not isinstance(default, str):
+            value = literal
     if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, str) and value[:1] != "(":
         value = (value,)
     if type(value) is type(default) or default is None:
