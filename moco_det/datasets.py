@@ -153,9 +153,9 @@ class CocoDataset(Dataset):
             images = sorted(content["images"], key=lambda image: image["id"])
             return [_coco_record(i, self.image_dir, annotations_of[i["id"]]) for i in images]
         except KeyError as error:
-            raise UserError(
-                f"dataset {self.name}: {self.json_file}: no such field or category: {error}"
-            ) from error
+            raise UserError(f"{self.json_file}: no such field or category: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.json_file}: malformed annotation: {error}") from error
 
 
 def get_dataset(name: str) -> Dataset:
