@@ -28,8 +28,8 @@ def weighted_knn(
         bank: M x D and queries: Q x D, L2-normalised; bank_labels: M, in [0, classes).
     """
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # Q x k
-    votes = F.one_hot(bank_labels[nearest], classes) * (similarity / temperature).exp()[..., None]
-    return votes.sum(dim=1)
+    scores = similarity.new_zeros(len(queries), classes)
+    return scores.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
 
 
 class KnnMonitor:
@@ -47,7 +47,8 @@ class KnnMonitor:
     @staticmethod
     def applies_to(data: Path) -> bool:
         """Whether DATA has class folders in both train/ and val/."""
-        return all((data / part).is_dir() and class_folders(data / part) for part in ("train", "val"))
+        parts = (data / "train", data / "val")
+        return all(part.is_dir() and class_folders(part) for part in parts)
 
     @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:

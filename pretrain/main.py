@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Pretrain a ResNet with MoCo v1 or v2 on unlabelled images.
+
+    python pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml
+    torchrun --nproc_per_node 8 pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml
+
+Flags are those of facebookresearch/moco's main_moco.py, with a few more.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from pretrain.errors import UserError
+from pretrain.processes import launch
+from pretrain.training import AMP_DTYPES, train
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    add("data", metavar="DATA", help="ImageFolder root (train/, optionally val/) or any folder")
+    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
+    add("--output", default="output", metavar="DIR", help="where everything is written")
+    add("-a", "--arch", default="resnet50", help="a torchvision ResNet")
+    add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
+        help="data loading processes on this node")  # fmt: skip
+    add("--epochs", default=200, type=int)
+    add("--start-epoch", default=0, type=int)
+    add("-b", "--batch-size", default=256, type=int, help="global, whatever the launch")
+    add("--lr", "--learning-rate", default=0.03, type=float, dest="lr")
+    add("--schedule", default=[120, 160], nargs="*", type=int, help="epochs of a drop by 10")
+    add("--momentum", default=0.9, type=float, help="of SGD")
+    add("--wd", "--weight-decay", default=1e-4, type=float, dest="weight_decay")
+    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
+    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
+    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
+
+    launching = parser.add_argument_group("launch, as in the official code; or use torchrun")
+    add = launching.add_argument
+    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
+    add("--rank", default=-1, type=int, help="of this node, or process")
+    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
+    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
+    add("--gpu", default=None, type=int, help="the one GPU to use")
+    add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
+
+    moco = parser.add_argument_group("MoCo")
+    add = moco.add_argument
+    add("--moco-dim", default=128, type=int, help="feature dimension")
+    add("--moco-k", default=65536, type=int, help="queue length; any")
+    add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
+    add("--moco-t", default=0.07, type=float, help="temperature")
+    add("--mlp", action=switch, default=False, help="v2: MLP head")
+    add("--aug-plus", action=switch, default=False, help="v2: augmentation with blur")
+    add("--cos", action=switch, default=False, help="v2: cosine schedule")
+    add("--bn-groups", default=None, type=int,
+        help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
+
+    ours = parser.add_argument_group("beyond the official code")
+    add = ours.add_argument
+    add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add("--small-stem", action=switch, default=False, help="3x3 stem for 32-pixel images")
+    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision")
+    add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
+    add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
+    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
+    add("--keep", default=2, type=int, help="epoch checkpoints to keep")
+    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Flags over recipe over defaults, checked. Raises UserError."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.recipe:
+        args = parser.parse_args(recipe_flags(args.recipe, parser) + argv)
+    for name in ("epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.moco_m < 1:
+        raise UserError("--moco-m must be in [0, 1)")
+    if args.moco_t <= 0:
+        raise UserError("--moco-t must be above 0")
+    return args
+
+
+def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The recipe as command-line flags, so that argparse checks both alike."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read --recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--recipe {path} must map flags to values")
+    long_flags = [o[2:] for o in parser._option_string_actions if o.startswith("--")]
+    known = set(long_flags) - {"help", "recipe"}
+    flags = []
+    for key, value in recipe.items():
+        name = str(key).replace("_", "-")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown key '{key}' in --recipe {path}{hint}")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    try:
+        launch(train, args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
