@@ -1,0 +1,201 @@
+"""Layers that torch and torchvision lack: norms for fine-tuning, pooling of regions.
+
+Shapes: N images, R regions over all images, C channels.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fvcore.nn.distributed import differentiable_all_reduce
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from moco_det.errors import UserError
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm whose statistics and affine parameters are constants (buffers).
+
+    Keeps `num_batches_tracked` where it replaces a BatchNorm that had it, as Detectron2 does, so
+    that the two engines' checkpoints hold the same keys.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        # The identity, exactly, before any weights are loaded.
+        self.register_buffer("running_var", torch.ones(channels) - eps)
+        self.register_buffer("num_batches_tracked", None)
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
+        frozen = cls(norm.num_features, norm.eps)
+        for name, tensor in norm.state_dict().items():
+            setattr(frozen, name, tensor.detach())
+        return frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        # F.batch_norm would keep its input alive to compute the gradients of weight and bias.
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        scale, shift = (v.to(x.dtype).reshape(1, -1, 1, 1) for v in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm over the union of all processes' batches, on the GPU and on the CPU.
+
+    `nn.SyncBatchNorm` refuses CPU tensors; this one computes the same there with two differentiable
+    sums over the processes. Each process counts with its own number of values, which differ after
+    ROI pooling and for padded images. In a single process it is plain BatchNorm.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or not self.training:
+            return nn.BatchNorm2d.forward(self, x)
+        return self._normalise_union(x.float()).to(x.dtype)
+
+    def _normalise_union(self, x: Tensor) -> Tensor:
+        count = x.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])
+        total = differentiable_all_reduce(torch.cat([x.sum(dim=(0, 2, 3)), count]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        # A second sum for the variance: E[x^2] - E[x]^2 would cancel in float32.
+        x = x - mean.reshape(1, -1, 1, 1)
+        var = differentiable_all_reduce(x.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
+
+
+NORMS = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": SyncBatchNorm,
+    "FrozenBN": FrozenBatchNorm2d,
+    "GN": lambda channels: nn.GroupNorm(32, channels),
+}
+
+
+def get_norm(name: str, channels: int) -> nn.Module | None:
+    """The normalisation that a NORM key of the config names; "" is none."""
+    if not name:
+        return None
+    if name not in NORMS:
+        known = ", ".join(NORMS)
+        raise UserError(
+            f"unknown normalisation {name!r}; the NORM keys of MODEL take one of {known}"
+        )
+    return NORMS[name](channels)
+
+
+class ConvNorm(nn.Conv2d):
+    """Convolution that keeps the spatial size (at stride 1), then the normalisation `norm`.
+
+    It has a bias exactly where it has no normalisation. The normalisation is the child `norm`, so
+    parameters are called as in Detectron2: `conv1.weight`, `conv1.norm.weight`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        norm: str = "",
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=not norm,
+        )
+        self.norm = get_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.norm is None else self.norm(x)
+
+
+def freeze(module: nn.Module) -> None:
+    """No parameter of `module` is trained any more, and no BatchNorm in it updates."""
+    module.requires_grad_(False)
+    for child in list(module.modules()):
+        for name, grandchild in child.named_children():
+            if isinstance(grandchild, nn.BatchNorm2d | nn.SyncBatchNorm):
+                setattr(child, name, FrozenBatchNorm2d.from_batch_norm(grandchild))
+
+
+def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
+    """The pyramid level that each box (R, 4) is pooled from (FPN, equation 1).
+
+    A box of 224 x 224 pixels, ImageNet's size, goes to level 4; one of twice the side to level 5.
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    size = torch.sqrt((x1 - x0) * (y1 - y0))
+    level = torch.floor(4 + torch.log2(size / 224 + 1e-8))
+    return level.clamp(min_level, max_level).long()
+
+
+class RegionPooler(nn.Module):
+    """ROIAlign (He et al. 2017) from the feature map that suits each box's size.
+
+    Pixel centres are at half-integers ("ROIAlignV2", torchvision's `aligned=True`).
+
+    Args:
+        resolution: side of the pooled square, in bins.
+        strides: of the maps it pools from, each twice the one before.
+        sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel.
+    """
+
+    def __init__(self, resolution: int, strides: list[int], sampling_ratio: int):
+        super().__init__()
+        self.resolution = resolution
+        self.strides = list(strides)
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, resolution, resolution)."""
+        image = torch.repeat_interleave(
+            torch.arange(len(boxes), device=features[0].device),
+            torch.tensor([len(b) for b in boxes], device=features[0].device),
+        )
+        boxes = torch.cat(boxes)
+        regions = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        if len(features) == 1:
+            return self._align(features[0], regions, self.strides[0])
+        min_level = int(math.log2(self.strides[0]))
+        levels = assign_levels(boxes, min_level, min_level + len(features) - 1)
+        pooled = features[0].new_zeros(
+            (len(boxes), features[0].shape[1], self.resolution, self.resolution)
+        )
+        for offset, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            chosen = (levels == min_level + offset).nonzero().squeeze(1)
+            pooled[chosen] = self._align(feature, regions[chosen], stride)
+        return pooled
+
+    def _align(self, feature: Tensor, regions: Tensor, stride: int) -> Tensor:
+        scale = 1 / stride
+        return roi_align(
+            feature, regions, self.resolution, scale, self.sampling_ratio, aligned=True
+        )
