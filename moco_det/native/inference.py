@@ -1,0 +1,86 @@
+"""A trained detector on its test sets: predictions of all processes, metrics on the main one."""
+
+import math
+import time
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from moco_det.datasets import get_dataset
+from moco_det.errors import UserError
+from moco_det.evaluation import evaluate, print_table
+from moco_det.native import comm
+from moco_det.native.loader import build_test_loader
+
+REPORT_SECONDS = 10.0  # between two progress lines
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches, images: int) -> list[dict]:
+    """Detections in all images, on the main process; an empty list on the others.
+
+    Args:
+        model: a detector in evaluation mode.
+        batches: lists of model inputs, this process's share.
+        images: how many there are in this process's share (for the ETA).
+
+    Returns:
+        {"image_id", "boxes" (N, 4) XYXY in pixels of the original, "scores" (N,), "classes" (N,)}
+        per image, on the CPU.
+    """
+    predictions, start = [], time.perf_counter()
+    reported = start
+    for batch in batches:
+        for item, output in zip(batch, model(batch), strict=True):
+            found = {key: output[key].cpu() for key in ("boxes", "scores", "classes")}
+            predictions.append({"image_id": item["image_id"], **found})
+        now = time.perf_counter()
+        if now - reported > REPORT_SECONDS:
+            reported, done = now, len(predictions)
+            eta = timedelta(seconds=int((now - start) / done * (images - done)))
+            comm.say(f"inference: {done}/{images}  {(now - start) / done:.4f} s/image  eta: {eta}")
+    return [found for share in comm.gather_objects(predictions) for found in share]
+
+
+def evaluate_model(cfg, model: nn.Module) -> dict:
+    """Evaluate `model` on every set of DATASETS.TEST and print the tables.
+
+    The mode of `model` (training or evaluation) is left as it was.
+
+    Returns:
+        On the main process {"bbox": {"AP", ...}}, or {set: {"bbox": ...}} where there are several
+        sets (Detectron2's form); {} on the others.
+    """
+    training = model.training
+    model.eval()
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        dataset = get_dataset(name)
+        records = dataset.records()
+        comm.say(f"evaluating on {name}: {len(records)} images")
+        share = math.ceil(len(records) / comm.world_size())
+        predictions = predict(model, build_test_loader(cfg, records), share)
+        if comm.is_main():
+            results[name] = evaluate(dataset, predictions)
+            print_table(results[name])
+        comm.synchronize()
+    model.train(training)
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def verify_results(expected: list, results: dict) -> None:
+    """Hold `results` against TEST.EXPECTED_RESULTS, entries [task, metric, value, tolerance].
+
+    Raises:
+        UserError: names every metric that is absent, not finite, or further off than allowed.
+    """
+    missed = []
+    for task, metric, value, tolerance in expected:
+        actual = results.get(task, {}).get(metric, math.nan)
+        if not abs(actual - value) <= tolerance:
+            missed.append(f"{task}/{metric} is {actual:.4g}, expected {value} +- {tolerance}")
+    if missed:
+        raise UserError(f"TEST.EXPECTED_RESULTS missed: {'; '.join(missed)}")
+    if expected:
+        comm.say("TEST.EXPECTED_RESULTS met")

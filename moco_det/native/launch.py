@@ -1,0 +1,129 @@
+"""Start the processes of a run: Detectron2's flags, or what torchrun has already started."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moco_det.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the others waiting
+
+
+def launch(
+    main,
+    num_gpus: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args=(),
+) -> None:
+    """Call `main(*args)` in every process of the run.
+
+    Args:
+        main: a module-level function (the processes are spawned).
+        num_gpus: processes on this machine; without CUDA they are CPU processes.
+        num_machines, machine_rank: number of machines, and the number of this one.
+        dist_url: "tcp://HOST:PORT" of the first machine; "auto" picks a free local port.
+
+    Under torchrun the launch's own numbers count, and this only joins the process group.
+
+    Raises:
+        UserError: an impossible launch, or the first process's `UserError`.
+        SystemExit: a process ended with another exit code; it is passed on.
+    """
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        ranks = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        with _process_group("env://", *ranks):
+            main(*args)
+    elif num_gpus * num_machines == 1:
+        main(*args)
+    else:
+        _check(num_gpus, num_machines, machine_rank, dist_url)
+        url = f"tcp://127.0.0.1:{_free_port()}" if dist_url == "auto" else dist_url
+        _spawn(main, num_gpus, num_machines, machine_rank, url, args)
+
+
+def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_gpus < 1 or not 0 <= machine_rank < num_machines:
+        raise UserError(
+            f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank}: "
+            "use at least one process per machine and ranks from 0 to machines - 1"
+        )
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {num_gpus}: only {torch.cuda.device_count()} are visible")
+    if num_machines > 1 and dist_url == "auto":
+        raise UserError("several machines need --dist-url tcp://HOST:PORT of machine 0")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _spawn(main, num_gpus, num_machines, machine_rank, url, args) -> None:
+    failures = mp.get_context("spawn").SimpleQueue()
+    spawned = (main, num_gpus, num_machines, machine_rank, url, failures, args)
+    processes = mp.start_processes(_worker, spawned, nprocs=num_gpus, join=False)
+    with _sigterm_passed_on(processes.pids()):
+        try:
+            while not processes.join():
+                pass
+        except mp.ProcessExitedException as error:
+            if not failures.empty():
+                raise UserError(failures.get()) from None
+            if error.exit_code < 0:
+                raise UserError(f"a process of this run died: {error.msg}") from None
+            sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _sigterm_passed_on(pids: list[int]):
+    """`kill` reaches only this process; the checkpoint is written by its children."""
+
+    def pass_on(signum, frame):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _worker(local_rank, main, num_gpus, num_machines, machine_rank, url, failures, args) -> None:
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_gpus))
+    rank = machine_rank * num_gpus + local_rank
+    try:
+        with _process_group(url, rank, num_machines * num_gpus, local_rank):
+            main(*args)
+    except UserError as error:  # the launching process prints it: once, whichever processes raise
+        failures.put(str(error))
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _process_group(url: str, rank: int, world_size: int, local_rank: int):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        init_method=url,
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""What a training run is made of, and how it is saved, resumed and prepared."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
+
+from moco_det.datasets import get_dataset
+from moco_det.errors import UserError
+from moco_det.native import comm
+from moco_det.native.checkpoint import Checkpoints
+from moco_det.native.rcnn import build_model
+from moco_det.native.solver import build_lr_scheduler, build_optimizer, scaled_to_processes
+from moco_det.weights import check_against_config, load_backbone_weights
+
+
+@dataclass
+class Run:
+    """All that changes while training; `iteration` is the first one still to be done."""
+
+    model: nn.Module
+    optimizer: SGD
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    amp: bool
+    seed: int
+    iteration: int = 0
+
+    def state_dict(self, iteration: int) -> dict:
+        """The checkpoint after `iteration`, which counts from 0 (Detectron2's convention)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "grad_scaler": self.scaler.state_dict(),
+            "iteration": iteration,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["grad_scaler"])
+        self.iteration = state["iteration"] + 1
+
+    def autocast(self):
+        """SOLVER.AMP: float16 on CUDA; bfloat16, which needs no loss scaling, on a CPU."""
+        device = next(self.model.parameters()).device.type
+        dtype = torch.float16 if device == "cuda" else torch.bfloat16
+        return torch.autocast(device, dtype, enabled=self.amp)
+
+    def learning_rate(self) -> float:
+        """That of the largest parameter group, which stands for all in the log (Detectron2)."""
+        return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
+
+
+def build_run(cfg, checkpoint: Path | None = None) -> Run:
+    """A run before its first iteration, or, given a checkpoint, where that was saved.
+
+    Raises:
+        UserError: the weights or the checkpoint cannot be read, or do not fit the model.
+    """
+    state = Checkpoints.load(checkpoint) if checkpoint else {}
+    seed = cfg.SEED if cfg.SEED >= 0 else state.get("seed", _random_seed())
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    amp = cfg.SOLVER.AMP.ENABLED
+    run = Run(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_lr_scheduler(cfg, optimizer),
+        scaler=torch.amp.GradScaler("cuda", enabled=amp and cfg.MODEL.DEVICE.startswith("cuda")),
+        amp=amp,
+        seed=seed,
+    )
+    if not checkpoint:
+        load_initial_weights(cfg, model)
+        return run
+    try:
+        run.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} is from another configuration: {error}") from error
+    comm.say(f"resuming from {checkpoint}: iteration {run.iteration} is next")
+    return run
+
+
+def _random_seed() -> int:
+    return comm.from_main(int.from_bytes(os.urandom(4), "big"))
+
+
+def load_initial_weights(cfg, model: nn.Module) -> None:
+    """Fill `model` from MODEL.WEIGHTS; where that is "", leave it at its random initialisation.
+
+    Raises:
+        UserError: the file cannot be had or read, lacks a part of the backbone, or was made for
+            another configuration.
+    """
+    if cfg.MODEL.WEIGHTS:
+        report = load_backbone_weights(model, cfg.MODEL.WEIGHTS)
+        check_against_config(report.metadata, cfg)
+    else:
+        comm.say("MODEL.WEIGHTS is '': the model starts from random initialisation")
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """`model`, its gradients averaged over the processes where there are several."""
+    if comm.world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    devices = [torch.cuda.current_device()] if on_gpu else None
+    # Buffers stay each process's own: SyncBN and precise BN keep equal what must be equal.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def prepare(cfg):
+    """`cfg` as this machine and launch run it, checked; dumped to OUTPUT_DIR/config.yaml.
+
+    Raises:
+        UserError: a setting that cannot be run, a data set that does not fit it, no OUTPUT_DIR.
+    """
+    cfg = scaled_to_processes(on_available_device(cfg), comm.world_size())
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
+    check_classes(cfg)
+    if comm.is_main():
+        try:
+            Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+            (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+        except OSError as error:
+            raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
+    comm.synchronize()
+    return cfg
+
+
+def on_available_device(cfg):
+    """`cfg` itself, or with MODEL.DEVICE "cpu" where it asks for CUDA and there is none."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return cfg
+    comm.say(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but no CUDA device is available: using the CPU")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def check_classes(cfg) -> None:
+    """UserError unless all data sets have the same classes, and the model as many as they."""
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    classes = {name: get_dataset(name).classes for name in names}
+    for name, found in classes.items():
+        if found != classes[names[0]]:
+            raise UserError(
+                f"the data sets {names[0]} ({', '.join(classes[names[0]])}) and {name} "
+                f"({', '.join(found)}) have different classes: use sets that share them"
+            )
+        if len(found) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise UserError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has "
+                f"{len(found)} classes ({', '.join(found)}): set it to {len(found)}"
+            )

@@ -1,0 +1,123 @@
+"""Detectron2's training geometry: shortest-edge resize with PIL's bilinear filter, then a flip.
+
+Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY in pixels
+of the image they lie on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from moco_det.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode an image file to RGB, upright by its EXIF tag.
+
+    Raises:
+        UserError: the file is missing, not an image, or broken; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return _upright(image).convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a malformed tag says nothing about the pixels
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def shortest_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Height and width after scaling the shorter edge to `short_edge`, the longer to <= `max_size`.
+
+    Detectron2's `ResizeShortestEdge.get_output_shape`, rounding (half up) included.
+    """
+    scale = short_edge / min(height, width)
+    if height < width:
+        new_height, new_width = float(short_edge), scale * width
+    else:
+        new_height, new_width = scale * height, float(short_edge)
+    longest = max(new_height, new_width)
+    if longest > max_size:
+        shrink = max_size / longest
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One drawn transform: a resize from `old` to `new` (height, width), then perhaps a flip."""
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    flip: bool = False
+
+    def apply_image(self, image: Image.Image, image_format: str = "RGB") -> np.ndarray:
+        """The transformed image as a contiguous uint8 array (3, H, W), channels as asked for."""
+        if self.new != self.old:
+            image = image.resize(self.new[::-1], Image.Resampling.BILINEAR)
+        pixels = np.array(image)  # (H, W, 3)
+        if self.flip:
+            pixels = pixels[:, ::-1]
+        if image_format == "BGR":
+            pixels = pixels[:, :, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def apply_boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (N, 4) of the old image on the new one, clipped to it."""
+        (old_height, old_width), (height, width) = self.old, self.new
+        scale_x, scale_y = width / old_width, height / old_height
+        x0, y0, x1, y1 = (boxes * np.array([scale_x, scale_y, scale_x, scale_y])).T
+        if self.flip:
+            x0, x1 = width - x1, width - x0
+        limit = np.array([width, height, width, height])
+        return np.clip(np.stack([x0, y0, x1, y1], axis=1), 0, limit)
+
+
+class Augmentation:
+    """Draws the `Geometry` of an image: a short edge from `sizes`, and a flip half of the time.
+
+    Args:
+        sizes: short edges in pixels. "choice" draws one of them, "range" an integer between the
+            two (both included). A drawn 0 leaves the size alone (Detectron2's convention).
+        max_size: upper limit of the longer edge in pixels.
+        sampling: "choice" or "range".
+        flip: whether to flip left-right at all.
+    """
+
+    def __init__(self, sizes, max_size: int, sampling: str = "choice", flip: bool = False):
+        if sampling == "range" and len(sizes) != 2:
+            raise UserError(
+                f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}: MIN_SIZE_TRAIN_SAMPLING 'range' takes "
+                "two sizes, the smallest and the largest"
+            )
+        self.sizes = tuple(sizes)
+        self.max_size = max_size
+        self.sampling = sampling
+        self.flip = flip
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Geometry:
+        if self.sampling == "range":
+            short_edge = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
+        else:
+            short_edge = int(rng.choice(self.sizes))
+        old = (height, width)
+        new = shortest_edge_size(height, width, short_edge, self.max_size) if short_edge else old
+        return Geometry(old, new, flip=self.flip and rng.random() < 0.5)
