@@ -1,15 +1,10 @@
-"""One ResNet under three vocabularies (torchvision, Detectron2, Caffe2): names, shapes, proof.
-
-Everything here works on dictionaries of tensors; `moco_det.weights` reads and writes the files.
-A MoCo checkpoint holds torchvision's names under the prefix `encoder_q.`.
-"""
+"""From a checkpoint to Detectron2 weights, and back: every key accounted for, the result proved."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,193 +12,21 @@ from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from moco_det.errors import UserError
-
-VOCABULARIES = ("torchvision", "detectron2", "caffe2")
-
-# One row for each kind of array, one column for each vocabulary. The first two columns are the rule
-# of MoCo's and of Detectron2's own converters, to be read in either direction.
-NAMES = (
-    ("conv1.weight", "stem.conv1.weight", "conv1_w"),
-    ("bn1.{norm}", "stem.conv1.norm.{norm}", "res_conv1_bn_{norm}"),
-    (
-        "{stage}.{block}.conv{conv}.weight",
-        "{stage}.{block}.conv{conv}.weight",
-        "{stage}_{block}_branch2{conv}_w",
-    ),
-    (
-        "{stage}.{block}.bn{conv}.{norm}",
-        "{stage}.{block}.conv{conv}.norm.{norm}",
-        "{stage}_{block}_branch2{conv}_bn_{norm}",
-    ),
-    (
-        "{stage}.{block}.downsample.0.weight",
-        "{stage}.{block}.shortcut.weight",
-        "{stage}_{block}_branch1_w",
-    ),
-    (
-        "{stage}.{block}.downsample.1.{norm}",
-        "{stage}.{block}.shortcut.norm.{norm}",
-        "{stage}_{block}_branch1_bn_{norm}",
-    ),
+from moco_det.resnet_names import (
+    BLOCKS,
+    DETECTRON2,
+    MOCO,
+    TORCHVISION,
+    Architecture,
+    Layout,
+    find_layout,
+    infer_architecture,
+    name_map,
+    rename,
 )
+from moco_det.weight_files import read_state_dict, write_weights
 
-# How each vocabulary spells the fields of NAMES. Caffe2 files come with either of two spellings.
-FIELDS = {
-    "stage": tuple((f"layer{s}", f"res{s + 1}", f"res{s + 1}") for s in (1, 2, 3, 4)),
-    "block": tuple((str(b),) * 3 for b in range(36)),  # ResNet-152 has 36 blocks in its res4
-    "conv": (("1", "1", "a"), ("2", "2", "b"), ("3", "3", "c")),
-    "norm": (
-        ("weight", "weight", "s"),
-        ("bias", "bias", "b"),
-        ("running_mean", "running_mean", "rm"),
-        ("running_var", "running_var", "riv"),
-        ("weight", "weight", "gamma"),
-        ("bias", "bias", "beta"),
-        ("running_mean", "running_mean", "running_mean"),
-        ("running_var", "running_var", "running_var"),
-        ("num_batches_tracked", "num_batches_tracked", "num_batches_tracked"),
-    ),
-}
-
-
-@cache
-def name_map(source: str, target: str) -> dict[str, str]:
-    """Every name that `source` has for an array of a ResNet -> the name that `target` has."""
-    s, t = VOCABULARIES.index(source), VOCABULARIES.index(target)
-    names = {}
-    for row in NAMES:
-        fields = [field for field in FIELDS if f"{{{field}}}" in row[s]]
-        for spellings in product(*(FIELDS[field] for field in fields)):
-            spelt = dict(zip(fields, spellings, strict=True))
-            old = row[s].format(**{field: spelling[s] for field, spelling in spelt.items()})
-            names[old] = row[t].format(**{field: spelling[t] for field, spelling in spelt.items()})
-    return names
-
-
-def rename(weights: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """The same arrays under the names of another vocabulary; every name must be a ResNet's."""
-    names = name_map(source, target)
-    return {names[name]: value for name, value in weights.items()}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one kind of file keeps its ResNet, and which other names it is known to hold."""
-
-    title: str
-    vocabulary: str
-    prefixes: tuple[str, ...]
-    dropped: str  # regular expression of the names that are no part of the ResNet
-
-    def strip(self, name: str) -> str | None:
-        """`name` without the layout's prefix, or None where it is no array of the ResNet."""
-        known = name_map(self.vocabulary, "torchvision")
-        stripped = (name[len(p) :] for p in self.prefixes if name.startswith(p))
-        return next((s for s in stripped if s in known), None)
-
-
-LAYOUTS = (
-    Layout(
-        "MoCo checkpoint",
-        "torchvision",
-        ("module.encoder_q.", "encoder_q."),
-        r"(module\.)?(encoder_k\..+|encoder_q\.fc\..+|queue|queue_ptr)",
-    ),
-    Layout("torchvision state_dict", "torchvision", ("module.", ""), r"(module\.)?fc\..+"),
-    Layout(
-        "Detectron2 file",
-        "detectron2",
-        (
-            "backbone.bottom_up.",
-            "backbone.",
-            "roi_heads.",
-            "",
-        ),  # roi_heads. holds res5 of a C4 model
-        r"stem\.fc\..+|backbone\.fpn_.+|(proposal_generator|roi_heads|sem_seg_head)\..+|pixel_.+",
-    ),
-    Layout("Caffe2 file", "caffe2", ("",), r"conv1_b|(fc1000|pred)_[wb]"),
-)
-DETECTRON2 = next(layout for layout in LAYOUTS if layout.vocabulary == "detectron2")
-
-
-def find_layout(names: Iterable[str]) -> Layout | None:
-    """The first layout that knows at least one of the names, or None."""
-    names = tuple(names)
-    return next((x for x in LAYOUTS if any(x.strip(name) for name in names)), None)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A ResNet as torchvision and Detectron2 both parametrise it."""
-
-    depth: int
-    groups: int = 1
-    width_per_group: int = 64
-
-    def __str__(self) -> str:
-        special = (self.groups, self.width_per_group) != (1, 64)
-        extra = f" with {self.groups} groups of width {self.width_per_group}" if special else ""
-        return f"ResNet-{self.depth}{extra}"
-
-    @property
-    def bottleneck(self) -> bool:
-        return self.depth >= 50
-
-    def build(self) -> resnet.ResNet:
-        """The network of torchvision, with an `fc` layer and random weights."""
-        block = resnet.Bottleneck if self.bottleneck else resnet.BasicBlock
-        layers = list(BLOCKS[self.depth])
-        return resnet.ResNet(
-            block, layers, groups=self.groups, width_per_group=self.width_per_group
-        )
-
-    def config(self) -> dict[str, object]:
-        """Detectron2's config keys that weights of this network, trained as MoCo and torchvision
-        train them, need: depth and width, RGB input, ImageNet's mean and deviation, and for
-        bottlenecks the stride in the 3x3 convolution."""
-        needs = {
-            "INPUT.FORMAT": "RGB",
-            "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-            "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-            "MODEL.RESNETS.DEPTH": self.depth,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if self.bottleneck else 64,
-        }
-        if self.bottleneck:
-            needs["MODEL.RESNETS.NUM_GROUPS"] = self.groups
-            needs["MODEL.RESNETS.WIDTH_PER_GROUP"] = self.width_per_group
-            needs["MODEL.RESNETS.STRIDE_IN_1X1"] = False
-        return needs
-
-
-BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-
-
-def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture | None:
-    """The ResNet that arrays under torchvision's names belong to; a whole stage may be absent.
-
-    None where the numbers of blocks are no known ResNet's.
-    """
-    blocks = {
-        match.groups() for match in map(re.compile(r"layer(\d)\.(\d+)\.").match, weights) if match
-    }
-    counts = Counter(stage for stage, _ in blocks)
-    found = tuple(counts[stage] for stage in "1234")
-    bottleneck = any(name.endswith(".conv3.weight") for name in weights)
-    for depth, expected in BLOCKS.items():
-        same = all(n in (0, m) for n, m in zip(found, expected, strict=True))
-        if any(found) and same and bottleneck == (depth >= 50):
-            conv = weights.get("layer1.0.conv2.weight")
-            if not bottleneck or conv is None or conv.dim() != 4:
-                return Architecture(depth)
-            width, width_per_group = conv.shape[:2]  # the grouped 3x3 of a stage with 64 planes
-            return Architecture(depth, max(width // width_per_group, 1), width_per_group)
-    return None
+TOLERANCE = 1e-5  # of the features of the two networks, absolute
 
 
 @dataclass(frozen=True)
@@ -233,9 +56,9 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -
     """
     layout = find_layout(weights)
     if layout is None:
-        known = ", ".join(x.title for x in LAYOUTS)
+        known = ", ".join(x.title for x in (MOCO, TORCHVISION, DETECTRON2))
         some = ", ".join(list(weights)[:3])
-        raise UserError(f"the names ({some}, ...) are of no known kind of file: {known}")
+        raise UserError(f"its names ({some}, ...) are those of no known kind of file: {known}")
     kept = {name: layout.strip(name) for name in weights}
     kept = {name: stripped for name, stripped in kept.items() if stripped}
     dropped = tuple(name for name in weights if name not in kept)
@@ -243,7 +66,7 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -
     if unexpected:
         raise UserError(f"unexpected keys in a {layout.title}: {', '.join(unexpected)}")
     if len(set(kept.values())) < len(kept):
-        raise UserError("the file holds two ResNets: some names differ in nothing but their prefix")
+        raise UserError("it holds two ResNets: some of its names differ only in their prefix")
     stripped = {new: weights[old] for old, new in kept.items()}
     _refuse_small_stem(stripped, layout, metadata)
     architecture = _decide_architecture(stripped, layout, metadata)
@@ -272,7 +95,7 @@ def _decide_architecture(weights, layout: Layout, metadata) -> Architecture:
         with torch.device("meta"):
             declared = infer_architecture(getattr(resnet, arch)().state_dict())
     if found is None and declared is None:
-        raise UserError("the numbers of blocks in its stages are those of no known ResNet")
+        raise UserError(f"its names are those of no ResNet of depth {', '.join(map(str, BLOCKS))}")
     if found is not None and declared is not None and found != declared:
         raise UserError(f"the checkpoint says it holds a {arch}, its arrays are a {found}")
     return found or declared
@@ -298,20 +121,145 @@ def _check_arrays(weights, layout: Layout, architecture: Architecture) -> None:
         raise UserError(f"not a whole {architecture}: {'; '.join(sorted(faults))}")
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A file that was converted and checked."""
+
+    source: Source
+    names: dict[str, str]  # name in the source file -> name in the new one
+    difference: float  # see `feature_difference`
+
+    def describe(self, verbose: bool = False) -> str:
+        """What became of every key: one line for each part of the network, or for each key."""
+        mapped, dropped = self.names.items(), self.source.dropped
+        if verbose:
+            rows = [f"  {old} -> {new}" for old, new in mapped], [f"  {old}" for old in dropped]
+        else:
+            pairs = (f"{_part(old)} -> {_part(new)}" for old, new in mapped)
+            rows = _counted(pairs), _counted(map(_part, dropped))
+        lines = [
+            f"{self.source.layout.title}, {self.source.architecture}",
+            f"{len(mapped)} keys mapped",
+            *rows[0],
+            f"{len(dropped)} keys dropped",
+            *rows[1],
+            f"largest difference of the features res2 to res5: {self.difference:.1e}",
+        ]
+        return "\n".join(lines)
+
+
+def _part(name: str) -> str:
+    """The top of a name: "module.encoder_q.layer1.0.bn1.bias" -> "module.encoder_q.layer1"."""
+    parts = name.split(".")
+    depth = next((i for i, p in enumerate(parts) if p not in ("module", "encoder_q", "stem")), 0)
+    return ".".join(parts[: depth + 1])
+
+
+def _counted(parts: Iterable[str]) -> list[str]:
+    return [f"  {part}: {count}" for part, count in Counter(parts).items()]
+
+
+def convert_file(
+    source_path: str | Path,
+    path: str | Path,
+    target: str,
+    build_backbone: Callable[[Architecture], nn.Module],
+) -> Conversion:
+    """Convert a weight file; the new one appears only after its features equal the old one's.
+
+    Args:
+        source_path: a MoCo checkpoint, a torchvision ResNet or a Detectron2 file.
+        path: the new file. For Detectron2 `.pkl` or `.pth`, with the entry "requires" (the config
+            that the weights need; Detectron2 ignores it). For torchvision a bare state_dict.
+        target: "detectron2" or "torchvision".
+        build_backbone: returns a network with Detectron2's names, normalised by BN, and as stride
+            in a bottleneck that of the 3x3; its output is {"res2": ..., ..., "res5": ...}.
+
+    Raises:
+        UserError: the source is no whole ResNet, the features differ, or `path` cannot be written.
+    """
+    _check_paths(Path(source_path), Path(path), target)
+    weights, metadata = read_state_dict(source_path)
+    try:
+        source = _convertible(weights, metadata, target)
+    except UserError as error:
+        raise UserError(f"{source_path}: {error}") from error
+    vocabulary = source.layout.vocabulary
+    converted = rename(source.weights, vocabulary, target)
+    build = {"torchvision": Architecture.build, "detectron2": build_backbone}
+
+    def check(written: Path) -> float:
+        before = _loaded(build[vocabulary](source.architecture), source.weights)
+        after = _loaded(build[target](source.architecture), read_state_dict(written)[0])
+        difference = feature_difference(before, after)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{source_path}: features differ by {difference:.1e} after the conversion, more "
+                f"than {TOLERANCE}; {path} was not written"
+            )
+        return difference
+
+    content = converted if target == "torchvision" else _detectron2_file(source, converted)
+    difference = write_weights(path, content, check)
+    spelling = name_map(vocabulary, target)
+    names = {old: spelling[stripped] for old, stripped in source.kept.items()}
+    return Conversion(source, names, difference)
+
+
+def _check_paths(source_path: Path, path: Path, target: str) -> None:
+    suffixes = (".pkl", ".pth") if target == "detectron2" else (".pth", ".pt")
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: a file for {target} ends in {' or '.join(suffixes)}")
+    if path.exists() and source_path.exists() and path.samefile(source_path):
+        raise UserError(f"{path} would replace the file it is made from: give it another name")
+
+
+def _convertible(weights, metadata, target: str) -> Source:
+    if metadata.get("__author__") == "Caffe2":
+        raise UserError(
+            "a Caffe2 file: Detectron2 and the native engine read it as it is, and torchvision has "
+            "no network for it (BGR input, stride in the first 1x1 convolution)"
+        )
+    source = find_resnet(weights, metadata)
+    if source.layout is (TORCHVISION if target == "torchvision" else DETECTRON2):
+        raise UserError(f"already a {source.layout.title}: nothing to convert")
+    return source
+
+
+def _detectron2_file(source: Source, weights: dict[str, Tensor]) -> dict[str, object]:
+    return {
+        "model": weights,
+        "__author__": source.layout.author,
+        "matching_heuristics": True,  # lets Detectron2 put prefixes such as backbone.bottom_up.
+        "requires": source.architecture.config(),
+    }
+
+
+def _loaded(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    network.load_state_dict(weights, strict=False)  # only torchvision's network has an `fc`
+    return network
+
+
 @torch.inference_mode()
-def feature_difference(network: resnet.ResNet, backbone: nn.Module) -> float:
+def feature_difference(before: nn.Module, after: nn.Module) -> float:
     """Largest absolute difference of res2..res5 of two networks on the same image.
 
     Computed in float64, where two orders of summation differ by less than 1e-10: what is left is a
     difference of the networks, not of the arithmetic.
 
     Args:
-        network: torchvision's ResNet.
-        backbone: module (1, 3, H, W) -> {"res2": ..., ..., "res5": ...}.
+        before, after: torchvision's ResNet, or a module (1, 3, H, W) -> {"res2": ..., ...}. Both
+            are left in float64 and in evaluation mode.
     """
-    stages = {f"layer{s}": f"res{s + 1}" for s in (1, 2, 3, 4)}
     image = torch.randn(1, 3, 160, 224, generator=torch.Generator().manual_seed(0)).double()
-    ours = create_feature_extractor(network.double().eval(), stages)(image)
-    theirs = backbone.double().eval()(image)
-    # `max` of a tensor, unlike Python's, keeps NaN: a NaN feature is no agreement.
-    return torch.stack([(ours[s] - theirs[s]).abs().max() for s in stages.values()]).max().item()
+    features = [_features(network.double().eval(), image) for network in (before, after)]
+    # A tensor's `max`, unlike Python's, keeps NaN: a NaN feature is no agreement.
+    return torch.stack([(x - y).abs().max() for x, y in zip(*features, strict=True)]).max().item()
+
+
+def _features(network: nn.Module, image: Tensor) -> list[Tensor]:
+    if isinstance(network, resnet.ResNet):
+        stages = {f"layer{s}": f"res{s + 1}" for s in (1, 2, 3, 4)}
+        network = create_feature_extractor(network, stages)
+    outputs = network(image)
+    return [outputs[f"res{s}"] for s in (2, 3, 4, 5)]

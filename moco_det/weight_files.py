@@ -7,14 +7,17 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager
 from torch import Tensor
 
-from moco_det.conversion import find_layout, name_map
 from moco_det.errors import UserError
+from moco_det.resnet_names import name_map
+
+Checked = TypeVar("Checked")
 
 MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
 
@@ -48,10 +51,9 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, obje
     weights = {str(name): _tensor(path, name, value) for name, value in arrays.items()}
     if not weights:
         raise UserError(f"{path} holds no arrays")
-    layout = find_layout(weights)
-    if layout is not None and layout.vocabulary == "caffe2":
+    names = name_map("caffe2", "detectron2")
+    if not names.keys().isdisjoint(weights):
         metadata["__author__"] = "Caffe2"  # Detectron2's mark of such a file
-        names = name_map("caffe2", "detectron2")
         weights = {names.get(name, name): value for name, value in weights.items()}
     return weights, metadata
 
@@ -161,14 +163,17 @@ class _ArrayPickler(pickle.Pickler):
 def write_weights(
     path: str | Path,
     content: Mapping[str, object],
-    check: Callable[[Path], None] = lambda written: None,
-) -> None:
+    check: Callable[[Path], Checked] = lambda written: None,
+) -> Checked:
     """Write a weight file whole or not at all: to a temporary name first, then renamed.
 
     Args:
         path: `.pkl` for a pickle (its tensors become NumPy arrays), else a torch file.
         content: what the file is to hold.
         check: called with the temporary file before it gets its name; may raise.
+
+    Returns:
+        What `check` returned.
 
     Raises:
         UserError: the file cannot be written. Nothing new is left in the folder, then or when
@@ -178,13 +183,14 @@ def write_weights(
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         _write(temporary, content)
-        check(temporary)
+        result = check(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+    return result
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:

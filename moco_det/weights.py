@@ -12,8 +12,8 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from moco_det.conversion import DETECTRON2, find_layout, infer_architecture, name_map
 from moco_det.errors import UserError
+from moco_det.resnet_names import DETECTRON2, find_layout, infer_architecture, name_map
 from moco_det.weight_files import read_state_dict, write_weights
 
 __all__ = [
@@ -33,7 +33,7 @@ class LoadReport:
     loaded: tuple[str, ...]  # the model's names that now hold the file's values
     missing: tuple[str, ...]  # the model's names that keep their initial values
     unexpected: tuple[str, ...]  # the file's names that nothing in the model takes
-    skipped: tuple[str, ...]  # heads of another shape, as "name: shape in file, shape in model"
+    skipped: tuple[str, ...]  # heads of another shape, each with both shapes
     metadata: dict[str, object]
 
     def __str__(self) -> str:
@@ -57,9 +57,9 @@ def load_backbone_weights(
 
     Names are matched as Detectron2 matches them: an array of the model takes the longest name of
     the file that is its own name or, after a dot, the end of it ("res5.0.conv1.weight" of the file
-    fits "backbone.bottom_up.res5.0.conv1.weight" in an FPN model, "roi_heads.res5.0.conv1.weight" in
-    a C4 model). An array outside the ResNet whose shape differs (a predictor of another number
-    of classes) is skipped.
+    fits "backbone.bottom_up.res5.0.conv1.weight" of an FPN model and
+    "roi_heads.res5.0.conv1.weight" of a C4 model). An array outside the ResNet whose shape differs
+    (a predictor of another number of classes) is skipped.
 
     Args:
         model: a detector or backbone with Detectron2's names; changed in place.
@@ -70,28 +70,19 @@ def load_backbone_weights(
         UserError: the file is unreadable or needs converting first, holds another ResNet, or leaves
             an array of the ResNet (weights or running statistics) at its initial value.
     """
-    weights, metadata = read_state_dict(path)
-    layout = find_layout(weights)
-    if layout is not None and layout.vocabulary == "torchvision":
-        raise UserError(
-            f"{path} is a {layout.title}: convert it first, "
-            f"python tools/convert_to_d2.py {path} weights.pkl"
-        )
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights, metadata = _read_detectron2(path)
     state = model.state_dict()
     _check_same_resnet(path, state, weights)
     matches = _match(state, weights)
     values = {name: weights[match] for name, match in matches.items()}
     values |= _affine_statistics(model, values, weights)
-    differing = [name for name in values if values[name].shape != state[name].shape]
-    lines = [
-        f"{name} has the shape {tuple(values[name].shape)} in the file, {tuple(state[name].shape)} "
-        "in the model"
-        for name in differing
-    ]
+    differing = {n: v for n, v in values.items() if v.shape != state[n].shape}
+    skipped = tuple(
+        f"{name} has the shape {tuple(value.shape)}, not {tuple(state[name].shape)}"
+        for name, value in differing.items()
+    )
     if any(map(_is_resnet, differing)):
-        raise UserError(f"{path} does not fit the config: {'; '.join(lines)}")
+        raise UserError(f"{path} does not fit the config: {'; '.join(skipped)}")
     values = {name: value for name, value in values.items() if name not in differing}
     missing = tuple(name for name in state if name not in values and not _is_counter(name))
     if not allow_missing:
@@ -99,10 +90,23 @@ def load_backbone_weights(
     model.load_state_dict(values, strict=False)
     unused = weights.keys() - set(matches.values())
     unexpected = tuple(sorted(name for name in unused if not _is_counter(name)))
-    report = LoadReport(str(path), tuple(values), missing, unexpected, tuple(lines), metadata)
+    report = LoadReport(str(path), tuple(values), missing, unexpected, skipped, metadata)
     if not (dist.is_initialized() and dist.get_rank()):
         print(report, flush=True)
     return report
+
+
+def _read_detectron2(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    weights, metadata = read_state_dict(path)
+    layout = find_layout(weights)
+    if layout is not None and layout.vocabulary == "torchvision":
+        raise UserError(
+            f"{path} is a {layout.title}; convert it first: "
+            f"python tools/convert_to_d2.py {path} weights.pkl"
+        )
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights, metadata
 
 
 def _is_counter(name: str) -> bool:

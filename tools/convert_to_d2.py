@@ -1,0 +1,63 @@
+"""Turn a MoCo checkpoint or a torchvision ResNet into Detectron2 weights, or back, and prove it.
+
+    python tools/convert_to_d2.py checkpoint_last.pth.tar weights.pkl
+    python tools/convert_to_d2.py weights.pkl resnet50.pth --to torchvision
+
+The backbone that the weights go into is built by the native engine, with Detectron2's names; OUT is
+written only if its features res2 to res5 equal the source network's.
+"""
+
+import argparse
+
+from torch import nn
+
+from moco_det.conversion import convert_file
+from moco_det.errors import exit_cleanly
+from moco_det.native.resnet import ResNet
+from moco_det.resnet_names import Architecture
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with exit_cleanly():
+        conversion = convert_file(args.source, args.out, args.to, build_backbone)
+        print(conversion.describe(args.verbose))
+        print(f"written: {args.out}")
+        if args.to == "detectron2":
+            print("the config must say:")
+            for key, value in conversion.source.architecture.config().items():
+                print(f"  {key}: {value}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file",
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help=".pkl or .pth for Detectron2, .pth for torchvision"
+    )
+    parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2")
+    parser.add_argument("-v", "--verbose", action="store_true", help="list every key")
+    return parser.parse_args(arguments)
+
+
+def build_backbone(architecture: Architecture) -> nn.Module:
+    return ResNet(
+        architecture.depth,
+        out_features=["res2", "res3", "res4", "res5"],
+        norm="BN",
+        freeze_at=0,
+        stride_in_1x1=False,
+        groups=architecture.groups,
+        width_per_group=architecture.width_per_group,
+        res2_channels=256 if architecture.bottleneck else 64,
+    )
+
+
+if __name__ == "__main__":
+    main()
