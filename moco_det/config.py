@@ -281,16 +281,19 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read_yaml(path: str) -> dict:
     try:
-        return CfgNode.load_yaml_with_base(str(path))
+        content = CfgNode.load_yaml_with_base(str(path))
     except OSError as error:
         raise UserError(f"cannot read config {error.filename or path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"config {path} is not valid YAML: {problem}") from error
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"config {path} (or its _BASE_) is not a mapping of sections") from error
     except RecursionError as error:
         raise UserError(f"config {path}: its _BASE_ leads back to itself") from error
+    except (TypeError, AttributeError, AssertionError):  # from merging what are not mappings
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} (or its _BASE_) is not a mapping of sections")
+    return content
 
 
 def _pairs(opts: Sequence[str]) -> Iterable[tuple[str, str]]:
