@@ -12,7 +12,7 @@ pixels, where a width is xmax - xmin + 1, are the continuous boxes of `Dataset.r
 overlap is the plain IoU.
 
 Also as in Detectron2, boxes are rounded to one decimal and scores to three, as its text files are.
-VOC does not ask for it, but it makes many scores equal, and moved AP by up to 0.16 points in a trial
+VOC does not ask for it, but it makes many scores equal, and moved AP by up to 0.16 in a trial
 on BCCD; without it the numbers would not be comparable with published ones. Among equal scores,
 Detectron2 leaves the order to an unstable sort; here it is the order of the data set.
 
