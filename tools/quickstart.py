@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""From unlabelled images to a detection AP in one command, with a report at the end.
+
+    python tools/quickstart.py
+    python tools/quickstart.py --images DIR --voc DIR --output DIR
+
+Draws a small data set (or takes yours), pretrains a ResNet-18 with MoCo v2 on images without
+labels, converts it, and fine-tunes the same detector from it and from random weights.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from moco_det.benchmark.quickstart import make_plan, run
+from moco_det.benchmark.steps import StepFailed
+from moco_det.errors import exit_cleanly
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPE = REPOSITORY / "configs/pretrain/quickstart_r18.yaml"
+CONFIG = REPOSITORY / "configs/quick/quickstart_R18_FPN.yaml"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("output/quickstart"), metavar="DIR")
+    add("--images", type=Path, metavar="DIR", help="your unlabelled images; needs --voc")
+    add("--voc", type=Path, metavar="DIR",
+        help="your JPEGImages, Annotations and ImageSets/Main; needs --images")  # fmt: skip
+    add("--seed", type=int, default=0, help="of data, pretraining and the first pair of detectors")
+    add("--seeds", type=int, default=2, help="pairs of detectors to train (default: 2)")
+    add("--recipe", type=Path, default=RECIPE, metavar="YAML", help="of pretraining")
+    add("--config-file", type=Path, default=CONFIG, metavar="YAML", help="of the detector")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with exit_cleanly():
+        plan = make_plan(REPOSITORY, **vars(args))
+        try:
+            page = run(plan)
+        except StepFailed as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            sys.exit(failure.code)
+        except KeyboardInterrupt:
+            print(f"stopped; what was done so far is in {plan.output}", file=sys.stderr)
+            sys.exit(130)
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    main()
