@@ -1,6 +1,7 @@
 """Image files to batches of two views, the same on any number of processes and workers."""
 
 import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -157,16 +158,19 @@ class GlobalBatches(Sampler):
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
-    """A DataLoader whose workers live as long as the run and use one thread each."""
+    """A DataLoader whose workers use one thread each; with a batch sampler they outlive epochs."""
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0 and "batch_sampler" in kwargs,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         **kwargs,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     cv2.setNumThreads(0)
+    # A SIGTERM to the whole process group must not kill the workers under a loop that is about to
+    # save its state; they end with the loop that they work for.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

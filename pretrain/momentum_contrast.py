@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from pretrain.grouped_batchnorm import group_batchnorm
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -46,7 +47,7 @@ class MoCo(nn.Module):
         self.momentum = momentum
         self.temperature = temperature
         self.bn_groups = bn_groups
-        self.encoder_q = encoder
+        self.encoder_q = group_batchnorm(encoder, bn_groups)
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))  # C x K
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -78,16 +79,10 @@ class MoCo(nn.Module):
         return logits, keys, q
 
     def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """uint8 N x H x W x 3 -> L2-normalised N x C, BN statistics of each group by itself."""
+        """uint8 N x H x W x 3 -> L2-normalised features N x C."""
         pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
         pixels = (pixels - self.pixel_mean.view(3, 1, 1)) / self.pixel_std.view(3, 1, 1)
-        groups = pixels.chunk(self.bn_groups)
-        # Running statistics follow the first group of the first process, which is what the official
-        # code does with one group a process: DistributedDataParallel broadcasts rank 0's buffers.
-        features = [encoder(groups[0])]
-        with running_statistics_kept(encoder):
-            features += [encoder(group) for group in groups[1:]]
-        return F.normalize(torch.cat(features).float(), dim=1)
+        return F.normalize(encoder(pixels).float(), dim=1)
 
     def encode_shuffled(self, im_k: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """Keys of the global batch (B x C), each normalised in a group of random companions.
@@ -119,21 +114,6 @@ class MoCo(nn.Module):
         positions = self.queue_ptr + torch.arange(len(keys), device=keys.device)
         self.queue.index_copy_(1, (positions % size)[-size:], keys[-size:].T)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
-
-
-class running_statistics_kept:
-    """Context in which BN layers in training mode normalise by batch statistics but record none."""
-
-    def __init__(self, encoder: nn.Module):
-        self.layers = [m for m in encoder.modules() if isinstance(m, _BatchNorm)]
-
-    def __enter__(self):
-        for layer in self.layers:
-            layer.track_running_stats = False
-
-    def __exit__(self, *exception):
-        for layer in self.layers:
-            layer.track_running_stats = True
 
 
 def key_order(seed: int, step: int, batch_size: int) -> torch.Tensor:
