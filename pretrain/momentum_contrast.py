@@ -73,9 +73,10 @@ class MoCo(nn.Module):
             keys = self.encode_shuffled(im_k, order)  # B x C
         k = keys.chunk(world_size())[rank()]  # N x C
 
-        l_pos = (q * k).sum(dim=1, keepdim=True)  # N x 1
-        l_neg = q @ self.queue  # N x K
-        logits = torch.cat([l_pos, l_neg], dim=1) / self.temperature
+        with torch.autocast(q.device.type, enabled=False):  # fp32: 1/tau magnifies rounding errors
+            l_pos = (q * k).sum(dim=1, keepdim=True)  # N x 1
+            l_neg = q @ self.queue  # N x K
+            logits = torch.cat([l_pos, l_neg], dim=1) / self.temperature
         return logits, keys, q
 
     def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
