@@ -1,0 +1,180 @@
+"""The quickstart's plan, its refusals, and one run of the whole chain on a handful of images."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moco_det.benchmark import procedural_images
+from moco_det.benchmark.quickstart import MARK, make_plan, prepare_output, steps_of, voc_splits
+from moco_det.errors import UserError
+
+RECIPE = """
+arch: resnet18
+image_size: 32
+batch_size: 16
+bn_groups: 2
+epochs: 1
+lr: 0.03
+mlp: true
+aug_plus: true
+cos: true
+moco_k: 32
+knn_every: 1
+workers: 1
+"""
+
+CONFIG = """
+_BASE_: "{base}"
+INPUT:
+  MIN_SIZE_TRAIN: (64,)
+  MIN_SIZE_TEST: 64
+DATALOADER:
+  NUM_WORKERS: 0
+SOLVER:
+  IMS_PER_BATCH: 2
+  MAX_ITER: 2
+  STEPS: (1,)
+TEST:
+  PRECISE_BN:
+    NUM_ITER: 1
+"""
+
+
+@pytest.fixture
+def small(tmp_path, repository):
+    """A few drawn images, and a recipe and a config that do next to nothing."""
+    procedural_images.write_image_folder(tmp_path, "train", seed=0, per_class=4)
+    procedural_images.write_image_folder(tmp_path, "val", seed=0, per_class=1)
+    procedural_images.write_voc_scenes(tmp_path, "train", seed=0, count=4)
+    procedural_images.write_voc_scenes(tmp_path, "test", seed=0, count=3)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    base = repository / "configs/quick/quickstart_R18_FPN.yaml"
+    (tmp_path / "config.yaml").write_text(CONFIG.format(base=base))
+    return tmp_path
+
+
+def plan_for(repository, root, **changes):
+    arguments = {
+        "output": root / "out",
+        "recipe": repository / "configs/pretrain/quickstart_r18.yaml",
+        "config_file": repository / "configs/quick/quickstart_R18_FPN.yaml",
+        "seed": 3,
+        "seeds": 2,
+    }
+    return make_plan(repository, **arguments | changes)
+
+
+def test_embedded_chain(repository, tmp_path):
+    steps = steps_of(plan_for(repository, tmp_path))
+    kinds = [step.kind for step in steps]
+    assert kinds == ["draw", "pretrain", "convert"] + ["fine-tune"] * 4
+    assert all(step.command[0] == sys.executable for step in steps)
+    assert sum(step.expected for step in steps) < 600
+
+
+def test_pairs_of_detectors_differ_in_their_first_weights_only(repository, tmp_path):
+    commands = [
+        s.command for s in steps_of(plan_for(repository, tmp_path)) if s.kind == "fine-tune"
+    ]
+    moco, random = commands[:2]
+    differing = [(a, b) for a, b in zip(moco, random, strict=True) if a != b]
+    assert [a.rsplit("/", 1)[-1] for a, _ in differing] == [
+        "moco_backbone.pkl",
+        "detector_moco_seed3",
+    ]
+    assert [b.rsplit("/", 1)[-1] for _, b in differing] == ["", "detector_random_seed3"]
+    assert [c[c.index("SEED") + 1] for c in commands] == ["3", "3", "4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        (("train", "val", "trainval", "test"), ("trainval", "test")),
+        (("train", "test"), ("train", "test")),
+        (("train", "val", "trainval"), ("train", "val")),  # trainval would hold the test images
+        (("train", "val", "test"), ("train", "test")),
+    ],
+)
+def test_splits(tmp_path, present, chosen):
+    folder = tmp_path / "ImageSets/Main"
+    folder.mkdir(parents=True)
+    for name in present:
+        (folder / f"{name}.txt").write_text("a\n")
+    assert voc_splits(tmp_path) == chosen
+
+
+def test_missing_splits_are_named(tmp_path):
+    with pytest.raises(UserError, match="needs train.txt"):
+        voc_splits(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("images",), ("voc",)])
+def test_half_of_the_users_data_is_refused(repository, tmp_path, names):
+    with pytest.raises(UserError, match="--images and --voc go together"):
+        plan_for(repository, tmp_path, **dict.fromkeys(names, tmp_path))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/precious.txt").write_text("x")
+    with pytest.raises(UserError, match="holds other files"):
+        prepare_output(tmp_path)
+    assert (tmp_path / "pretrain/precious.txt").exists()
+    assert not (tmp_path / MARK).exists()
+
+
+def test_an_earlier_quickstart_is_cleared_but_nothing_else(tmp_path):
+    prepare_output(tmp_path)
+    for folder in ("pretrain", "data/images", "detector_moco_seed0", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.json").write_text("old")
+    (tmp_path / "report.html").write_text("old")
+    prepare_output(tmp_path)
+    left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {MARK, "mine/metrics.json"}
+
+
+def run_tool(repository, *arguments):
+    command = [sys.executable, str(repository / "tools/quickstart.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_bad_input_is_one_line_and_a_code(repository, tmp_path):
+    done = run_tool(repository, "--output", tmp_path / "o", "--images", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: --images and --voc go together: unlabelled images, and annotated ones"
+    ]
+
+
+def test_a_failing_step_ends_the_run_with_its_code(repository, small):
+    (small / "recipe.yaml").write_text("no_such_flag: 1\n")
+    done = run_tool(
+        repository, "--output", small / "out", "--images", small / "images", "--voc",
+        small / "scenes", "--recipe", small / "recipe.yaml",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no_such_flag" in done.stdout
+    assert done.stderr.startswith("error: step 'pretrain' failed with exit code 1")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (small / "out/report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_chain_on_a_handful_of_images(repository, small):
+    done = run_tool(
+        repository, "--output", small / "out", "--images", small / "images", "--voc",
+        small / "scenes", "--recipe", small / "recipe.yaml", "--config-file",
+        small / "config.yaml", "--seed", 3, "--seeds", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((small / "out/report.json").read_text())
+    assert report["seconds"] > 0
+    for value in (*report["knn_top1"].values(), *report["ap50"].values()):
+        assert 0 <= value <= 100
+    assert [run["seed"] for run in report["detection"]] == [3]
+    page = (small / "out/report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 3
+    assert done.stdout.splitlines()[-1] == f"report: {(small / 'out').resolve() / 'report.html'}"
