@@ -73,7 +73,7 @@ def _tensor(path, name: str, value: object) -> Tensor:
 def _local_path(path: str) -> Path:
     """The file itself, downloaded first (once, to iopath's cache) where `path` is a URL."""
     url = path.replace(*MODEL_ZOO) if path.startswith(MODEL_ZOO[0]) else path
-    if "://" not in url:
+    if not url.startswith(("http://", "https://")):
         if not Path(path).is_file():
             raise UserError(f"no weight file at {path}")
         return Path(path)
@@ -110,7 +110,7 @@ def _read_pickle(path: Path) -> object:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from moco_det.config import leaves
 from moco_det.errors import UserError
 from moco_det.resnet_names import DETECTRON2, find_layout, infer_architecture, name_map
 from moco_det.weight_files import read_state_dict, write_weights
@@ -185,11 +185,12 @@ def check_against_config(metadata: Mapping[str, object], cfg: CfgNode) -> None:
     Raises:
         UserError: names every key of the config that contradicts the file.
     """
-    wrong = []
-    for key, needed in metadata.get("requires", {}).items():
-        value = reduce(getattr, key.split("."), cfg)
-        if not _equal(value, needed):
-            wrong.append(f"{key} {needed} (the config says {value})")
+    values = dict(leaves(cfg))
+    wrong = [
+        f"{key} {needed} (the config says {values[key]})"
+        for key, needed in metadata.get("requires", {}).items()
+        if key in values and not _equal(values[key], needed)
+    ]
     if wrong:
         raise UserError(f"the weights in {cfg.MODEL.WEIGHTS} need {', '.join(wrong)}")
 
