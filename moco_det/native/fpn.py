@@ -25,7 +25,6 @@ class FPN(nn.Module):
 
     def __init__(self, bottom_up: nn.Module, in_features: list[str], out_channels: int, norm: str):
         super().__init__()
-        self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
         self.levels = [int(math.log2(bottom_up.strides[name])) for name in in_features]
         if self.levels != list(range(self.levels[0], self.levels[0] + len(self.levels))):
@@ -37,6 +36,8 @@ class FPN(nn.Module):
             c2_xavier_fill(output)
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", output)
+        # After the convolutions built on it: Detectron2's order of parameters.
+        self.bottom_up = bottom_up
         pyramid = [*self.levels, self.levels[-1] + 1]
         self.channels = {f"p{level}": out_channels for level in pyramid}
         self.strides = {f"p{level}": 2**level for level in pyramid}

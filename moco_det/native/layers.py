@@ -48,7 +48,8 @@ class FrozenBatchNorm2d(nn.Module):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         scale, shift = (v.to(x.dtype).reshape(1, -1, 1, 1) for v in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        # Not addcmul: it rounds differently, and a ReLU near 0 then takes Detectron2's other side.
+        return x * scale + shift
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):

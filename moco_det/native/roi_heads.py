@@ -202,19 +202,20 @@ class FastRCNNConvFCHead(nn.Sequential):
 class ROIHeads(nn.Module):
     """Sampling, pooling and prediction; subclasses say what lies between the last two.
 
+    They also own the `box_predictor`: behind the network that feeds it, so that parameters come in
+    Detectron2's order and optimizer states, which go by position, are its as well.
+
     Args:
         in_features: the feature maps it pools from, from high to low resolution.
-        sampler, pooler, box_predictor: the parts.
     """
 
-    def __init__(
-        self, in_features: list[str], sampler: RegionSampler, pooler: RegionPooler, box_predictor
-    ):
+    box_predictor: FastRCNNOutputLayers
+
+    def __init__(self, in_features: list[str], sampler: RegionSampler, pooler: RegionPooler):
         super().__init__()
         self.in_features = tuple(in_features)
         self.sampler = sampler
         self.pooler = pooler
-        self.box_predictor = box_predictor
 
     def region_features(self, pooled: Tensor) -> Tensor:
         """(R, C, resolution, resolution) -> (R, ...), the input of the predictor."""
@@ -248,9 +249,10 @@ class ROIHeads(nn.Module):
 class Res5ROIHeads(ROIHeads):
     """The head of a C4 detector: stage res5 on every region, then the mean over positions."""
 
-    def __init__(self, res5: nn.Module, **parts):
+    def __init__(self, res5: nn.Module, box_predictor: FastRCNNOutputLayers, **parts):
         super().__init__(**parts)
         self.res5 = res5
+        self.box_predictor = box_predictor
 
     def region_features(self, pooled: Tensor) -> Tensor:
         return self.res5(pooled).mean(dim=(2, 3))
@@ -259,9 +261,10 @@ class Res5ROIHeads(ROIHeads):
 class StandardROIHeads(ROIHeads):
     """The head of an FPN detector: a small network of its own on every region."""
 
-    def __init__(self, box_head: nn.Module, **parts):
+    def __init__(self, box_head: nn.Module, box_predictor: FastRCNNOutputLayers, **parts):
         super().__init__(**parts)
         self.box_head = box_head
+        self.box_predictor = box_predictor
 
     def region_features(self, pooled: Tensor) -> Tensor:
         return self.box_head(pooled)

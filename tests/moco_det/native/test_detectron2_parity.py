@@ -1,0 +1,281 @@
+"""The native engine against Detectron2 itself: one config, one state_dict, one seed, same numbers.
+
+Runs where `detectron2` can be imported (its compiled part is not needed).
+"""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
+
+from detectron2.config import get_cfg
+from detectron2.layers import get_norm
+from detectron2.modeling import build_backbone as build_detectron2_backbone
+from detectron2.modeling import build_model as build_detectron2
+from detectron2.modeling import build_proposal_generator
+from detectron2.modeling import build_roi_heads as build_detectron2_roi_heads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from moco_det.native.rcnn import build_backbone, build_model
+from moco_det.native.roi_heads import build_roi_heads
+from moco_det.native.rpn import build_rpn
+
+warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """As facebookresearch/moco's detection script registers it."""
+
+    @classmethod
+    def _build_res5_block(cls, cfg):
+        res5, out_channels = super()._build_res5_block(cfg)
+        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, out_channels))
+        return res5, out_channels
+
+
+MOCO_C4 = """
+MODEL.RESNETS.NORM SyncBN MODEL.RESNETS.STRIDE_IN_1X1 False MODEL.BACKBONE.FREEZE_AT 0
+MODEL.ROI_HEADS.NAME Res5ROIHeadsExtraNorm MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 8
+MODEL.PIXEL_STD [57.375,57.12,58.395]
+"""
+FPN = """
+MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.OUT_FEATURES
+['res2','res3','res4','res5'] MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5']
+MODEL.ANCHOR_GENERATOR.SIZES [[32],[64],[128],[256],[512]] MODEL.RPN.IN_FEATURES
+['p2','p3','p4','p5','p6'] MODEL.ROI_HEADS.NAME StandardROIHeads MODEL.ROI_HEADS.IN_FEATURES
+['p2','p3','p4','p5'] MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead
+MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 7 MODEL.ROI_BOX_HEAD.FC_DIM 128
+MODEL.RPN.PRE_NMS_TOPK_TRAIN 300 MODEL.RPN.PRE_NMS_TOPK_TEST 200
+"""
+R18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 "
+COMMON = """
+MODEL.DEVICE cpu MODEL.ROI_HEADS.NUM_CLASSES 5 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16
+MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.1 MODEL.RPN.POST_NMS_TOPK_TRAIN 200
+MODEL.RPN.POST_NMS_TOPK_TEST 60
+"""
+CASES = {
+    "R50-C4-extra-norm": MOCO_C4,
+    "R18-FPN-BN": FPN + R18 + "MODEL.RESNETS.NORM BN MODEL.ROI_BOX_HEAD.NUM_FC 2",
+    "R50-FPN-FrozenBN": FPN + "MODEL.ROI_BOX_HEAD.NUM_FC 2",
+    # Every other option that both engines know, away from its default.
+    "R18-FPN-options": FPN
+    + R18
+    + """MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 3 MODEL.FPN.NORM BN
+    MODEL.ROI_BOX_HEAD.NORM GN MODEL.ROI_BOX_HEAD.NUM_CONV 1 MODEL.ROI_BOX_HEAD.CONV_DIM 64
+    MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True
+    MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA 0.5 MODEL.RPN.SMOOTH_L1_BETA 0.1
+    MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT 2.0 MODEL.RPN.LOSS_WEIGHT 0.5
+    MODEL.RPN.BBOX_REG_LOSS_WEIGHT 3.0 MODEL.PROPOSAL_GENERATOR.MIN_SIZE 4
+    MODEL.ANCHOR_GENERATOR.OFFSET 0.5 MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO 2
+    MODEL.ROI_HEADS.PROPOSAL_APPEND_GT False TEST.DETECTIONS_PER_IMAGE 7""",
+    "R50-C5-dilated": """MODEL.RESNETS.OUT_FEATURES ['res5'] MODEL.RESNETS.RES5_DILATION 2
+    MODEL.RPN.IN_FEATURES ['res5'] MODEL.ROI_HEADS.IN_FEATURES ['res5'] MODEL.ROI_HEADS.NAME
+    StandardROIHeads MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 1
+    MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 4""",
+}
+
+
+def make_cfg(options: str):
+    cfg = get_cfg()
+    cfg.merge_from_list((COMMON + options).split())
+    return cfg
+
+
+# Output spreads with which all parts have something to do: overlapping proposals, sure detections.
+SPREADS = {"objectness_logits": 2.0, "anchor_deltas": 0.3, "cls_score": 3.0, "bbox_pred": 1.0}
+
+
+def randomise(model, batch) -> None:
+    """Norms that are not the identity and fit the batch, and predictors scaled to `SPREADS`."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        uniform = torch.rand(value.shape, generator=generator)
+        if name.endswith(("norm.weight", "norm.running_var")):
+            value.copy_(0.5 + uniform)
+        elif name.endswith(("norm.bias", "norm.running_mean")):
+            value.copy_(uniform - 0.5)
+
+    batch_norms = [m for m in model.modules() if hasattr(m, "momentum")]
+    for module in batch_norms:
+        module.momentum = 1.0
+    with torch.no_grad(), EventStorage():
+        model(batch)
+    for module in batch_norms:
+        module.momentum = 0.1
+
+    def rescale(module, inputs, output):
+        module.weight.data.mul_(SPREADS[module.name] / output.std())
+        return module.forward(*inputs)
+
+    hooks = []
+    for name, module in model.named_modules():
+        module.name = name.split(".")[-1]
+        if module.name in SPREADS:
+            hooks.append(module.register_forward_hook(rescale))
+    with torch.no_grad():
+        model.eval()(batch)
+    for hook in hooks:
+        hook.remove()
+
+
+GT_BOXES = [
+    torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.5, 8.25, 120.0, 90.0], [2.0, 2.0, 30.0, 34.0]]),
+    torch.tensor([[5.0, 20.0, 110.0, 75.0]]),
+]
+GT_CLASSES = [torch.tensor([0, 3, 4]), torch.tensor([2])]
+ORIGINAL = [(200, 260), (81, 120)]
+
+
+def detectron2_batch(images, gt_boxes=GT_BOXES, gt_classes=GT_CLASSES):
+    batch = []
+    for image, boxes, classes, (height, width) in zip(
+        images, gt_boxes, gt_classes, ORIGINAL, strict=True
+    ):
+        instances = Instances(image.shape[1:], gt_boxes=Boxes(boxes), gt_classes=classes)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+def native_batch(images, gt_boxes=GT_BOXES, gt_classes=GT_CLASSES):
+    return [
+        {"image": i, "gt_boxes": b, "gt_classes": c, "height": h, "width": w}
+        for i, b, c, (h, w) in zip(images, gt_boxes, gt_classes, ORIGINAL, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(96, 128), (81, 120)]  # they need padding, for the batch and for the FPN
+    return [torch.randint(0, 256, (3, *s), dtype=torch.uint8, generator=generator) for s in sizes]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, images):
+    """(Detectron2's model, the native one) with the same weights; both are left in train mode."""
+    cfg = make_cfg(CASES[request.param])
+    torch.manual_seed(0)
+    theirs, ours = build_detectron2(cfg), build_model(cfg)
+    randomise(theirs, detectron2_batch(images))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def assert_close(ours, theirs, what: str) -> None:
+    """Equal shapes, and differences below 1e-4 of the largest value."""
+    assert ours.shape == theirs.shape, what
+    if theirs.numel():
+        error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
+        assert error < 1e-4, f"{what}: relative error {error:.2g}"
+
+
+def run_training(model, batch, seed=0):
+    """Losses and gradients; running statistics are put back."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(before)
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients, after
+
+
+def test_trainable_parameters(pair):
+    """In the same order, too: optimizer states go by position."""
+    theirs, ours = ([(k, p.requires_grad) for k, p in m.named_parameters()] for m in pair)
+    assert ours == theirs
+
+
+def test_features_rpn_outputs_and_proposals(pair, images):
+    theirs, ours = (m.eval() for m in pair)
+    with torch.no_grad():
+        image_list = theirs.preprocess_image(detectron2_batch(images))
+        padded, sizes = ours.preprocess(images)
+        assert_close(padded, image_list.tensor, "normalised images")
+        expected, features = theirs.backbone(image_list.tensor), ours.backbone(padded)
+        assert set(features) == set(expected)
+        for name in expected:
+            assert_close(features[name], expected[name], name)
+
+        names = theirs.proposal_generator.in_features
+        outputs = [m.proposal_generator.rpn_head([expected[n] for n in names]) for m in pair]
+        for theirs_out, ours_out in zip(*outputs, strict=True):
+            for name, a, b in zip(names, ours_out, theirs_out, strict=True):
+                assert_close(a, b, f"RPN head on {name}")
+
+        instances, _ = theirs.proposal_generator(image_list, expected, None)
+        proposals, _ = ours.proposal_generator(features, sizes)
+    for found, instance in zip(proposals, instances, strict=True):
+        assert len(found) > 20
+        assert_close(found, instance.proposal_boxes.tensor, "proposals")
+
+
+def test_losses_gradients_and_running_statistics(pair, images):
+    theirs, ours = pair
+    expected, expected_grads, expected_state = run_training(theirs, detectron2_batch(images))
+    losses, grads, state = run_training(ours, native_batch(images))
+    assert list(losses) == list(expected)
+    for name in expected:
+        assert expected[name] > 1e-3
+        assert_close(losses[name], expected[name], name)
+    assert list(grads) == list(expected_grads)
+    for name, gradient in expected_grads.items():
+        assert_close(grads[name], gradient, f"gradient of {name}")
+    for name in state:
+        if name.endswith(("running_mean", "running_var")):
+            assert_close(state[name], expected_state[name], name)
+
+
+def test_losses_without_ground_truth(pair, images):
+    none = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    expected, _, _ = run_training(pair[0], detectron2_batch(images, *none))
+    losses, grads, _ = run_training(pair[1], native_batch(images, *none))
+    for name in expected:
+        assert_close(losses[name], expected[name], name)
+    assert losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+def test_detections(pair, images):
+    theirs, ours = (m.eval() for m in pair)
+    with torch.no_grad():
+        expected = [x["instances"] for x in theirs(detectron2_batch(images))]
+        detections = ours(native_batch(images))
+    for found, instances in zip(detections, expected, strict=True):
+        assert len(instances) > 3
+        assert_close(found["boxes"], instances.pred_boxes.tensor, "boxes")
+        assert_close(found["scores"], instances.scores, "scores")
+        assert torch.equal(found["classes"], instances.pred_classes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_initialisation_from_one_seed(case):
+    """Same distributions, drawn in the same order: the very same numbers."""
+    cfg = make_cfg(CASES[case])
+    backbone = build_backbone(cfg)
+    shape = build_detectron2_backbone(cfg).output_shape()
+    builders = {
+        "backbone": (lambda: build_detectron2_backbone(cfg), lambda: build_backbone(cfg)),
+        "rpn": (lambda: build_proposal_generator(cfg, shape), lambda: build_rpn(cfg, backbone)),
+        "roi_heads": (
+            lambda: build_detectron2_roi_heads(cfg, shape),
+            lambda: build_roi_heads(cfg, backbone),
+        ),
+    }
+    for part, builds in builders.items():
+        states = []
+        for build in builds:
+            torch.manual_seed(7)
+            states.append(build().state_dict())
+        assert list(states[1]) == list(states[0]), part
+        for name in states[0]:
+            assert torch.equal(states[1][name], states[0][name]), name
