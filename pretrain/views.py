@@ -75,10 +75,10 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     short = min(height, width)
     if short != size:
-        scale = round(size * 256 / 224) / short
-        height, width = max(size, round(height * scale)), max(size, round(width * scale))
+        target = round(size * 256 / 224)
+        height, width = (target * side // short for side in (height, width))
         image = resize(image, height, width)
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = round((height - size) / 2), round((width - size) / 2)  # as torchvision rounds
     return image[top : top + size, left : left + size]
 
 
