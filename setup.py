@@ -15,6 +15,7 @@ setup(
         # The headless build of opencv-python: the same `cv2`, and it imports on servers without libGL.
         "opencv-python-headless>=4.8",
         "pyyaml",
+        "tabulate",
         "tensorboard",
     ],
     extras_require={"test": ["pytest", "ruff", "scipy", "scikit-learn"]},
