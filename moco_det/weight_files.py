@@ -196,13 +196,15 @@ def write_weights(
 def _write(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        if path.suffix == ".pkl":
-            _ArrayPickler(file, protocol=4).dump(_with_arrays(content))
-            return
         try:
-            torch.save(dict(content), file)
+            if path.suffix == ".pkl":
+                _ArrayPickler(file, protocol=4).dump(_with_arrays(content))
+            else:
+                torch.save(dict(content), file)
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(_first_line(error)) from error
+        file.flush()
+        os.fsync(file.fileno())  # some file systems report a full disk only here
 
 
 def _with_arrays(value: object) -> object:
