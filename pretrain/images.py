@@ -158,13 +158,17 @@ class GlobalBatches(Sampler):
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
-    """A DataLoader whose workers use one thread each; with a batch sampler they outlive epochs."""
+    """A DataLoader whose workers use one thread each; with a batch sampler they outlive epochs.
+
+    It has a generator of its own, so that it takes no draw from the process's.
+    """
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0 and "batch_sampler" in kwargs,
         worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),
         **kwargs,
     )
 

@@ -84,7 +84,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.recipe:
-        args = parser.parse_args(recipe_flags(args.recipe, parser) + argv)
+        recipe = vars(parser.parse_args([*recipe_flags(args.recipe, parser), "--", args.data]))
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")

@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,7 +55,8 @@ class Trainer:
         make_output_folder(self.output)
         resumed_from, state = find_checkpoint(args.resume, self.output)
         self.seed = agree_on_seed(args.seed, state, device)
-        torch.manual_seed(self.seed)
+        for seed_generator in (torch.manual_seed, random.seed, np.random.seed):
+            seed_generator(self.seed)
         torch.backends.cudnn.benchmark = args.seed is None
         torch.backends.cudnn.deterministic = args.seed is not None
 
@@ -91,6 +93,7 @@ class Trainer:
         """The rest of epoch `epoch` from where the run stands."""
         self.epoch = epoch
         self.batches.start(epoch, self.step_in_epoch)
+        self.loader.generator.manual_seed(self.seed + epoch)  # the workers' seeds
         self.set_learning_rate(epoch)
         self.model.train()
         self.window.reset()

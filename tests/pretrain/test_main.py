@@ -1,0 +1,315 @@
+"""The pretraining command as a user runs it: launches, resumes, bad input."""
+
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pretrain import checkpoints
+from pretrain.checkpoints import LAST
+from pretrain.errors import EXIT_INTERRUPTED, UserError
+from pretrain.main import parse
+from pretrain.training import train
+
+FLAGS = [
+    "-a", "resnet18", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
+    "--mlp", "--aug-plus", "--cos", "--epochs", "3", "-j", "1", "--seed", "7", "-p", "1",
+]  # fmt: skip
+STEPS = 9  # 3 epochs of 3 steps: 50 images in batches of 16
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """50 small noisy images, and DATA/val so that the kNN monitor runs."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 25), ("val", 4)):
+        for label in ("a", "b"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (40, 40, 3)))
+    return root
+
+
+def command(repository, images, output, *flags, launcher=()):
+    main = str(repository / "pretrain" / "main.py")
+    return [sys.executable, *launcher, main, str(images), *FLAGS, "--output", str(output), *flags]
+
+
+def run(repository, images, output, *flags, launcher=(), **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(repository, images, output, *flags, launcher=launcher),
+        env=env, capture_output=True, text=True, timeout=300, **kwargs,
+    )  # fmt: skip
+
+
+def checkpoint(output) -> dict:
+    return torch.load(output / LAST, weights_only=True)
+
+
+def losses(output) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same_bits(one, two, path="checkpoint"):
+    """Every tensor and value of two nested checkpoints is equal, bit for bit."""
+    assert type(one) is type(two), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype, path
+        assert torch.equal(one, two), path
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            if key not in ("output", "resume"):  # flags that the two commands differ in
+                assert_same_bits(one[key], two[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same_bits(a, b, f"{path}/{i}")
+    else:
+        assert one == two, path
+
+
+@pytest.fixture(scope="module")
+def whole_run(images, tmp_path_factory):
+    """One uninterrupted run in one process with two BN groups: its output folder."""
+    from conftest import REPOSITORY
+
+    output = tmp_path_factory.mktemp("whole")
+    done = run(REPOSITORY, images, output, "--knn-every", "2")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
+    state = checkpoint(whole_run)
+    assert state["epoch"] == 3
+    assert state["step"] == STEPS
+    assert state["arch"] == "resnet18"
+    assert int(state["state_dict"]["module.queue_ptr"]) == STEPS * 16 % 40
+    assert list(whole_run.glob("events.out.tfevents.*"))
+    kept = sorted(path.name for path in whole_run.glob("checkpoint_0*"))
+    assert kept == ["checkpoint_0002.pth.tar", "checkpoint_0003.pth.tar"]
+    lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 2, 3]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert steps[0]["chance_loss"] == pytest.approx(np.log(41))
+    assert [line["queue_fill"] for line in steps[:3]] == [0.4, 0.8, 1.0]
+    assert all(-1 <= line["positive_similarity"] <= 1 for line in steps)
+    assert all(0 <= line["data_wait"] <= 1 for line in steps)
+    assert [line["lr"] for line in steps[::3]] == pytest.approx([0.03, 0.0225, 0.0075])
+
+
+def test_two_processes_train_as_two_groups_do(repository, images, tmp_path, whole_run):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(repository, images, tmp_path, "--knn-every", "2", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    one, two = checkpoint(whole_run)["state_dict"], checkpoint(tmp_path)["state_dict"]
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole_run), rtol=1e-4)
+
+
+def test_the_official_launch_flags_run_on_a_cpu(repository, images, tmp_path, whole_run):
+    official = "--dist-url tcp://localhost:0 --multiprocessing-distributed --world-size 1 --rank 0"
+    done = run(repository, images, tmp_path, "--knn-every", "2", *official.split())
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(
+        checkpoint(tmp_path)["state_dict"], checkpoint(whole_run)["state_dict"], "state_dict"
+    )
+
+
+def start(repository, images, output, *flags):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(repository, images, output, *flags),
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_steps(process, count: int) -> None:
+    """Read the run's output until `count` steps were reported."""
+    steps = (line for line in process.stdout if line.startswith("epoch") and "loss" in line)
+    assert len(list(itertools.islice(steps, count))) == count
+
+
+def test_a_killed_run_resumes_to_the_same_bits(repository, images, tmp_path, whole_run):
+    flags = ("--knn-every", "2", "--save-steps", "2")
+    whole = tmp_path / "whole"
+    assert run(repository, images, whole, *flags).returncode == 0
+    killed = tmp_path / "killed"
+    rng = np.random.default_rng()
+    process = start(repository, images, killed, *flags)
+    wait_for_steps(process, int(rng.integers(2, STEPS)))
+    time.sleep(float(rng.uniform(0, 0.2)))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped_at = checkpoint(killed)["step"]
+    assert 0 < stopped_at <= STEPS
+
+    done = run(repository, images, killed, *flags, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(checkpoint(killed), checkpoint(whole))
+    assert losses(killed) == losses(whole) == losses(whole_run)
+
+
+def test_sigterm_saves_and_resumes_to_the_same_bits(repository, images, tmp_path, whole_run):
+    process = start(repository, images, tmp_path, "--knn-every", "2")
+    wait_for_steps(process, 4)  # within the second epoch
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's workers hear it too
+    process.stdout.read()
+    assert process.wait() == EXIT_INTERRUPTED
+    assert 4 <= checkpoint(tmp_path)["step"] < STEPS
+    done = run(repository, images, tmp_path, "--knn-every", "2", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(checkpoint(tmp_path), checkpoint(whole_run))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(repository, images, tmp_path):
+    assert run(repository, images, tmp_path, "--epochs", "1").returncode == 0
+    before = (tmp_path / LAST).read_bytes()
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+
+    done = run(repository, images, tmp_path, "--resume", "auto", preexec_fn=limit_file_size)
+    assert done.returncode == 1
+    assert "could not save" in done.stderr
+    assert "is intact" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / LAST).read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_official_layout_resumes(repository, images, tmp_path, whole_run):
+    """A file as main_moco.py writes it: four entries, no position within the epoch."""
+    ours = checkpoint(whole_run)
+    official = {key: ours[key] for key in ("arch", "state_dict", "optimizer")} | {"epoch": 2}
+    torch.save(official, tmp_path / "checkpoint_0001.pth.tar")
+    done = run(repository, images, tmp_path, "--resume", str(tmp_path / "checkpoint_0001.pth.tar"))
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2, step 6" in done.stdout
+    assert checkpoint(tmp_path)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bn-groups", "1"], "at least two BN groups"),
+        (["-b", "64"], "50 images .* fewer than the global batch of 64"),
+        (["--lr", "1e30"], "the loss is nan at step .* none is saved yet"),
+        (["--resume", "absent.pth.tar"], "no checkpoint at absent.pth.tar"),
+        (["-a", "resnet1"], "unknown --arch resnet1"),
+    ],
+    ids=["groups", "batch", "nan", "resume", "arch"],
+)
+def test_bad_input_is_named(images, tmp_path, flags, message):
+    argv = [str(images), *FLAGS, "-j", "0", "--knn-every", "0", "--output", str(tmp_path), *flags]
+    with pytest.raises(UserError, match=message):
+        train(parse(argv), torch.device("cpu"))
+
+
+def test_an_error_is_one_line_without_traceback(repository, tmp_path):
+    done = run(repository, tmp_path / "absent", tmp_path / "output")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: no such folder")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path, whole_run):
+    flags = ["-a", "resnet34", "--resume", str(whole_run / LAST), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="holds a resnet18, not a resnet34"):
+        train(parse([str(images), *FLAGS, *flags]), torch.device("cpu"))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "notes.pth.tar").write_text("no checkpoint")
+    with pytest.raises(UserError, match="not a checkpoint that can be read safely"):
+        checkpoints.load(tmp_path / "notes.pth.tar")
+    torch.save({"epoch": 1}, tmp_path / "other.pth.tar")
+    with pytest.raises(UserError, match="no 'state_dict'"):
+        checkpoints.load(tmp_path / "other.pth.tar")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "evil.pth.tar")
+    with pytest.raises(UserError, match="read safely"):
+        checkpoints.load(tmp_path / "evil.pth.tar")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        content = path.read_bytes()
+        (data / f"{i:02d}.png").write_bytes(content if i else content[:300])
+    argv = [str(data), *FLAGS, "--epochs", "1", "-b", "25", "--bn-groups", "5", "-j", "0"]
+    argv += ["--output", str(tmp_path / "output")]
+    train(parse([*argv, "--max-unreadable", "0.02"]), torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert "warning: unreadable image 1: " in printed
+    assert "00.png: truncated file" in printed
+    with pytest.raises(UserError, match="1 of 50 images .* than --max-unreadable 0.01 allows"):
+        train(parse(argv), torch.device("cpu"))
+
+
+def test_a_flag_beside_a_recipe_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("arch: resnet18\nbatch_size: 64\nlr: 0.06\nmlp: true\nschedule: [1, 2]\n")
+    args = parse(["DATA", "--recipe", str(recipe), "-b", "32", "--no-mlp"])
+    assert (args.arch, args.batch_size, args.lr, args.mlp) == ("resnet18", 32, 0.06, False)
+    assert args.schedule == [1, 2]
+
+
+def test_an_unknown_recipe_key_names_the_nearest(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("moco_kk: 64\n")
+    with pytest.raises(UserError, match="unknown key 'moco_kk'.*did you mean moco-k"):
+        parse(["DATA", "--recipe", str(recipe)])
+
+
+def test_the_recipes_of_the_repository_parse(repository):
+    recipes = sorted((repository / "configs" / "pretrain").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        parse(["DATA", "--recipe", str(recipe)])
+
+
+def test_the_published_commands_parse():
+    v1 = (
+        "-a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
+        "--multiprocessing-distributed --world-size 1 --rank 0 DATA"
+    )
+    args = parse(v1.split())
+    assert (args.arch, args.lr, args.batch_size, args.schedule) == (
+        "resnet50",
+        0.03,
+        256,
+        [120, 160],
+    )
+    assert (args.moco_k, args.moco_m, args.moco_t, args.moco_dim) == (65536, 0.999, 0.07, 128)
+    v2 = parse((v1 + " --mlp --moco-t 0.2 --aug-plus --cos").split())
+    assert v2.mlp
+    assert v2.aug_plus
+    assert v2.cos
+    assert v2.moco_t == 0.2
