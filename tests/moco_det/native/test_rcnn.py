@@ -1,0 +1,213 @@
+"""The whole detector: Detectron2's recorded numbers, input and output conventions, bad configs."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from moco_det.config import get_cfg
+from moco_det.errors import UserError
+from moco_det.native.rcnn import build_backbone, build_model, rescale
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def load_recorder():
+    spec = importlib.util.spec_from_file_location("record_model", GOLDEN / "record_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recorder = load_recorder()
+
+
+def small_cfg(*options):
+    """R-18 FPN with a small head, on the CPU."""
+    cfg = get_cfg()
+    cfg.merge_from_list(recorder.options("R18-FPN"))
+    cfg.merge_from_list(["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, *options])
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build_model(small_cfg())
+    recorder.fill(model)
+    return model
+
+
+def example(height=64, width=64, boxes=((8.0, 8.0, 40.0, 48.0),), classes=(1,), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator),
+        "gt_boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "gt_classes": torch.tensor(classes, dtype=torch.int64),
+    }
+
+
+@pytest.mark.parametrize("case", recorder.CASES)
+def test_numbers_recorded_from_detectron2(case):
+    cfg = get_cfg()
+    cfg.merge_from_list(recorder.options(case))
+    model = build_model(cfg)
+    recorder.fill(model)
+    truth = zip(recorder.GT_BOXES, recorder.GT_CLASSES, recorder.ORIGINAL, strict=True)
+    batch = [
+        {"image": image, "gt_boxes": boxes, "gt_classes": classes, "height": h, "width": w}
+        for image, (boxes, classes, (h, w)) in zip(recorder.images(), truth, strict=True)
+    ]
+    with torch.no_grad():
+        found = model.eval()(batch)
+        losses = model.train()(batch)
+    found = [(x["boxes"], x["scores"], x["classes"]) for x in found]
+    result = recorder.summarise(losses, found)
+
+    expected = json.loads((GOLDEN / "detectron2_model.json").read_text())[case]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+    for ours, theirs in zip(result["detections"], expected["detections"], strict=True):
+        assert ours["count"] == theirs["count"] > 10
+        assert ours["classes"] == theirs["classes"]
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-3)
+        torch.testing.assert_close(
+            torch.tensor(ours["boxes"]), torch.tensor(theirs["boxes"]), rtol=1e-3, atol=1e-2
+        )
+
+
+def test_preprocess_normalises_and_pads(model):
+    """Per channel (x - mean) / std, then zeros to the largest size and a multiple of 32."""
+    images = [torch.full((3, 40, 70), 100, dtype=torch.uint8), torch.zeros(3, 50, 33)]
+    padded, sizes = model.preprocess(images)
+    assert padded.shape == (2, 3, 64, 96)
+    assert sizes == [(40, 70), (50, 33)]
+    mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([57.375, 57.12, 58.395])
+    torch.testing.assert_close(padded[0, :, 7, 9], (100 - mean) / std)
+    torch.testing.assert_close(padded[1, :, 49, 32], -mean / std)
+    assert padded[0, :, 40:].abs().max() == padded[0, :, :, 70:].abs().max() == 0
+    assert padded[1, :, 50:].abs().max() == padded[1, :, :, 33:].abs().max() == 0
+
+
+def test_checkpoint_holds_no_pixel_statistics(model):
+    assert not [
+        name for name in model.state_dict() if "pixel" in name or "anchor_generator" in name
+    ]
+
+
+def test_image_type_does_not_matter(model):
+    model.eval()
+    x = example()
+    as_bytes, as_floats = model([x]), model([{"image": x["image"].float()}])
+    assert torch.equal(as_bytes[0]["boxes"], as_floats[0]["boxes"])
+
+
+def test_rescale_by_hand():
+    found = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0], [0.0, 0.0, 50.0, 100.0], [7.0] * 4]),
+        "scores": torch.tensor([0.9, 0.8, 0.7]),
+        "classes": torch.tensor([2, 1, 0]),
+    }
+    result = rescale(found, size=(100, 50), original=(50, 100))
+    assert result["boxes"].tolist() == [[20.0, 10.0, 60.0, 20.0], [0.0, 0.0, 100.0, 50.0]]
+    assert result["classes"].tolist() == [2, 1]  # the empty box is gone
+    torch.testing.assert_close(result["scores"], torch.tensor([0.9, 0.8]))
+
+
+def test_detections_come_in_pixels_of_the_original(model):
+    model.eval()
+    x = example(64, 96)
+    (plain,) = model([x])
+    (doubled,) = model([x | {"height": 128, "width": 96}])
+    assert len(plain["boxes"]) > 0
+    torch.testing.assert_close(doubled["boxes"], plain["boxes"] * torch.tensor([1.0, 2.0] * 2))
+    assert plain["boxes"][:, 2].max() <= 96
+    assert plain["boxes"][:, 3].max() <= 64
+    assert (plain["scores"].diff() <= 0).all()
+    assert plain["boxes"].dtype == plain["scores"].dtype == torch.float32
+    assert plain["classes"].dtype == torch.int64
+    assert not plain["boxes"].requires_grad
+
+
+def test_image_without_objects_trains(model):
+    model.train().zero_grad()
+    losses = model([example(), example(boxes=(), classes=(), seed=1)])
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    losses = model([example(boxes=(), classes=())])
+    assert losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
+    sum(losses.values()).backward()  # every parameter still gets a gradient: DDP waits for it
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_channels_last_gives_the_same_losses():
+    losses = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = build_model(small_cfg())
+        recorder.fill(model)
+        model.to(memory_format=layout)
+        torch.manual_seed(0)
+        losses.append({k: v.item() for k, v in model([example(64, 96)]).items()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bfloat16_autocast_is_close():
+    torch.manual_seed(0)
+    model = build_model(small_cfg())
+    recorder.fill(model)
+    torch.manual_seed(0)
+    expected = model([example(96, 96)])
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([example(96, 96)])
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.1)
+    sum(losses.values()).backward()
+
+
+def test_learns_one_image():
+    """Overfits: after a few steps it finds the object it was shown, where it was shown."""
+    torch.manual_seed(0)
+    model = build_model(
+        small_cfg("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 64)
+    )
+    x = example(64, 64, boxes=((16.0, 16.0, 48.0, 48.0),), classes=(2,))
+    x["image"][:, 16:48, 16:48] //= 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(40):
+        losses = model([x, x])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    # Running statistics lag behind after 40 steps; the batch is the population here.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model([x, x])
+    (found,) = model.eval()([x])
+    assert found["classes"][0] == 2
+    assert found["scores"][0] > 0.7
+    assert box_iou(found["boxes"][:1], x["gt_boxes"]) > 0.75
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.MASK_ON", True),
+        ("MODEL.KEYPOINT_ON", True),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ("MODEL.BACKBONE.NAME", "build_vit"),
+        ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(key, value):
+    message = f"{key} {value!r} is not in the native engine yet"
+    with pytest.raises(UserError, match=message):
+        build_model(small_cfg(key, value))
+    with pytest.raises(UserError, match=message):
+        build_backbone(small_cfg(key, value))
