@@ -4,6 +4,7 @@ Shapes: N images, R regions over all images, C channels.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -52,20 +53,27 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale + shift
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """BatchNorm over the union of all processes' batches, on the GPU and on the CPU.
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the union of all processes' batches, on the CPU.
 
-    `nn.SyncBatchNorm` refuses CPU tensors; this one computes the same there with two differentiable
-    sums over the processes. Each process counts with its own number of values, which differ after
-    ROI pooling and for padded images. In a single process it is plain BatchNorm.
+    `nn.SyncBatchNorm` refuses CPU tensors, and DistributedDataParallel refuses it in CPU models;
+    this is the same by two differentiable sums over the processes. Each process counts with its own
+    number of values, which differ after ROI pooling and for padded images. In a single process it
+    is plain BatchNorm.
     """
 
+    @classmethod
+    def from_sync_batch_norm(cls, norm: nn.SyncBatchNorm) -> "CPUSyncBatchNorm":
+        """The same layer: it takes over the parameters and buffers themselves."""
+        synced = cls(norm.num_features, norm.eps, norm.momentum)
+        for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
+            setattr(synced, name, tensor)
+        return synced
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return super().forward(x)
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if alone or not self.training:
-            return nn.BatchNorm2d.forward(self, x)
+            return super().forward(x)
         return self._normalise_union(x.float()).to(x.dtype)
 
     def _normalise_union(self, x: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 NORMS = {
     "BN": nn.BatchNorm2d,
-    "SyncBN": SyncBatchNorm,
+    "SyncBN": nn.SyncBatchNorm,
     "FrozenBN": FrozenBatchNorm2d,
     "GN": lambda channels: nn.GroupNorm(32, channels),
 }
@@ -141,10 +149,20 @@ class ConvNorm(nn.Conv2d):
 def freeze(module: nn.Module) -> None:
     """No parameter of `module` is trained any more, and no BatchNorm in it updates."""
     module.requires_grad_(False)
-    for child in list(module.modules()):
-        for name, grandchild in child.named_children():
-            if isinstance(grandchild, nn.BatchNorm2d | nn.SyncBatchNorm):
-                setattr(child, name, FrozenBatchNorm2d.from_batch_norm(grandchild))
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    _replace(module, kinds, FrozenBatchNorm2d.from_batch_norm)
+
+
+def sync_on_cpu(module: nn.Module) -> None:
+    """Make every SyncBatchNorm below `module` one that works on the CPU."""
+    _replace(module, nn.SyncBatchNorm, CPUSyncBatchNorm.from_sync_batch_norm)
+
+
+def _replace(module: nn.Module, kinds, convert: Callable[[nn.Module], nn.Module]) -> None:
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, kinds):
+                setattr(parent, name, convert(child))
 
 
 def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:

@@ -13,6 +13,7 @@ from moco_det.config import SUPPORTED, leaves
 from moco_det.errors import UserError
 from moco_det.native.boxes import nonempty
 from moco_det.native.fpn import build_resnet_fpn
+from moco_det.native.layers import sync_on_cpu
 from moco_det.native.resnet import build_resnet
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
@@ -151,4 +152,7 @@ def build_model(cfg) -> GeneralizedRCNN:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
-    return model.to(cfg.MODEL.DEVICE)
+    model.to(cfg.MODEL.DEVICE)
+    if model.device.type == "cpu":
+        sync_on_cpu(model)
+    return model

@@ -271,10 +271,10 @@ class StandardROIHeads(ROIHeads):
 
 
 def build_res5(cfg, extra_norm: bool) -> nn.Sequential:
-    """Stage res5 on pooled regions; `extra_norm` appends one more norm (MoCo, section 4.2).
+    """Stage res5 on pooled regions.
 
-    Fine-tuning only frozen features is what C4 detectors do; MoCo tunes BN, and adds this one so
-    that the new layers on top see normalised features.
+    `extra_norm` appends a norm, as `roi_heads.res5.norm`: MoCo's head (appendix A.1), where it
+    calibrates the magnitudes that the new layers see (section 4.2).
     """
     resnets = cfg.MODEL.RESNETS
     out_channels = resnets.RES2_OUT_CHANNELS * 8

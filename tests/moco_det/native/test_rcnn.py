@@ -194,6 +194,54 @@ def test_learns_one_image():
     assert box_iou(found["boxes"][:1], x["gt_boxes"]) > 0.75
 
 
+def two_images():
+    """Of one size and with one object each, so that both count the same in every mean."""
+    return [example(96, 96, seed=1), example(96, 96, ((30.0, 20.0, 90.0, 70.0),), (3,), seed=2)]
+
+
+def losses_and_gradients(model, batch):
+    losses = model(batch)
+    sum(losses.values()).backward()
+    return {k: v.detach() for k, v in losses.items()}
+
+
+def _ddp_process(process: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2
+    )
+    model = synced_model()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    losses = losses_and_gradients(parallel, [two_images()[process]])
+    state = {k: v for k, v in model.state_dict().items() if "running" in k}
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    torch.save((losses, gradients, state), f"{folder}/{process}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def synced_model():
+    norms = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD")]
+    model = build_model(small_cfg(*(x for norm in norms for x in (norm, "SyncBN"))))
+    recorder.fill(model)
+    return model
+
+
+def test_two_processes_with_sync_bn_equal_one(tmp_path):
+    """2 processes x 1 image: mean losses, gradients and statistics of 1 process x 2 images."""
+    torch.multiprocessing.spawn(_ddp_process, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
+    model = synced_model()
+    expected = losses_and_gradients(model, two_images())
+    for name, value in expected.items():
+        mean = sum(losses[name] for losses, _, _ in results) / 2
+        torch.testing.assert_close(mean, value, rtol=1e-4, atol=0)
+    for _, gradients, state in results:
+        for name, gradient in gradients.items():
+            error = (gradient - model.get_parameter(name).grad).abs().max() / gradient.abs().max()
+            assert error < 1e-3, name
+        for name, value in state.items():
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
