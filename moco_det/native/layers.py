@@ -53,7 +53,7 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale + shift
 
 
-class CPUSyncBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the union of all processes' batches, on the CPU.
 
     `nn.SyncBatchNorm` refuses CPU tensors, and DistributedDataParallel refuses it in CPU models;
@@ -63,7 +63,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     """
 
     @classmethod
-    def from_sync_batch_norm(cls, norm: nn.SyncBatchNorm) -> "CPUSyncBatchNorm":
+    def from_sync_batch_norm(cls, norm: nn.SyncBatchNorm) -> "SyncBatchNorm":
         """The same layer: it takes over the parameters and buffers themselves."""
         synced = cls(norm.num_features, norm.eps, norm.momentum)
         for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
@@ -155,7 +155,7 @@ def freeze(module: nn.Module) -> None:
 
 def sync_on_cpu(module: nn.Module) -> None:
     """Make every SyncBatchNorm below `module` one that works on the CPU."""
-    _replace(module, nn.SyncBatchNorm, CPUSyncBatchNorm.from_sync_batch_norm)
+    _replace(module, nn.SyncBatchNorm, SyncBatchNorm.from_sync_batch_norm)
 
 
 def _replace(module: nn.Module, kinds, convert: Callable[[nn.Module], nn.Module]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from moco_det.config import get_cfg
 from moco_det.errors import UserError
 from moco_det.native.fpn import FPN
-from moco_det.native.layers import CPUSyncBatchNorm, FrozenBatchNorm2d, get_norm, sync_on_cpu
+from moco_det.native.layers import FrozenBatchNorm2d, SyncBatchNorm, get_norm, sync_on_cpu
 from moco_det.native.resnet import ResNet, build_resnet
 
 ALL = ["res2", "res3", "res4", "res5"]
@@ -180,7 +180,7 @@ def test_unknown_norm():
 
 def test_sync_batch_norm_alone_is_batch_norm():
     torch.manual_seed(0)
-    ours, reference = CPUSyncBatchNorm(4), nn.BatchNorm2d(4)
+    ours, reference = SyncBatchNorm(4), nn.BatchNorm2d(4)
     x = torch.randn(3, 4, 5, 6)
     assert torch.equal(ours(x), reference(x))
     assert torch.equal(ours.running_var, reference.running_var)
