@@ -62,24 +62,12 @@ class Trainer:
 
         self.model = self._build_model()
         self.loader, self.batches = self._build_data()
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),  # the key encoder's come along without gradients, as in the
-            args.lr,  # official code, so that optimizer states can be exchanged
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.model, args.lr, args.momentum, args.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.epoch, self.step_in_epoch, self.step = args.start_epoch, 0, 0
         if state is not None:
             self._resume(state, resumed_from)
-        self.parallel = self.model
-        if world_size() > 1:
-            # No broadcast of buffers: the queue is equal everywhere by construction, and running
-            # statistics are read from rank 0 only.
-            self.parallel = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+        self.parallel = parallelize(self.model)
         self.unreadable: set[str] = set()
         self.log = RunLog(self.output, self.step)
         self.window = Window(device)
@@ -114,16 +102,9 @@ class Trainer:
         im_q = im_q.to(self.device, non_blocking=True)
         im_k = im_k.to(self.device, non_blocking=True)
         order = key_order(self.seed, self.step, self.args.batch_size).to(self.device)
-        dtype = AMP_DTYPES[self.args.amp]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits, keys, queries = self.parallel(im_q, im_k, order)
-        positives = torch.zeros(len(logits), dtype=torch.long, device=self.device)
-        loss = F.cross_entropy(logits.float(), positives)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.model.enqueue(keys)
+        loss, logits, queries = moco_step(
+            self.parallel, self.optimizer, self.scaler, im_q, im_k, order, self.args.amp
+        )
         self.window.add(pretext_metrics(loss, logits, queries, self.args.moco_t), waited)
 
     def report_and_save(self) -> None:
@@ -273,6 +254,51 @@ class Trainer:
             self.log.message(f"resumed {resumed_from} at epoch {self.epoch}, step {self.step}")
         if args.knn_every and self.knn is None:
             self.log.message(f"no kNN monitor: {args.data} lacks class folders in train/ and val/")
+
+
+def moco_step(
+    model: MoCo | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    im_q: torch.Tensor,
+    im_k: torch.Tensor,
+    order: torch.Tensor,
+    amp: str = "none",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One iteration of Algorithm 1: loss, SGD on the query encoder, keys into the queue.
+
+    Args: see MoCo.forward; `amp` is a key of AMP_DTYPES.
+    Returns:
+        loss: mean over this process's queries; logits N x (1+K) and queries N x C for the log.
+    """
+    dtype = AMP_DTYPES[amp]
+    with torch.autocast(im_q.device.type, dtype, enabled=dtype is not None):
+        logits, keys, queries = model(im_q, im_k, order)
+    positives = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    loss = F.cross_entropy(logits, positives)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    getattr(model, "module", model).enqueue(keys)
+    return loss, logits, queries
+
+
+def parallelize(model: MoCo) -> MoCo | DistributedDataParallel:
+    """Average gradients over the processes, where there are several.
+
+    Buffers are not broadcast: the queue is equal everywhere by construction, and running
+    statistics are read from rank 0 only.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def build_optimizer(model: MoCo, lr: float, momentum: float, weight_decay: float):
+    """SGD with decay on all parameters; the key encoder's come along without gradients, as in the
+    official code, so that optimizer states can be exchanged."""
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
 
 
 def make_output_folder(folder: Path) -> None:

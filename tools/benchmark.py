@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Measure speed beside a reference that is timed in the same run.
+
+python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
+python tools/benchmark.py data-path --images DIR
+"""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from pretrain.speed import data_path, pretrain_step
+from pretrain.training import AMP_DTYPES
+
+
+def main() -> None:
+    args = parse_args()
+    print(f"machine: {machine(getattr(args, 'device', 'cpu'))}")
+    args.report(args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    step = commands.add_parser("pretrain-step", help="one MoCo v2 step against plain Algorithm 1")
+    step.add_argument("--arch", default="resnet50")
+    step.add_argument("--batch-size", type=int, default=16)
+    step.add_argument("--image-size", type=int, default=224)
+    step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    step.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=AMP_DTYPES)
+    step.add_argument("--rounds", type=int, default=5)
+    step.set_defaults(report=report_step)
+
+    data = commands.add_parser(
+        "data-path", help="two v2 views of a file against torchvision + PIL"
+    )
+    data.add_argument("--images", type=Path, required=True, metavar="DIR")
+    data.add_argument("--image-size", type=int, default=224)
+    data.add_argument("--rounds", type=int, default=5)
+    data.set_defaults(report=report_data)
+    return parser.parse_args()
+
+
+def report_step(args: argparse.Namespace) -> None:
+    seconds = pretrain_step(
+        args.arch, args.batch_size, args.image_size, args.device, args.amp, args.rounds
+    )
+    reference = seconds.pop("reference")
+    print(f"{'plain Algorithm 1, fp32':28s} {reference:8.4f} s/step")
+    for amp, value in seconds.items():
+        name = f"ours, {'fp32' if amp == 'none' else amp}"
+        print(f"{name:28s} {value:8.4f} s/step   ratio {reference / value:.2f}")
+
+
+def report_data(args: argparse.Namespace) -> None:
+    seconds = data_path(args.images, args.image_size, args.rounds)
+    for name, label in (("reference", "torchvision + PIL"), ("ours", "ours")):
+        print(f"{label:20s} {1 / seconds[name]:8.1f} images/s and core")
+    print(f"ratio {seconds['reference'] / seconds['ours']:.2f}")
+
+
+def machine(device: str) -> str:
+    """Processor, cores, vector instructions and versions: what a figure depends on."""
+    if device == "cuda" and torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
+        processor = names[0] if names else platform.processor()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{processor}, {len(os.sched_getaffinity(0))} cores ({capability}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
