@@ -52,6 +52,8 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
         On the main process {"bbox": {"AP", ...}}, or {set: {"bbox": ...}} where there are several
         sets (Detectron2's form); {} on the others.
     """
+    if not cfg.DATASETS.TEST:
+        comm.say("DATASETS.TEST is empty: nothing is evaluated")
     training = model.training
     model.eval()
     results = {}

@@ -76,12 +76,13 @@ def _spawn(main, num_gpus, num_machines, machine_rank, url, args) -> None:
         try:
             while not processes.join():
                 pass
-        except mp.ProcessExitedException as error:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            # A UserError in one process breaks the connections of the others: it comes first.
             if not failures.empty():
                 raise UserError(failures.get()) from None
-            if error.exit_code < 0:
-                raise UserError(f"a process of this run died: {error.msg}") from None
-            sys.exit(error.exit_code)
+            if getattr(error, "exit_code", 0) > 0:
+                sys.exit(error.exit_code)
+            raise
 
 
 @contextlib.contextmanager
@@ -104,12 +105,12 @@ def _worker(local_rank, main, num_gpus, num_machines, machine_rank, url, failure
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_gpus))
     rank = machine_rank * num_gpus + local_rank
-    try:
-        with _process_group(url, rank, num_machines * num_gpus, local_rank):
+    with _process_group(url, rank, num_machines * num_gpus, local_rank):
+        try:
             main(*args)
-    except UserError as error:  # the launching process prints it: once, whichever processes raise
-        failures.put(str(error))
-        sys.exit(1)
+        except UserError as error:  # reported once, by the launching process, whoever raises
+            failures.put(str(error))
+            sys.exit(1)
 
 
 @contextlib.contextmanager

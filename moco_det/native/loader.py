@@ -5,6 +5,7 @@ a run resumed at iteration t sees exactly what the uninterrupted run would have 
 number of loading workers.
 """
 
+import pickle
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -81,21 +82,27 @@ def training_batches(
 class MappedRecords(Dataset):
     """Records through a `Mapper`; the draws of a sample come from (seed, position) alone.
 
+    The records are held as bytes: worker processes share those with their parent, whereas touching
+    a Python object writes its reference count, and so copies its memory to every worker in time.
+
     A `UserError` is handed over as an item, because a `DataLoader` would bury it in a traceback.
     """
 
     def __init__(self, records: list[dict], mapper: Mapper, seed: int = 0):
-        self.records = records
+        pickled = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
+        self.ends = np.cumsum([0] + [len(record) for record in pickled])
+        self.pickled = b"".join(pickled)
         self.mapper = mapper
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.ends) - 1
 
     def __getitem__(self, key: Key) -> dict | UserError:
         position, index = key
+        record = pickle.loads(self.pickled[self.ends[index] : self.ends[index + 1]])
         try:
-            return self.mapper(self.records[index], np.random.default_rng((self.seed, position)))
+            return self.mapper(record, np.random.default_rng((self.seed, position)))
         except UserError as error:
             return error
 

@@ -1,5 +1,6 @@
 """Where the numbers of a run go, as in Detectron2: the console, metrics.json and TensorBoard."""
 
+import contextlib
 import json
 import math
 from datetime import timedelta
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from torch.utils.tensorboard import SummaryWriter
+
+from moco_det.errors import UserError
 
 PERIOD = 20  # iterations between two lines, and the window of the medians in them
 WARMUP = 3  # first iterations, whose time says nothing about the later ones'
@@ -33,8 +36,9 @@ class MetricLog:
         return self
 
     def __exit__(self, *exception):
-        self._json.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported when writing
+            self._json.close()
+            self._events.close()
 
     def step(self, iteration: int, lr: float, seconds: float, metrics: dict[str, float]) -> None:
         """One finished iteration: it took `seconds`; `metrics` has the losses and "data_time"."""
@@ -57,11 +61,14 @@ class MetricLog:
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
         finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        for name, value in finite.items():
-            self._events.add_scalar(name, value, iteration)
         # JSON has no NaN, which is the AP of a class that the test set does not hold.
         line = {name: finite.get(name) for name in scalars} | {"iteration": iteration}
-        self._json.write(json.dumps(line, sort_keys=True) + "\n")
+        try:
+            self._json.write(json.dumps(line, sort_keys=True) + "\n")
+            for name, value in finite.items():
+                self._events.add_scalar(name, value, iteration)
+        except OSError as error:
+            raise UserError(f"cannot write the metrics to {self._json.name}: {error}") from error
 
 
 class NoLog:

@@ -1,11 +1,12 @@
 """Batch-norm statistics measured with the weights standing still, equal on every process."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.distributed as dist
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
-from torch import nn
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import Tensor, nn
 
 from moco_det.native import comm
 
@@ -14,39 +15,42 @@ from moco_det.native import comm
 def precise_bn(model: nn.Module, batches: Iterable, num_iters: int) -> None:
     """Replace running means and variances by those of the population in `num_iters` batches.
 
-    Every batch-norm layer in training mode is updated; `model` stays in training mode. The
-    population is that of all processes together: "Rethinking Batch in BatchNorm" (2021), section 3
-    and its appendix on the variance. fvcore measures each process's share; a share counts by the
-    values it holds (samples times positions), and the shares are merged through their moments.
+    The population is every value that reaches a layer, over all batches and processes, each with
+    the same weight: "Rethinking Batch in BatchNorm" (2021), section 3 and its appendix. On one
+    process this is `fvcore.nn.precise_bn`, which Detectron2 uses; that one cannot merge processes.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
+        model: its batch-norm layers in training mode are updated; not wrapped for data parallelism.
         batches: what `model` is called with, this process's own.
         num_iters: batches to use, the same number on every process.
     """
     layers = get_bn_modules(model)
-    counts = dict.fromkeys(layers, 0)
+    sums = {m: torch.zeros(2 * m.num_features + 1, dtype=torch.float64) for m in layers}
 
-    def count(layer, inputs):
-        counts[layer] += inputs[0].numel() // inputs[0].shape[1]
+    def collect(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        sums[layer] += moments(inputs[0])
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(collect) for layer in sums]
     try:
-        update_bn_stats(model, batches, num_iters)
+        for batch in islice(batches, num_iters):
+            model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    if comm.world_size() > 1:
-        for layer in layers:
-            _merge(layer, counts[layer])
+    for layer, total in sums.items():
+        if comm.world_size() > 1:
+            dist.all_reduce(total)
+        if total[-1] > 0:  # else nothing has reached the layer
+            mean, square = (total[:-1] / total[-1]).chunk(2)
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(square - mean**2)
 
 
-def _merge(layer: nn.Module, count: int) -> None:
-    mean, variance = layer.running_mean.double(), layer.running_var.double()
-    weight = torch.tensor(float(count), dtype=torch.float64, device=mean.device)
-    # (2C + 1,): the sums of x and of x^2 over this process's values, and how many there are.
-    moments = torch.cat([count * mean, count * (variance + mean**2), weight[None]])
-    dist.all_reduce(moments)
-    total_x, total_square, total = moments[:-1].chunk(2) + (moments[-1],)
-    layer.running_mean.copy_(total_x / total)
-    layer.running_var.copy_(total_square / total - (total_x / total) ** 2)
+def moments(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (2C + 1,): per channel the sums of x and of x^2, and the number of values.
+
+    In float64, on the CPU: the variance of a layer can be tiny beside its squared mean.
+    """
+    count = x.numel() // x.shape[1]
+    var, mean = torch.stack(torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)).cpu().double()
+    return torch.cat([count * mean, count * (var + mean**2), mean.new_tensor([count])])

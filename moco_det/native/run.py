@@ -109,14 +109,22 @@ def load_initial_weights(cfg, model: nn.Module) -> None:
         comm.say("MODEL.WEIGHTS is '': the model starts from random initialisation")
 
 
+class DistributedDetector(DistributedDataParallel):
+    """PyTorch's, without its refusal of synchronised batch norm on CPUs: ours works there."""
+
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        pass
+
+
 def data_parallel(model: nn.Module) -> nn.Module:
-    """`model`, its gradients averaged over the processes where there are several."""
+    """`model`, its gradients averaged over the processes where there are several.
+
+    Buffers follow the main process, so that all of them evaluate the model that is saved.
+    """
     if comm.world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
-    devices = [torch.cuda.current_device()] if on_gpu else None
-    # Buffers stay each process's own: SyncBN and precise BN keep equal what must be equal.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDetector(model, [torch.cuda.current_device()] if on_gpu else None)
 
 
 def prepare(cfg):

@@ -42,6 +42,10 @@ def train(cfg, resume: bool = False) -> dict:
     checkpoints = Checkpoints(cfg.OUTPUT_DIR)
     run = build_run(cfg, checkpoints.last() if resume else None)
     max_iter = cfg.SOLVER.MAX_ITER
+    comm.say(
+        f"iterations {run.iteration} to {max_iter}: batch {cfg.SOLVER.IMS_PER_BATCH} on "
+        f"{comm.world_size()} x {cfg.MODEL.DEVICE}, seed {run.seed}"
+    )
     with MetricLog(cfg.OUTPUT_DIR, run.iteration, max_iter) if comm.is_main() else NoLog() as log:
         with Sigterm() as sigterm:
             train_loop(cfg, run, checkpoints, log, sigterm)

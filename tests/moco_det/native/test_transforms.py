@@ -1,0 +1,208 @@
+"""Images and boxes through resize and flip: PIL and Detectron2 are the oracles."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from moco_det.errors import UserError
+from moco_det.native.mapper import Mapper
+from moco_det.native.transforms import Augmentation, Geometry, read_image, shortest_edge_size
+
+
+@pytest.fixture
+def photograph(shared_data):
+    return sorted((shared_data("voc2012_40")).rglob("*.jpg"))[0]
+
+
+def noise(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_edge", "max_size", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),  # 640 * 800 / 480 = 1066.67
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((400, 2000), 800, 1333, (267, 1333)),  # the longer edge limits: 400 * 1333 / 2000 = 266.6
+        ((500, 500), 600, 1000, (600, 600)),
+        ((2, 5), 1, 100, (1, 3)),  # 2.5 rounds up
+    ],
+)
+def test_shortest_edge_size_by_hand(size, short_edge, max_size, expected):
+    assert shortest_edge_size(*size, short_edge, max_size) == expected
+
+
+def test_shortest_edge_size_is_detectron2s():
+    detectron2 = pytest.importorskip("detectron2.data.transforms")
+    rng = np.random.default_rng(0)
+    for height, width, short_edge in rng.integers(1, 1500, (2000, 3)).tolist():
+        expected = detectron2.ResizeShortestEdge.get_output_shape(height, width, short_edge, 1333)
+        assert shortest_edge_size(height, width, short_edge, 1333) == expected
+
+
+@pytest.mark.parametrize("new", [(30, 40), (97, 131), (60, 200)])
+def test_resize_is_antialiased_bilinear(new):
+    image = noise(60, 80)
+    resized = Geometry((60, 80), new).apply_image(image)
+    exact = F.interpolate(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double(),
+        new, mode="bilinear", antialias=True, align_corners=False,
+    )[0]  # fmt: skip
+    assert resized.shape == (3, *new)
+    assert np.abs(resized - exact.numpy()).max() <= 1.0
+
+
+def test_image_and_boxes_are_detectron2s(photograph):
+    T = pytest.importorskip("detectron2.data.transforms")
+    utils = pytest.importorskip("detectron2.data.detection_utils")
+    pixels = utils.read_image(photograph, "BGR")
+    height, width = pixels.shape[:2]
+    boxes = np.array([[3.0, 5.0, 120.5, 90.0], [0.0, 0.0, width, height]])
+    for flip in (False, True):
+        augmentations = [T.ResizeShortestEdge(213, 400)] + [T.RandomFlip(1.0)] * flip
+        data = T.AugInput(pixels.copy())
+        transforms = T.AugmentationList(augmentations)(data)
+        geometry = Geometry((height, width), shortest_edge_size(height, width, 213, 400), flip=flip)
+        image = geometry.apply_image(read_image(str(photograph)), "BGR")
+        np.testing.assert_array_equal(image, data.image.transpose(2, 0, 1))
+        np.testing.assert_array_equal(geometry.apply_boxes(boxes), transforms.apply_box(boxes))
+
+
+def test_boxes_by_hand():
+    boxes = np.array([[10.0, 20.0, 30.0, 40.0], [-5.0, 0.0, 60.0, 100.0]])
+    halved = Geometry(old=(100, 50), new=(50, 25))
+    np.testing.assert_allclose(halved.apply_boxes(boxes), [[5, 10, 15, 20], [0, 0, 25, 50]])
+    flipped = Geometry(old=(100, 50), new=(50, 25), flip=True)
+    np.testing.assert_allclose(flipped.apply_boxes(boxes), [[10, 10, 20, 20], [0, 0, 25, 50]])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_box_stays_around_its_object(flip):
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[20:40, 16:48] = 255
+    geometry = Geometry((80, 120), (160, 240), flip)
+    image = geometry.apply_image(Image.fromarray(pixels))
+    x0, y0, x1, y1 = geometry.apply_boxes(np.array([[16.0, 20.0, 48.0, 40.0]]))[0].astype(int)
+    bright = np.argwhere(image[0] > 127)
+    assert (bright.min(0) == (y0, x0)).all()
+    assert (bright.max(0) + 1 == (y1, x1)).all()
+
+
+def test_channels_come_in_the_order_asked_for():
+    image = noise(5, 7)
+    rgb = Geometry((5, 7), (5, 7)).apply_image(image, "RGB")
+    bgr = Geometry((5, 7), (5, 7)).apply_image(image, "BGR")
+    np.testing.assert_array_equal(rgb, np.array(image).transpose(2, 0, 1))
+    np.testing.assert_array_equal(bgr, rgb[::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(20, 30).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        expected = ImageOps.exif_transpose(stored)
+    read = read_image(str(tmp_path / "a.png"))
+    assert read.size == ((30, 20) if orientation < 5 else (20, 30))
+    np.testing.assert_array_equal(np.array(read), np.array(expected))
+
+
+def test_grey_palette_and_alpha_images_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1"):
+        path = tmp_path / f"{mode}.png"
+        noise(6, 8).convert(mode).save(path)
+        assert read_image(str(path)).mode == "RGB"
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_an_unreadable_image_is_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content is None:
+        noise(64, 64).save(path)
+        content = path.read_bytes()[:700]  # truncated
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        read_image(str(path))
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        read_image(str(tmp_path / "missing.jpg"))
+
+
+def draws(augmentation, count=400):
+    rng = np.random.default_rng(0)
+    return [augmentation.draw(rng, 100, 200) for _ in range(count)]
+
+
+def test_draws_cover_the_sizes_and_flip_half_of_the_time():
+    chosen = draws(Augmentation((50, 80), 1000, "choice", flip=True))
+    assert {g.new for g in chosen} == {(50, 100), (80, 160)}
+    assert 150 < sum(g.flip for g in chosen) < 250
+    ranged = draws(Augmentation((50, 53), 1000, "range"))
+    assert {g.new[0] for g in ranged} == {50, 51, 52, 53}
+    assert not any(g.flip for g in ranged)
+    assert {g.new for g in draws(Augmentation((0,), 10))} == {(100, 200)}  # 0: the size stays
+
+
+def test_range_takes_two_sizes():
+    with pytest.raises(UserError, match="MIN_SIZE_TRAIN"):
+        Augmentation((50, 60, 70), 1000, "range")
+
+
+@pytest.fixture
+def record(tmp_path):
+    noise(40, 60).save(tmp_path / "a.png")
+    boxes = [
+        ([10.0, 10.0, 30.0, 20.0], 1, 0),
+        ([0.0, 0.0, 60.0, 40.0], 0, 1),  # crowd
+        ([61.0, 5.0, 70.0, 9.0], 2, 0),  # outside the image: empty once clipped
+        ([0.0, 30.0, 90.0, 50.0], 3, 0),  # clipped
+    ]
+    annotations = [{"bbox": b, "category_id": c, "iscrowd": crowd} for b, c, crowd in boxes]
+    size = {"image_id": 7, "height": 40, "width": 60}
+    return {"file_name": str(tmp_path / "a.png"), "annotations": annotations, **size}
+
+
+def test_mapper_leaves_out_crowds_and_empty_boxes(record):
+    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
+    item = mapper(record, np.random.default_rng(0))
+    assert item["image"].shape == (3, 20, 30)
+    assert item["image"].dtype == torch.uint8
+    assert (item["image_id"], item["height"], item["width"]) == (7, 40, 60)
+    assert item["gt_boxes"].tolist() == [[5, 5, 15, 10], [0, 15, 30, 20]]
+    assert item["gt_boxes"].dtype == torch.float32
+    assert item["gt_classes"].tolist() == [1, 3]
+
+
+def test_mapper_without_objects_and_without_targets(record):
+    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
+    item = mapper(record | {"annotations": []}, np.random.default_rng(0))
+    assert item["gt_boxes"].shape == (0, 4)
+    assert item["gt_classes"].shape == (0,)
+    test_item = Mapper(Augmentation((20,), 100), "BGR", with_targets=False)(
+        record, np.random.default_rng(0)
+    )
+    assert "gt_boxes" not in test_item
+
+
+def test_mapper_is_detectron2s(record):
+    d2_data = pytest.importorskip("detectron2.data")
+    structures = pytest.importorskip("detectron2.structures")
+    T = pytest.importorskip("detectron2.data.transforms")
+    resize = T.ResizeShortestEdge(31, 100)
+    mapper = d2_data.DatasetMapper(True, augmentations=[resize], image_format="BGR")
+    for annotation in record["annotations"]:
+        annotation["bbox_mode"] = structures.BoxMode.XYXY_ABS
+    expected = mapper(record)
+    item = Mapper(Augmentation((31,), 100), "BGR", True)(record, np.random.default_rng(0))
+    assert torch.equal(item["image"], expected["image"])
+    assert torch.equal(item["gt_boxes"], expected["instances"].gt_boxes.tensor)
+    assert torch.equal(item["gt_classes"], expected["instances"].gt_classes)
+
+
+def test_mapper_refuses_an_image_of_another_size_than_annotated(record):
+    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
+    with pytest.raises(UserError, match=r"a\.png is 60x40 .* says 61x40"):
+        mapper(record | {"width": 61}, np.random.default_rng(0))

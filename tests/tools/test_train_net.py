@@ -1,0 +1,152 @@
+"""The command line, as a user meets it: exit codes, one-line errors, kill and resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_voc import write_tiny_config, write_tiny_voc
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def command(tmp_path, repository):
+    """Function: arguments -> the command line on a tiny data set."""
+    config = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
+    tool = repository / "tools" / "train_net.py"
+
+    def build(*arguments, launcher=()):
+        return [sys.executable, *launcher, str(tool), "--config-file", str(config), *arguments]
+
+    return build
+
+
+@pytest.fixture
+def finish():
+    def run(command):
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def error_lines(done):
+    """What a failed command wrote to stderr, without the warnings of other packages."""
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def identical(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_kill_9_then_resume_equals_one_run(command, finish, tmp_path):
+    opts = ("DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "8", "SOLVER.STEPS", "(5,)")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = finish(command(*opts, "OUTPUT_DIR", str(whole)))
+    assert done.returncode == 0, done.stderr
+    first_line = done.stdout.splitlines()[0]
+    assert first_line.startswith("engine: native (")
+    assert "AP50 |" in done.stdout
+
+    killed = subprocess.Popen(
+        command(*opts, "OUTPUT_DIR", str(parts)), env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    wait_for(parts / "model_0000003.pth", killed)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (parts / "model_final.pth").exists()
+    done = finish(command("--resume", *opts, "OUTPUT_DIR", str(parts)))
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert identical(weights(whole), weights(parts))
+
+
+def test_sigterm_saves_and_exits_with_75(command, finish, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
+    started = subprocess.Popen(
+        command(*opts, "OUTPUT_DIR", str(tmp_path / "out")),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("iter: 19" in line for line in started.stdout)
+    started.terminate()
+    output = started.stdout.read()
+    assert started.wait(60) == 75
+    saved = (tmp_path / "out" / "last_checkpoint").read_text()
+    assert f"saved {tmp_path / 'out' / saved}" in output
+
+
+def test_two_processes_train_evaluate_and_agree_with_torchrun(command, finish, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "MODEL.RESNETS.NORM", "SyncBN")
+    spawned, joined = tmp_path / "spawned", tmp_path / "joined"
+    done = finish(command("--num-gpus", "2", *opts, "OUTPUT_DIR", str(spawned)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("engine: native") == 1
+    assert done.stdout.count("copypaste: Task: bbox") == 1
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = finish(command(*opts, "OUTPUT_DIR", str(joined), launcher=torchrun))
+    assert done.returncode == 0, done.stderr
+    assert identical(weights(spawned), weights(joined))
+
+
+def test_evaluation_alone_repeats_the_result_and_checks_it(command, finish, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(tmp_path / "out"))
+    done = finish(command(*opts))
+    assert done.returncode == 0, done.stderr
+    result = done.stdout.splitlines()[-1]
+    assert result.startswith("copypaste: ")
+    opts = ("--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
+    done = finish(command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',50.0,50.0]]"))
+    assert done.returncode == 0, done.stderr
+    assert result in done.stdout
+    done = finish(command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',300.0,1.0]]"))
+    assert done.returncode == 1
+    assert "bbox/AP50" in error_lines(done)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "detectron2"], "--engine detectron2 is not available in this version"),
+        (["--num-gpus", "2", "MODEL.ROI_HEADS.NUM_CLASSES", "20"], "set it to 2"),
+        (["MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl"),
+        (["SOLVER.BASE_LR", "1e30"], "the loss is not finite at iteration"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_one_line(command, finish, tmp_path, arguments, message):
+    out = ("OUTPUT_DIR", str(tmp_path / "out"))
+    done = finish(command(*arguments, *out))
+    assert done.returncode == 1
+    assert len(error_lines(done)) == 1
+    assert message in error_lines(done)[0]
+
+
+def test_a_broken_image_is_named(command, finish, tmp_path):
+    for path in (tmp_path / "voc" / "JPEGImages").iterdir():
+        path.write_bytes(path.read_bytes()[:400])
+    out = ("OUTPUT_DIR", str(tmp_path / "out"))
+    done = finish(command("DATALOADER.NUM_WORKERS", "1", *out))
+    assert done.returncode == 1
+    assert ".jpg" in error_lines(done)[0]
