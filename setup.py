@@ -5,6 +5,7 @@ setup(
     version="0.1.0",
     description="Momentum Contrast pretraining and its detection transfer, images to table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain"]),
+    package_data={"moco_det.benchmark": ["*.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

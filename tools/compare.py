@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Print finished detector runs side by side; a name given several times collects trials.
+
+python tools/compare.py moco=output/voc random=output/voc_random
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from moco_det.benchmark.comparison import comparison
+from moco_det.errors import UserError, exit_cleanly
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a row and an OUTPUT_DIR")
+    with exit_cleanly():
+        runs = defaultdict(list)
+        for run in parser.parse_args().runs:
+            name, equals, folder = run.partition("=")
+            if not equals:
+                raise UserError(f"'{run}' is not of the form NAME=DIR")
+            runs[name].append(Path(folder))
+        print(comparison(runs))
+
+
+if __name__ == "__main__":
+    main()
