@@ -15,7 +15,7 @@ from moco_det.errors import UserError, exit_cleanly
 from moco_det.native import comm
 from moco_det.native.inference import verify_results
 from moco_det.native.launch import launch
-from moco_det.native.trainer import test, train
+from moco_det.native.trainer import evaluate_weights, train
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     """One process of the run."""
     announce_engine(args.engine)
     cfg = load_config(args.config_file, args.opts)
-    results = (test if args.eval_only else train)(cfg, args.resume)
+    results = (evaluate_weights if args.eval_only else train)(cfg, args.resume)
     if comm.is_main():
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import closing
 from datetime import timedelta
 
 import torch
@@ -62,7 +63,8 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
         records = dataset.records()
         comm.say(f"evaluating on {name}: {len(records)} images")
         share = math.ceil(len(records) / comm.world_size())
-        predictions = predict(model, build_test_loader(cfg, records), share)
+        with closing(build_test_loader(cfg, records)) as batches:
+            predictions = predict(model, batches, share)
         if comm.is_main():
             results[name] = evaluate(dataset, predictions)
             print_table(results[name])

@@ -1,6 +1,7 @@
 """Start the processes of a run: Detectron2's flags, or what torchrun has already started."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -71,6 +72,8 @@ def _free_port() -> int:
 def _spawn(main, num_gpus, num_machines, machine_rank, url, args) -> None:
     failures = mp.get_context("spawn").SimpleQueue()
     spawned = (main, num_gpus, num_machines, machine_rank, url, failures, args)
+    # It would announce, after the first process that fails, the end of each of the others.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     processes = mp.start_processes(_worker, spawned, nprocs=num_gpus, join=False)
     with _sigterm_passed_on(processes.pids()):
         try:

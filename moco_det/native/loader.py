@@ -108,7 +108,7 @@ class MappedRecords(Dataset):
 
 
 def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) -> Iterator[list]:
-    """Lists of model inputs for `batches`, an iterable of lists of keys.
+    """Lists of model inputs for `batches`, an iterable of lists of keys. A generator, to be closed.
 
     Raises:
         UserError: an image could not be read.
@@ -133,7 +133,10 @@ def _as_list(items: list) -> list:
 
 
 def _ignore_sigterm(worker: int) -> None:
-    """A signal to the whole process group must not take the images from the last iteration."""
+    """SIGTERM to all processes of a run must not take the images from its last iteration.
+
+    Nor does it end a worker when Python exits, which is why the generator that owns it is closed.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

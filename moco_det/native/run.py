@@ -109,13 +109,6 @@ def load_initial_weights(cfg, model: nn.Module) -> None:
         comm.say("MODEL.WEIGHTS is '': the model starts from random initialisation")
 
 
-class DistributedDetector(DistributedDataParallel):
-    """PyTorch's, without its refusal of synchronised batch norm on CPUs: ours works there."""
-
-    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
-        pass
-
-
 def data_parallel(model: nn.Module) -> nn.Module:
     """`model`, its gradients averaged over the processes where there are several.
 
@@ -124,7 +117,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     if comm.world_size() == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
-    return DistributedDetector(model, [torch.cuda.current_device()] if on_gpu else None)
+    return DistributedDataParallel(model, [torch.cuda.current_device()] if on_gpu else None)
 
 
 def prepare(cfg):

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -47,14 +48,16 @@ def train(cfg, resume: bool = False) -> dict:
         f"{comm.world_size()} x {cfg.MODEL.DEVICE}, seed {run.seed}"
     )
     with MetricLog(cfg.OUTPUT_DIR, run.iteration, max_iter) if comm.is_main() else NoLog() as log:
-        with Sigterm() as sigterm:
-            train_loop(cfg, run, checkpoints, log, sigterm)
+        records = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        batches = build_train_loader(cfg, records, run.seed, run.iteration)
+        with closing(batches), Sigterm() as sigterm:
+            train_loop(cfg, run, records, batches, checkpoints, log, sigterm)
         results = evaluate_model(cfg, run.model)
         log.results(max_iter, results)
     return results
 
 
-def test(cfg, resume: bool = False) -> dict:
+def evaluate_weights(cfg, resume: bool = False) -> dict:
     """Evaluate MODEL.WEIGHTS or, with `resume`, OUTPUT_DIR's last checkpoint where there is one.
 
     Returns and raises as `train`.
@@ -69,15 +72,13 @@ def test(cfg, resume: bool = False) -> dict:
     return evaluate_model(cfg, model)
 
 
-def train_loop(cfg, run: Run, checkpoints: Checkpoints, log, sigterm: "Sigterm") -> None:
+def train_loop(cfg, run: Run, records, batches, checkpoints, log, sigterm) -> None:
     """Iterations `run.iteration` to SOLVER.MAX_ITER, with what is due between them.
 
     The order is Detectron2's: batch, losses, gradients, step, schedule; then precise BN,
     checkpoint, evaluation.
     """
     model = data_parallel(run.model.train())
-    records = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    batches = build_train_loader(cfg, records, run.seed, run.iteration)
     for iteration in range(run.iteration, cfg.SOLVER.MAX_ITER):
         start = time.perf_counter()
         batch = next(batches)

@@ -313,7 +313,7 @@ def test_a_real_detector_is_trained_and_loaded_again(make_cfg, capsys):
     results = train(cfg)
     assert set(results) == {"bbox"}
     assert (
-        trainer.test(make_cfg("again", "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"))
+        trainer.evaluate_weights(make_cfg("again", "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"))
         == results
     )
-    assert trainer.test(cfg, resume=True) == results
+    assert trainer.evaluate_weights(cfg, resume=True) == results
