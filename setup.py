@@ -15,6 +15,7 @@ setup(
         "pycocotools>=2.0.7",
         # The headless build of opencv-python: the same `cv2`, and it imports on servers without libGL.
         "opencv-python-headless>=4.8",
+        "pillow",
         "pyyaml",
         "tabulate",
         "tensorboard",

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_cleanly():
-    """Turn a `UserError` raised in the body of a command into one line on stderr and exit code 1."""
+    """Turn a `UserError` raised in the body into one line on stderr and exit code 1."""
     try:
         yield
     except UserError as error:

@@ -37,9 +37,7 @@ def parse_args() -> argparse.Namespace:
     step.add_argument("--rounds", type=int, default=5)
     step.set_defaults(report=report_step)
 
-    data = commands.add_parser(
-        "data-path", help="two v2 views of a file against torchvision + PIL"
-    )
+    data = commands.add_parser("data-path", help="two v2 views of a file against torchvision + PIL")
     data.add_argument("--images", type=Path, required=True, metavar="DIR")
     data.add_argument("--image-size", type=int, default=224)
     data.add_argument("--rounds", type=int, default=5)

@@ -1,11 +1,11 @@
 """A small data set drawn from a seed, so that the whole road can be run without a download.
 
-Eight classes, each one shape filled with one texture. Everything else is a nuisance drawn anew for
-every object: its two colours, lighting, scale, stretch, rotation, texture period, background,
-focus and sensor noise. No class has a colour of its own, so a mean colour tells nothing about it.
+Eight classes, each one shape filled with one texture in two hues, as bricks or leaves have theirs.
+Everything else is a nuisance drawn anew for every object: how bright and how saturated it is, the
+exposure, contrast, scale, stretch, rotation, texture period, background, focus and sensor noise.
 
-    images/{train,val}/<class>/*.jpg   one large object each; MoCo trains on `train` and ignores the
-                                       folders, only the kNN monitor reads classes from them
+    images/{train,val}/<class>/*.jpg   a close-up of one object each; MoCo trains on `train` and
+                                       ignores the folders, the kNN monitor reads classes from them
     scenes/                            VOC layout, 1 to 4 objects of any class in one image
 
 Image i of a split depends on (seed, split, i) alone. Boxes are those of the drawn masks: objects
@@ -23,7 +23,7 @@ import numpy as np
 
 IMAGE_SIZE = 128  # pixels, both sides
 JPEG_QUALITY = 92
-RADIUS_ALONE = (34, 56)  # pixels, half the extent of an object in images/
+RADIUS_ALONE = (62, 92)  # pixels, half the extent of an object in images/: it leaves the frame
 RADIUS_SCENE = (17, 33)  # pixels, half the extent of an object in scenes/
 MAX_OBJECTS = 4  # in one scene
 SPLIT_IDS = {"images/train": 0, "images/val": 1, "scenes/train": 2, "scenes/test": 3}
@@ -123,46 +123,62 @@ def _grain(u, v, rng):
 
 
 Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
-SHAPE_AND_TEXTURE: dict[str, tuple[np.ndarray, Texture]] = {
-    "brick_square": (_regular(4), _bricks),
-    "checked_cross": (_cross(), _checks),
-    "dotted_heart": (_heart(), _dots),
-    "grainy_bar": (_bar(), _grain),
-    "ray_star": (_star(), _rays),
-    "ringed_disc": (_regular(48), _rings),
-    "striped_triangle": (_regular(3), _stripes),
-    "wavy_crescent": (_crescent(), _waves),
+
+
+@dataclass(frozen=True)
+class Look:
+    """What makes a class: a polygon (P, 2) in the unit circle, a texture, two hues in 0..1."""
+
+    shape: np.ndarray
+    texture: Texture
+    hues: tuple[float, float]
+
+
+LOOKS: dict[str, Look] = {
+    "brick_square": Look(_regular(4), _bricks, (0.0, 0.5)),
+    "checked_cross": Look(_cross(), _checks, (0.12, 0.45)),
+    "dotted_heart": Look(_heart(), _dots, (0.25, 0.37)),
+    "grainy_bar": Look(_bar(), _grain, (0.37, 0.77)),
+    "ray_star": Look(_star(), _rays, (0.5, 0.75)),
+    "ringed_disc": Look(_regular(48), _rings, (0.62, 0.12)),
+    "striped_triangle": Look(_regular(3), _stripes, (0.75, 0.95)),
+    "wavy_crescent": Look(_crescent(), _waves, (0.87, 0.47)),
 }
-CLASSES = tuple(SHAPE_AND_TEXTURE)  # sorted, as the VOC reader sorts the names it finds
+CLASSES = tuple(LOOKS)  # sorted, as the VOC reader sorts the names it finds
 
 
 # -- one image ------------------------------------------------------------------------------------
 
 
-def _colours(rng: np.random.Generator, count: int, saturation: float) -> np.ndarray:
-    """Random BGR colours (count, 3) in 0..255, any hue, at most `saturation` saturated."""
-    hue = rng.random((count, 1)) * 6
-    tint = np.clip(np.abs((hue + [0, 4, 2]) % 6 - 3) - 1, 0, 1)
-    value = rng.uniform(35, 250, (count, 1))
-    return value * (1 - rng.uniform(0, saturation, (count, 1)) * (1 - tint))
+def _bgr(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Colours (N, 3) in 0..255 from hue, saturation and value (N, 1) in 0..1; hue wraps."""
+    tint = np.clip(np.abs((hue * 6 + [4, 2, 0]) % 6 - 3) - 1, 0, 1)
+    return 255 * value * (1 - saturation * (1 - tint))
 
 
-def _two_colours(rng: np.random.Generator) -> np.ndarray:
-    """Two random BGR colours (2, 3) whose brightness differs enough for the texture to show."""
+def _dull_colours(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random BGR colours (count, 3) of any hue and little saturation, for what is no object."""
+    hue, saturation = rng.random((count, 1)), rng.uniform(0, 0.3, (count, 1))
+    return _bgr(hue, saturation, rng.uniform(0.15, 0.9, (count, 1)))
+
+
+def _two_colours(rng: np.random.Generator, hues: tuple[float, float]) -> np.ndarray:
+    """Two BGR colours (2, 3) near `hues` whose brightness differs enough for a texture to show."""
+    near = np.array(hues)[:, None] + rng.normal(0, 0.03, (2, 1))
     while True:
-        colours = _colours(rng, 2, saturation=0.9)
-        if abs(np.subtract(*(colours @ [0.114, 0.587, 0.299]))) > 65:
+        colours = _bgr(near, rng.uniform(0.45, 1, (2, 1)), rng.uniform(0.25, 1, (2, 1)))
+        if abs(np.subtract(*(colours @ [0.114, 0.587, 0.299]))) > 40:
             return colours
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth colour clouds under random lines, arcs and flat patches: (size, size, 3) uint8."""
+    """Dull smooth clouds under random lines, arcs and flat patches: (size, size, 3) uint8."""
     cells = int(rng.integers(2, 8))
-    clouds = _colours(rng, cells**2, saturation=0.45).reshape(cells, cells, 3).astype(np.float32)
+    clouds = _dull_colours(rng, cells**2).reshape(cells, cells, 3).astype(np.float32)
     canvas = np.clip(cv2.resize(clouds, (size, size), interpolation=cv2.INTER_CUBIC), 0, 255)
     canvas = canvas.astype(np.uint8)
     for _ in range(int(rng.integers(4, 14))):
-        colour = _colours(rng, 1, saturation=0.7)[0].tolist()
+        colour = _dull_colours(rng, 1)[0].tolist()
         x, y, x2, y2 = rng.integers(0, size, 4).tolist()
         kind = rng.integers(3)
         if kind == 0:
@@ -193,16 +209,16 @@ def _pose(rng: np.random.Generator) -> np.ndarray:
     return _turn(rng.uniform(0, 2 * np.pi)) @ np.diag(stretch)
 
 
-def _fill(canvas: np.ndarray, alpha: np.ndarray, centre, pose, period: float, texture, rng) -> None:
-    """Blend a texture into `canvas` (H, W, 3) uint8 where `alpha` covers it, in place."""
+def _fill(canvas: np.ndarray, alpha: np.ndarray, centre, pose, period, look: Look, rng) -> None:
+    """Blend a look's texture into `canvas` (H, W, 3) uint8 where `alpha` covers it, in place."""
     x0, y0, width, height = cv2.boundingRect(alpha)
     window = np.s_[y0 : y0 + height, x0 : x0 + width]
     y, x = np.mgrid[window].astype(np.float32)
     offsets = np.stack([x - centre[0], y - centre[1]], axis=-1) @ np.linalg.inv(pose).T / period
     phase = rng.uniform(-0.1, 0.1, 2)
-    pattern = texture(offsets[..., 0] + phase[0], offsets[..., 1] + phase[1], rng)
+    pattern = look.texture(offsets[..., 0] + phase[0], offsets[..., 1] + phase[1], rng)
     mix = np.clip(0.5 + 1.2 * pattern, 0, 1)[..., None]
-    first, second = _two_colours(rng)
+    first, second = _two_colours(rng, look.hues)
     cover = alpha[window][..., None] / 255.0
     blended = (1 - cover) * canvas[window] + cover * (mix * first + (1 - mix) * second)
     canvas[window] = np.round(blended)
@@ -228,15 +244,21 @@ def _place(rng: np.random.Generator, shape: np.ndarray, radius: float, free: np.
 
 
 def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Light the drawing from a random side, blur it slightly and add sensor noise."""
-    size = len(canvas)
-    across = np.linspace(-1, 1, size, dtype=np.float32)
-    angle, slope, gain = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.4), rng.uniform(0.65, 1.15)
-    slope_x, slope_y = np.float32(slope * np.cos(angle)), np.float32(slope * np.sin(angle))
-    light = np.float32(gain) * (1 + slope_x * across + slope_y * across[:, None])
-    lit = cv2.GaussianBlur(canvas * light[..., None], (0, 0), rng.uniform(0.2, 0.8))
-    lit += np.float32(rng.uniform(1, 7)) * rng.standard_normal(lit.shape, dtype=np.float32)
-    return np.clip(np.round(lit), 0, 255).astype(np.uint8)
+    """Take the picture: random contrast and exposure, slightly out of focus, sensor noise."""
+    drawn, mean = canvas.astype(np.float32), float(canvas.mean())
+    exposed = (drawn - mean) * rng.uniform(0.45, 1.1) + mean * rng.uniform(0.45, 1.25)
+    seen = cv2.GaussianBlur(exposed, (0, 0), rng.uniform(0.2, 0.6))
+    seen += np.float32(rng.uniform(1, 4)) * rng.standard_normal(seen.shape, dtype=np.float32)
+    return np.clip(np.round(seen), 0, 255).astype(np.uint8)
+
+
+def draw_close_up(rng: np.random.Generator, index: int, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Draw an object of class `index` that fills most of the image and leaves it at the sides."""
+    canvas, look, pose = _background(rng, size), LOOKS[CLASSES[index]], _pose(rng)
+    radius, centre = rng.uniform(*RADIUS_ALONE), rng.uniform(0.35 * size, 0.65 * size, 2)
+    alpha = _polygon_alpha(radius * look.shape @ pose.T + centre, size)
+    _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), look, rng)
+    return _photograph(rng, canvas)
 
 
 def draw_scene(
@@ -249,9 +271,9 @@ def draw_scene(
     """
     canvas, free, masks = _background(rng, size), np.ones((size, size), bool), []
     for index, radius in zip(classes, radii, strict=True):
-        shape, texture = SHAPE_AND_TEXTURE[CLASSES[index]]
-        alpha, centre, pose, radius = _place(rng, shape, radius, free)
-        _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), texture, rng)
+        look = LOOKS[CLASSES[index]]
+        alpha, centre, pose, radius = _place(rng, look.shape, radius, free)
+        _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), look, rng)
         free &= alpha == 0
         masks.append(alpha >= 128)
     return Scene(_photograph(rng, canvas), masks, list(classes))
@@ -276,19 +298,12 @@ def _write_jpeg(path: Path, image: np.ndarray) -> None:
 
 
 def write_image_folder(root: Path, split: str, seed: int, per_class: int) -> None:
-    """Write `root`/images/`split`/<class>/*.jpg, `per_class` images of each class.
-
-    One image in six has a second, small object of any class: real photographs are not clean.
-    """
+    """Write `root`/images/`split`/<class>/*.jpg, `per_class` images of each class."""
     folder = Path(root) / "images" / split
     for index, (name, number) in enumerate(itertools.product(CLASSES, range(per_class))):
-        rng = _generator(seed, f"images/{split}", index)
-        classes, radii = [CLASSES.index(name)], [rng.uniform(*RADIUS_ALONE)]
-        if rng.random() < 1 / 6:
-            classes.append(int(rng.integers(len(CLASSES))))
-            radii.append(rng.uniform(0.5, 0.7) * RADIUS_SCENE[0])
+        image = draw_close_up(_generator(seed, f"images/{split}", index), CLASSES.index(name))
         (folder / name).mkdir(parents=True, exist_ok=True)
-        _write_jpeg(folder / name / f"{number:05d}.jpg", draw_scene(rng, classes, radii).image)
+        _write_jpeg(folder / name / f"{number:05d}.jpg", image)
 
 
 def _annotation(file_name: str, scene: Scene) -> str:

@@ -1,9 +1,12 @@
 """A trained detector on its test sets: predictions of all processes, metrics on the main one."""
 
+import json
 import math
+import re
 import time
 from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,11 +69,32 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
         with closing(build_test_loader(cfg, records)) as batches:
             predictions = predict(model, batches, share)
         if comm.is_main():
+            save_predictions(cfg.OUTPUT_DIR, name, predictions)
             results[name] = evaluate(dataset, predictions)
             print_table(results[name])
         comm.synchronize()
     model.train(training)
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> None:
+    """Write the detections on data set `name` to OUTPUT_DIR/inference/<name>.json, as a list.
+
+    A folder named as a data set becomes a file name by `_` for all but letters, digits and `-`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(output_dir) / "inference" / f"{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.json"
+    plain = [
+        {key: value.tolist() if torch.is_tensor(value) else value for key, value in found.items()}
+        for found in predictions
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plain))
+    except OSError as error:
+        raise UserError(f"cannot write detections to {path}: {error.strerror}") from error
 
 
 def verify_results(expected: list, results: dict) -> None:

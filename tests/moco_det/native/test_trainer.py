@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tiny_voc import write_tiny_config, write_tiny_voc
 from torch import nn
 
 from moco_det.config import load_config
+from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
+from moco_det.evaluation import evaluate
 from moco_det.native import run, trainer
 from moco_det.native.inference import verify_results
 from moco_det.native.launch import launch
@@ -312,8 +315,8 @@ def test_a_real_detector_is_trained_and_loaded_again(make_cfg, capsys):
     cfg = make_cfg("out", "SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0")
     results = train(cfg)
     assert set(results) == {"bbox"}
-    assert (
-        trainer.evaluate_weights(make_cfg("again", "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"))
-        == results
-    )
+    again = make_cfg("again", "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    assert trainer.evaluate_weights(again) == results
     assert trainer.evaluate_weights(cfg, resume=True) == results
+    (written,) = Path(cfg.OUTPUT_DIR, "inference").glob("*.json")
+    assert evaluate(get_dataset(cfg.DATASETS.TEST[0]), json.loads(written.read_text())) == results
