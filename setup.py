@@ -13,7 +13,7 @@ setup(
         "numpy",
         "fvcore",
         "pycocotools>=2.0.7",
-        # The headless build of opencv-python: the same `cv2`, and it imports on servers without libGL.
+        # opencv-python without its window code: the same `cv2`, and no libGL is needed.
         "opencv-python-headless>=4.8",
         "pillow",
         "pyyaml",

@@ -152,7 +152,7 @@ CLASSES = tuple(LOOKS)  # sorted, as the VOC reader sorts the names it finds
 
 def _bgr(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Colours (N, 3) in 0..255 from hue, saturation and value (N, 1) in 0..1; hue wraps."""
-    tint = np.clip(np.abs((hue * 6 + [4, 2, 0]) % 6 - 3) - 1, 0, 1)
+    tint = np.clip(np.abs((hue * 6 + [2, 4, 0]) % 6 - 3) - 1, 0, 1)
     return 255 * value * (1 - saturation * (1 - tint))
 
 
