@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-SCORE_SHOWN = 0.5  # detections below this score are left out of the pictures
+SCORE_SHOWN = 0.3  # detections below this score are left out of the pictures
 EMBEDDED_SIDE = 480  # pixels: longer images are reduced, for the sake of the report's size
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.benchmark.charts import Line, dumbbell_chart, line_chart
+from moco_det.benchmark.gallery import SCORE_SHOWN
 
 NOT_MEASURED = {"random": None, "moco": None}
 METRICS = {
@@ -337,7 +338,7 @@ def _gallery(pairs: Sequence[Pair]) -> str:
     return (
         '<section aria-labelledby="pictures"><h2 id="pictures">Detections on test images</h2>'
         "<p>Images at even distances through the test list, not chosen by result; detections "
-        f"with a score of 50 % or more, first seed.</p>{legend}"
+        f"with a score of {100 * SCORE_SHOWN:.0f} % or more, first seed.</p>{legend}"
         f'<div class="gallery">{figures}</div></section>'
     )
 
