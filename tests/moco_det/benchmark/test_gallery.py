@@ -54,7 +54,7 @@ def test_picture_embeds_the_image_and_draws_in_its_pixels(tmp_path, side):
     path = tmp_path / "a.png"
     image = np.random.default_rng(0).integers(0, 255, (side, side * 2, 3), np.uint8)
     cv2.imwrite(str(path), cv2.GaussianBlur(image, (0, 0), 5))
-    found = boxes([[0, 0, 10, 10], [20, 20, 40, 41], [1, 2, 3, 4]], [0, 0, 0], [0.9, 0.6, 0.4])
+    found = boxes([[0, 0, 10, 10], [20, 20, 40, 41], [1, 2, 3, 4]], [0, 0, 0], [0.9, 0.6, 0.2])
     svg = gallery.picture(path, TRUTH, found, ("<a>", "b"), 'an "image"')
     assert f'viewBox="0 0 {side * 2} {side}"' in svg
     data = np.frombuffer(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1]), np.uint8)
@@ -65,7 +65,7 @@ def test_picture_embeds_the_image_and_draws_in_its_pixels(tmp_path, side):
     assert 'class="wrong" x="20.0" y="20.0" width="20.0" height="21.0"' in svg
     assert "&lt;a&gt; 90%" in svg
     assert "✕ &lt;a&gt; 60%" in svg
-    assert "40%" not in svg  # below the score that is shown
+    assert "20%" not in svg  # below the score that is shown
     assert "an &quot;image&quot;: 1 of 2 objects found, 1 false detection" in svg
 
 
