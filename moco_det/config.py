@@ -265,9 +265,18 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
         _set(cfg, key, value, source=path)
     for key, value in _pairs(opts):
         _set(cfg, key, value, source="the command line")
-    _check_supported(cfg)
+    check_supported(cfg)
     cfg.freeze()
     return cfg
+
+
+def check_supported(cfg: CfgNode) -> None:
+    """UserError where a key asks for a value that the native engine does not have."""
+    values = dict(leaves(cfg))
+    for key, supported in SUPPORTED.items():
+        if values[key] not in supported:
+            known = ", ".join(map(repr, supported))
+            raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -354,11 +363,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _check_supported(cfg: CfgNode) -> None:
-    values = dict(leaves(cfg))
-    for key, supported in SUPPORTED.items():
-        if values[key] not in supported:
-            known = ", ".join(map(repr, supported))
-            raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")

@@ -74,8 +74,8 @@ class RunLog:
     """Writes `metrics.jsonl` and TensorBoard events under `output`; the main process only.
 
     Args:
-        step: the step that the run resumes from; what was logged beyond it is dropped, since the
-            run is about to do it again.
+        step: the step that the run resumes from, 0 for a new run; what was logged beyond it is
+            dropped, since the run is about to do it again.
     """
 
     def __init__(self, output: Path, step: int):
@@ -84,7 +84,7 @@ class RunLog:
             return
         path = output / "metrics.jsonl"
         kept = []
-        if path.exists():
+        if step > 0 and path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         self.file = open(path, "w", buffering=1)  # noqa: SIM115 (lives as long as the run)
         self.file.writelines(line + "\n" for line in kept)

@@ -111,12 +111,15 @@ class Trainer:
         """What happens between two steps: the log, a checkpoint that is due, a request to stop."""
         steps, frequency = self.batches.steps_per_epoch, self.args.print_freq
         due = self.step_in_epoch % frequency == 0 or self.step_in_epoch == steps
-        if due or self.step == 1:
+        saving = self.args.save_steps and self.step % self.args.save_steps == 0
+        if due or saving or self.step == 1:  # before any save: a NaN must not reach a checkpoint
             self.report()
-        if self.args.save_steps and self.step % self.args.save_steps == 0:
+        if saving:
             self.save(numbered=False)
         # Several processes must agree on the step to stop at, which costs a message: seldom.
         if (due or world_size() == 1) and self.stop.agreed(self.device):
+            if self.window.steps:
+                self.report()
             self.save(numbered=False)
             self.log.message(f"SIGTERM: saved {self.output / checkpoints.LAST} at step {self.step}")
             raise SystemExit(EXIT_INTERRUPTED)

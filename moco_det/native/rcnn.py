@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
-from moco_det.config import SUPPORTED, leaves
-from moco_det.errors import UserError
+from moco_det.config import check_supported
 from moco_det.native.boxes import nonempty
 from moco_det.native.fpn import build_resnet_fpn
 from moco_det.native.layers import sync_on_cpu
@@ -122,20 +121,9 @@ def rescale(
     return {k: v[keep] for k, v in (detections | {"boxes": boxes}).items()}
 
 
-def refuse_unsupported(cfg) -> None:
-    """UserError where a key of the model asks for what the native engine does not have."""
-    values = dict(leaves(cfg))
-    for key, supported in SUPPORTED.items():
-        if key.startswith("MODEL.") and values[key] not in supported:
-            known = ", ".join(map(repr, supported))
-            raise UserError(
-                f"{key} {values[key]!r} is not in the native engine yet; it has {known}"
-            )
-
-
 def build_backbone(cfg) -> nn.Module:
     """The feature extractor that MODEL.BACKBONE.NAME names."""
-    refuse_unsupported(cfg)
+    check_supported(cfg)
     return BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
 
 
