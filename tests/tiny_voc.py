@@ -9,7 +9,8 @@ SIZES = ((48, 64), (64, 48))  # height, width: tall and wide ones, for aspect-ra
 KINDS = {"bar": (8, 24, (220, 30, 30)), "square": (16, 16, (30, 30, 220))}  # h, w, colour
 
 XML = """<annotation><size><width>{width}</width><height>{height}</height></size>
-<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{xmin}</xmin><ymin>{ymin}</ymin>
+<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated>
+<difficult>0</difficult><bndbox><xmin>{xmin}</xmin><ymin>{ymin}</ymin>
 <xmax>{xmax}</xmax><ymax>{ymax}</ymax></bndbox></object></annotation>"""
 
 

@@ -8,14 +8,12 @@ torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 """
 
 import argparse
-import importlib.util
+import os
 
-from moco_det.config import load_config
-from moco_det.errors import UserError, exit_cleanly
-from moco_det.native import comm
-from moco_det.native.inference import verify_results
-from moco_det.native.launch import launch
-from moco_det.native.trainer import evaluate_weights, train
+from moco_det.engines import ENGINES, choose_engine
+from moco_det.errors import exit_cleanly
+from moco_det.evaluation.records import verify_results
+from moco_det.launch import launch
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,44 +33,44 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0 (default: a free port)"
     )
-    parser.add_argument("--engine", choices=("auto", "native", "detectron2"), default="auto")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="auto", help="auto: detectron2 where it is installed"
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="let backbone arrays that MODEL.WEIGHTS lacks keep their random values",
+    )
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     return parser.parse_args(argv)
 
 
-def announce_engine(engine: str) -> None:
-    """Say which engine runs and why."""
-    if engine == "detectron2":
-        raise UserError("--engine detectron2 is not available in this version; use --engine native")
-    installed = importlib.util.find_spec("detectron2") is not None
-    reasons = {
-        "native": "asked for",
-        "auto": "the detectron2 engine is not available in this version"
-        if installed
-        else "detectron2 is not installed",
-    }
-    comm.say(f"engine: native ({reasons[engine]})")
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, engine: str) -> None:
     """One process of the run."""
-    announce_engine(args.engine)
-    cfg = load_config(args.config_file, args.opts)
-    results = (evaluate_weights if args.eval_only else train)(cfg, args.resume)
-    if comm.is_main():
+    if engine == "detectron2":
+        from moco_det.plugin import trainer
+    else:
+        from moco_det.native import trainer
+    cfg = trainer.load_config(args.config_file, args.opts)
+    run = trainer.evaluate_weights if args.eval_only else trainer.train
+    results = run(cfg, args.resume, args.allow_missing)
+    if results:  # the main process alone has them
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
 
 
 if __name__ == "__main__":
     with exit_cleanly():
         arguments = parse_args()
+        engine, reason = choose_engine(arguments.engine)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"engine: {engine} ({reason})", flush=True)
         launch(
             main,
             arguments.num_gpus,
             arguments.num_machines,
             arguments.machine_rank,
             arguments.dist_url,
-            args=(arguments,),
+            args=(arguments, engine),
         )

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
+from moco_det.batch_plan import plan_batch
+from moco_det.config import on_available_device
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.native import comm
@@ -29,6 +31,7 @@ class Run:
     scaler: torch.amp.GradScaler
     amp: bool
     seed: int
+    accumulation: int = 1  # forward passes of one iteration
     iteration: int = 0
 
     def state_dict(self, iteration: int) -> dict:
@@ -60,8 +63,10 @@ class Run:
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
 
 
-def build_run(cfg, checkpoint: Path | None = None) -> Run:
+def build_run(cfg, checkpoint: Path | None = None, allow_missing: bool = False) -> Run:
     """A run before its first iteration, or, given a checkpoint, where that was saved.
+
+    `allow_missing`: as for `load_initial_weights`.
 
     Raises:
         UserError: the weights or the checkpoint cannot be read, or do not fit the model.
@@ -79,9 +84,10 @@ def build_run(cfg, checkpoint: Path | None = None) -> Run:
         scaler=torch.amp.GradScaler("cuda", enabled=amp and cfg.MODEL.DEVICE.startswith("cuda")),
         amp=amp,
         seed=seed,
+        accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS,
     )
     if not checkpoint:
-        load_initial_weights(cfg, model)
+        load_initial_weights(cfg, model, allow_missing)
         return run
     try:
         run.load_state_dict(state)
@@ -95,15 +101,17 @@ def _random_seed() -> int:
     return comm.from_main(int.from_bytes(os.urandom(4), "big"))
 
 
-def load_initial_weights(cfg, model: nn.Module) -> None:
+def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> None:
     """Fill `model` from MODEL.WEIGHTS; where that is "", leave it at its random initialisation.
+
+    `allow_missing`: let arrays of the backbone that the file lacks keep their initial values.
 
     Raises:
         UserError: the file cannot be had or read, lacks a part of the backbone, or was made for
             another configuration.
     """
     if cfg.MODEL.WEIGHTS:
-        report = load_backbone_weights(model, cfg.MODEL.WEIGHTS)
+        report = load_backbone_weights(model, cfg.MODEL.WEIGHTS, allow_missing)
         check_against_config(report.metadata, cfg)
     else:
         comm.say("MODEL.WEIGHTS is '': the model starts from random initialisation")
@@ -126,7 +134,11 @@ def prepare(cfg):
     Raises:
         UserError: a setting that cannot be run, a data set that does not fit it, no OUTPUT_DIR.
     """
-    cfg = scaled_to_processes(on_available_device(cfg), comm.world_size())
+    available = on_available_device(cfg)
+    if available.MODEL.DEVICE != cfg.MODEL.DEVICE:
+        comm.say(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no CUDA device: using the CPU")
+    cfg = scaled_to_processes(available, comm.world_size())
+    comm.say(plan_batch(cfg, comm.world_size()).describe(cfg.SOLVER.BASE_LR))
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_classes(cfg)
@@ -137,18 +149,6 @@ def prepare(cfg):
         except OSError as error:
             raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
     comm.synchronize()
-    return cfg
-
-
-def on_available_device(cfg):
-    """`cfg` itself, or with MODEL.DEVICE "cpu" where it asks for CUDA and there is none."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
-        return cfg
-    comm.say(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but no CUDA device is available: using the CPU")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
     return cfg
 
 

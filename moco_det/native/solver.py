@@ -134,9 +134,9 @@ def build_lr_scheduler(cfg, optimizer: SGD) -> LambdaLR:
 
 
 def _multistep(steps, gamma: float, max_iter: int) -> MultiStepParamScheduler:
-    used = [step for step in steps if step <= max_iter]
+    used = [step for step in steps if step < max_iter]
     if len(used) < len(steps):
-        comm.say(f"SOLVER.STEPS beyond SOLVER.MAX_ITER {max_iter} are ignored: {tuple(steps)}")
+        comm.say(f"SOLVER.STEPS not below SOLVER.MAX_ITER {max_iter} are ignored: {tuple(steps)}")
     if used != sorted(set(used)):
         raise UserError(f"SOLVER.STEPS {tuple(steps)} must increase from one step to the next")
     values = [gamma**drops for drops in range(len(used) + 1)]

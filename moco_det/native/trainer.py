@@ -5,31 +5,36 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from moco_det.config import load_config
 from moco_det.errors import UserError
 from moco_det.native import comm
 from moco_det.native.checkpoint import Checkpoints
 from moco_det.native.inference import evaluate_model
-from moco_det.native.loader import build_train_loader, training_records
+from moco_det.native.loader import build_train_loader, build_training_records
 from moco_det.native.metric_log import MetricLog, NoLog
-from moco_det.native.precise_bn import precise_bn
 from moco_det.native.rcnn import build_model
 from moco_det.native.run import Run, build_run, data_parallel, load_initial_weights, prepare
+from moco_det.precise_bn import precise_bn
 from moco_det.weights import load_backbone_weights
+
+__all__ = ["evaluate_weights", "load_config", "train"]
 
 STOPPED_BY_SIGTERM = 75  # exit code: a checkpoint is saved, the same command with --resume goes on
 
 
-def train(cfg, resume: bool = False) -> dict:
+def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
     """Train the detector that `cfg` describes and evaluate it; every process of a run calls it.
 
     Args:
         cfg: a config of `moco_det.config`.
         resume: go on from OUTPUT_DIR's last checkpoint, where there is one.
+        allow_missing: let backbone arrays that MODEL.WEIGHTS lacks keep their initial values.
 
     Returns:
         The final results on the main process (see `evaluate_model`), {} on the others.
@@ -41,14 +46,14 @@ def train(cfg, resume: bool = False) -> dict:
     cfg = prepare(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     checkpoints = Checkpoints(cfg.OUTPUT_DIR)
-    run = build_run(cfg, checkpoints.last() if resume else None)
+    run = build_run(cfg, checkpoints.last() if resume else None, allow_missing)
     max_iter = cfg.SOLVER.MAX_ITER
     comm.say(
-        f"iterations {run.iteration} to {max_iter}: batch {cfg.SOLVER.IMS_PER_BATCH} on "
-        f"{comm.world_size()} x {cfg.MODEL.DEVICE}, seed {run.seed}"
+        f"iterations {run.iteration} to {max_iter} on {comm.world_size()} x {cfg.MODEL.DEVICE}, "
+        f"seed {run.seed}"
     )
     with MetricLog(cfg.OUTPUT_DIR, run.iteration, max_iter) if comm.is_main() else NoLog() as log:
-        records = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        records = build_training_records(cfg)
         batches = build_train_loader(cfg, records, run.seed, run.iteration)
         with closing(batches), Sigterm() as sigterm:
             train_loop(cfg, run, records, batches, checkpoints, log, sigterm)
@@ -57,18 +62,18 @@ def train(cfg, resume: bool = False) -> dict:
     return results
 
 
-def evaluate_weights(cfg, resume: bool = False) -> dict:
+def evaluate_weights(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
     """Evaluate MODEL.WEIGHTS or, with `resume`, OUTPUT_DIR's last checkpoint where there is one.
 
-    Returns and raises as `train`.
+    Takes, returns and raises as `train`.
     """
     cfg = prepare(cfg)
     model = build_model(cfg)
     last = Checkpoints(cfg.OUTPUT_DIR).last() if resume else None
     if last:
-        load_backbone_weights(model, last)
+        load_backbone_weights(model, last, allow_missing)
     else:
-        load_initial_weights(cfg, model)
+        load_initial_weights(cfg, model, allow_missing)
     return evaluate_model(cfg, model)
 
 
@@ -81,14 +86,7 @@ def train_loop(cfg, run: Run, records, batches, checkpoints, log, sigterm) -> No
     model = data_parallel(run.model.train())
     for iteration in range(run.iteration, cfg.SOLVER.MAX_ITER):
         start = time.perf_counter()
-        batch = next(batches)
-        data_time = time.perf_counter() - start
-        seed_iteration(run.seed, iteration)
-        with run.autocast():
-            losses = model(batch)
-            total_loss = sum(losses.values())
-        run.optimizer.zero_grad()
-        run.scaler.scale(total_loss).backward()
+        losses, data_time = gradients(run, model, batches, iteration)
         metrics, stop = shared_metrics(losses, data_time, sigterm.received)
         check_finite(metrics, iteration, checkpoints)
         run.scaler.step(run.optimizer)
@@ -101,7 +99,8 @@ def train_loop(cfg, run: Run, records, batches, checkpoints, log, sigterm) -> No
         evaluating = due(done, cfg.TEST.EVAL_PERIOD) and not last
         if cfg.TEST.PRECISE_BN.ENABLED and (evaluating or last):
             fresh = build_train_loader(cfg, records, run.seed, done, num_workers=0)
-            precise_bn(run.model, fresh, cfg.TEST.PRECISE_BN.NUM_ITER)
+            # As many images, where a forward pass has fewer.
+            precise_bn(run.model, fresh, cfg.TEST.PRECISE_BN.NUM_ITER * run.accumulation)
         if due(done, cfg.SOLVER.CHECKPOINT_PERIOD) or (stop and not last):
             save(checkpoints, f"model_{iteration:07d}", run, iteration)
         if last:
@@ -113,12 +112,40 @@ def train_loop(cfg, run: Run, records, batches, checkpoints, log, sigterm) -> No
             log.results(iteration, evaluate_model(cfg, run.model))
 
 
-def seed_iteration(seed: int, iteration: int) -> None:
-    """Make the model's draws a function of the run's seed, the process and the iteration.
+def gradients(run: Run, model, batches, iteration: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Those of one iteration, averaged over its forward passes and the processes.
 
-    So nothing that happened between two iterations (an evaluation, an interruption) shows in them.
+    Returns:
+        This process's mean losses, and the seconds spent waiting for data.
     """
-    sequence = np.random.SeedSequence((seed, comm.rank(), iteration))
+    run.optimizer.zero_grad()
+    passes, data_time = [], 0.0
+    for number in range(run.accumulation):
+        start = time.perf_counter()
+        batch = next(batches)
+        data_time += time.perf_counter() - start
+        seed_draws(run.seed, iteration * run.accumulation + number)
+        with exchange_gradients(model, number + 1 == run.accumulation):
+            with run.autocast():
+                losses = model(batch)
+                total_loss = sum(losses.values()) / run.accumulation
+            run.scaler.scale(total_loss).backward()
+        passes.append({name: loss.detach() for name, loss in losses.items()})
+    return {k: sum(p[k] for p in passes) / run.accumulation for k in passes[0]}, data_time
+
+
+def exchange_gradients(model, wanted: bool):
+    """Of the passes of a step only the last need tell the other processes its sums."""
+    distributed = isinstance(model, DistributedDataParallel)
+    return nullcontext() if wanted or not distributed else model.no_sync()
+
+
+def seed_draws(seed: int, forward_pass: int) -> None:
+    """Make the model's draws a function of the run's seed, the process and the forward pass.
+
+    So nothing that happened in between (an evaluation, an interruption) shows in them.
+    """
+    sequence = np.random.SeedSequence((seed, comm.rank(), forward_pass))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 

@@ -20,7 +20,8 @@ def command(tmp_path, repository):
     tool = repository / "tools" / "train_net.py"
 
     def build(*arguments, launcher=()):
-        return [sys.executable, *launcher, str(tool), "--config-file", str(config), *arguments]
+        options = ("--config-file", str(config), "--engine", "native")
+        return [sys.executable, *launcher, str(tool), *options, *arguments]
 
     return build
 
@@ -128,7 +129,6 @@ def test_evaluation_alone_repeats_the_result_and_checks_it(command, finish, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "detectron2"], "--engine detectron2 is not available in this version"),
         (["--num-gpus", "2", "MODEL.ROI_HEADS.NUM_CLASSES", "20"], "set it to 2"),
         (["MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl"),
         (
@@ -144,6 +144,32 @@ def test_mistakes_are_told_in_one_line(command, finish, tmp_path, arguments, mes
     assert done.returncode == 1
     assert len(error_lines(done)) == 1
     assert message in error_lines(done)[0]
+
+
+@pytest.mark.parametrize("engine", ["auto", "detectron2"])
+def test_a_detectron2_that_cannot_be_imported_is_explained(command, tmp_path, engine):
+    """Compiled for another torch: its own words, and the native engine is there."""
+    package = tmp_path / "broken" / "detectron2"
+    package.mkdir(parents=True)
+    words = "undefined symbol: _ZN3c10"
+    (package / "__init__.py").write_text(f"raise ImportError({words!r})")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(package.parent)}
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(tmp_path / "out"))
+    done = subprocess.run(
+        command("--engine", engine, *opts),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    why = f"detectron2 is installed but cannot be imported (ImportError: {words})"
+    if engine == "auto":
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0] == f"engine: native ({why})"
+    else:
+        assert done.returncode == 1
+        advice = "the native engine needs no detectron2: --engine native"
+        assert error_lines(done) == [f"error: {why}; {advice}"]
 
 
 def test_a_broken_image_is_named(command, finish, tmp_path):

@@ -16,9 +16,9 @@ from moco_det.config import load_config
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.evaluation import evaluate
+from moco_det.evaluation.records import verify_results
+from moco_det.launch import launch
 from moco_det.native import run, trainer
-from moco_det.native.inference import verify_results
-from moco_det.native.launch import launch
 from moco_det.native.layers import SyncBatchNorm
 from moco_det.native.run import prepare
 from moco_det.native.trainer import STOPPED_BY_SIGTERM, train

@@ -107,6 +107,7 @@ def _sigterm_passed_on(pids: list[int]):
 def _worker(local_rank, main, num_gpus, num_machines, machine_rank, url, failures, args) -> None:
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_gpus))
+    os.environ["LOCAL_WORLD_SIZE"] = str(num_gpus)  # as torchrun does
     rank = machine_rank * num_gpus + local_rank
     with _process_group(url, rank, num_machines * num_gpus, local_rank):
         try:

@@ -6,10 +6,10 @@ import torch
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
+from moco_det.launch import launch
 from moco_det.native import comm
-from moco_det.native.launch import launch
 from moco_det.native.layers import SyncBatchNorm
-from moco_det.native.precise_bn import precise_bn
+from moco_det.precise_bn import precise_bn
 
 SIZES = ((2, 5), (3, 4), (2, 7), (4, 3), (1, 6), (2, 2))  # images and side, per batch
 

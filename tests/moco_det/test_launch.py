@@ -8,8 +8,8 @@ import time
 import pytest
 
 from moco_det.errors import UserError
+from moco_det.launch import launch
 from moco_det.native import comm
-from moco_det.native.launch import launch
 
 
 def talk(folder):

@@ -8,8 +8,6 @@ import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
-from moco_det.native import comm
-
 
 @torch.no_grad()
 def precise_bn(model: nn.Module, batches: Iterable, num_iters: int) -> None:
@@ -38,7 +36,7 @@ def precise_bn(model: nn.Module, batches: Iterable, num_iters: int) -> None:
         for hook in hooks:
             hook.remove()
     for layer, total in sums.items():
-        if comm.world_size() > 1:
+        if dist.is_initialized():
             dist.all_reduce(total)
         if total[-1] > 0:  # else nothing has reached the layer
             mean, square = (total[:-1] / total[-1]).chunk(2)
