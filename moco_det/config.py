@@ -18,13 +18,14 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 
 from moco_det.errors import UserError
 
-# Keys that Detectron2 does not have (dotted names). None is needed so far.
-OUR_KEYS: tuple[str, ...] = ()
+# Keys that Detectron2 does not have (dotted names); the plugin adds them to its config.
+OUR_KEYS = ("SOLVER.GRADIENT_ACCUMULATION_STEPS",)
 
 _MODEL = {
     "META_ARCHITECTURE": "GeneralizedRCNN",
@@ -107,6 +108,7 @@ _MODEL = {
         "USE_FED_LOSS": False,
         "USE_SIGMOID_CE": False,
     },
+    "ROI_KEYPOINT_HEAD": {"MIN_KEYPOINTS_PER_IMAGE": 1},
 }
 
 _INPUT = {
@@ -118,6 +120,7 @@ _INPUT = {
     "RANDOM_FLIP": "horizontal",
     "CROP": {"ENABLED": False},
     "FORMAT": "BGR",
+    "MASK_FORMAT": "polygon",
 }
 
 _DATASETS = {"TRAIN": (), "TEST": ()}
@@ -127,6 +130,8 @@ _DATALOADER = {
     "ASPECT_RATIO_GROUPING": True,
     "SAMPLER_TRAIN": "TrainingSampler",
     "FILTER_EMPTY_ANNOTATIONS": True,
+    "REPEAT_THRESHOLD": 0.0,  # share of the images below which a class's images are repeated
+    "REPEAT_SQRT": True,
 }
 
 _SOLVER = {
@@ -147,7 +152,8 @@ _SOLVER = {
     "WARMUP_METHOD": "linear",
     "RESCALE_INTERVAL": False,
     "CHECKPOINT_PERIOD": 5000,
-    "IMS_PER_BATCH": 16,  # over all processes
+    "IMS_PER_BATCH": 16,  # of one optimizer step, over all processes
+    "GRADIENT_ACCUMULATION_STEPS": 1,  # forward passes that share IMS_PER_BATCH
     "REFERENCE_WORLD_SIZE": 0,
     "CLIP_GRADIENTS": {
         "ENABLED": False,
@@ -188,7 +194,11 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "MODEL.MASK_ON": (False,),
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),
-    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.BACKBONE.NAME": (
+        "build_resnet_backbone",
+        "build_resnet_fpn_backbone",
+        "build_resnet_dilated_c5_backbone",
+    ),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101),
     "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN"),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
@@ -210,7 +220,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "INPUT.RANDOM_FLIP": ("horizontal", "none"),
     "INPUT.CROP.ENABLED": (False,),
     "INPUT.FORMAT": ("BGR", "RGB"),
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.RESCALE_INTERVAL": (False,),
     "TEST.AUG.ENABLED": (False,),
@@ -221,7 +232,14 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 # Detectron2's keys and sections that act only when something that `SUPPORTED` refuses is asked for.
 INERT = (
     "MODEL.ROI_MASK_HEAD",
-    "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.ROI_KEYPOINT_HEAD.NAME",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO",
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE",
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT",
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS",
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.RETINANET",
     "MODEL.SEM_SEG_HEAD",
@@ -233,13 +251,10 @@ INERT = (
     "MODEL.RESNETS.DEFORM_NUM_GROUPS",
     "INPUT.CROP.TYPE",
     "INPUT.CROP.SIZE",
-    "INPUT.MASK_FORMAT",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "DATASETS.PROPOSAL_FILES_TEST",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
-    "DATALOADER.REPEAT_THRESHOLD",
-    "DATALOADER.REPEAT_SQRT",
     "SOLVER.NUM_DECAYS",
     "TEST.KEYPOINT_OKS_SIGMAS",
     "TEST.AUG.MIN_SIZES",
@@ -277,6 +292,32 @@ def check_supported(cfg: CfgNode) -> None:
         if values[key] not in supported:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
+
+
+def check_dilated_c5(cfg: CfgNode) -> None:
+    """UserError unless the ResNet of `cfg` ends in a res5 of dilation 2 and returns only that."""
+    needed = {"RES5_DILATION": 2, "OUT_FEATURES": ["res5"]}
+    if cfg.MODEL.RESNETS.DEPTH < 50:
+        needed = {"DEPTH": "50 or more: smaller ones have no dilation"}
+    for key, value in needed.items():
+        if cfg.MODEL.RESNETS[key] != value:
+            raise UserError(
+                f"MODEL.RESNETS.{key} is {cfg.MODEL.RESNETS[key]}; the backbone "
+                f"build_resnet_dilated_c5_backbone needs {value}"
+            )
+
+
+def on_available_device(cfg: CfgNode) -> CfgNode:
+    """`cfg` itself, or with MODEL.DEVICE "cpu" where it asks for CUDA and there is none."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return cfg
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    if frozen:
+        cfg.freeze()
+    return cfg
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,21 +3,24 @@
 Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its layout:
     voc_2007_trainval          VOC2007/{JPEGImages,Annotations,ImageSets/Main/trainval.txt}
     coco_2017_train            coco/annotations/instances_train2017.json, coco/train2017/
+    keypoints_coco_2017_train  coco/annotations/person_keypoints_train2017.json, coco/train2017/
 A folder of one's own, named in the YAML or on the command line, without registration:
     voc:ROOT:SPLIT             ROOT/{JPEGImages,Annotations,ImageSets/Main/SPLIT.txt}
     coco:ANNOTATIONS.json:IMAGE_DIR
 """
 
 import difflib
+import functools
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as coco_mask
 
 from moco_det.errors import UserError
 
@@ -48,6 +51,10 @@ _COCO_BUILTIN = {
     "coco_2017_val": ("instances_val2017.json", "val2017"),
     "coco_2017_val_100": ("instances_val2017_100.json", "val2017"),
 }
+_COCO_BUILTIN |= {
+    f"keypoints_{name}": (json_name.replace("instances", "person_keypoints"), image_dir)
+    for name, (json_name, image_dir) in _COCO_BUILTIN.items()
+}
 
 _OWN_FORMS = "voc:ROOT:SPLIT or coco:ANNOTATIONS.json:IMAGE_DIR"
 
@@ -56,12 +63,20 @@ _OWN_FORMS = "voc:ROOT:SPLIT or coco:ANNOTATIONS.json:IMAGE_DIR"
 class Dataset:
     """A named set of annotated images.
 
-    `classes[i]` is the name of contiguous category `i`; `evaluator` says whose metric applies.
+    `classes[i]` is the name of contiguous category `i`; `evaluator` says whose metric applies;
+    `keypoint_names` are those of every object, where the annotations have keypoints.
     """
 
     evaluator: ClassVar[str]
     name: str
     classes: tuple[str, ...]
+    keypoint_names: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def keypoint_flips(self) -> tuple[tuple[str, str], ...]:
+        """The keypoints that trade places in a mirrored image, told by COCO's left_ and right_."""
+        pairs = ((name, name.replace("left_", "right_", 1)) for name in self.keypoint_names)
+        return tuple((a, b) for a, b in pairs if a != b and b in self.keypoint_names)
 
     def records(self) -> list[Record]:
         """One dict per image, always in the same order.
@@ -140,21 +155,26 @@ class CocoDataset(Dataset):
     def records(self) -> list[Record]:
         """As in `Dataset`, sorted by image id, which is the number in the file.
 
-        As in Detectron2, crowds are kept; an object that has polygons, but no valid one, is not.
+        An annotation also has, where the file has it, "segmentation": a list of polygons
+        [x0, y0, x1, y1, ...] or a compressed RLE dict; and "keypoints": [x, y, visibility, ...],
+        where the file's pixel indices are moved by 0.5 to the pixels' centres.
+
+        As in Detectron2, crowds are kept; invalid polygons are left out, and so is an object that
+        has only such.
         """
         content = read_coco(self.json_file)
         contiguous = {category_id: index for index, category_id in enumerate(self.category_ids)}
         annotations_of = defaultdict(list)
         try:
             for annotation in content["annotations"]:
-                if _has_shape(annotation):
-                    record = _coco_annotation(annotation, contiguous)
+                record = _coco_annotation(annotation, contiguous)
+                if record is not None:
                     annotations_of[annotation["image_id"]].append(record)
             images = sorted(content["images"], key=lambda image: image["id"])
             return [_coco_record(i, self.image_dir, annotations_of[i["id"]]) for i in images]
         except KeyError as error:
             raise UserError(f"{self.json_file}: no such field or category: {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # the last: a run below zero
             raise UserError(f"{self.json_file}: malformed annotation: {error}") from error
 
 
@@ -220,10 +240,19 @@ def _require(name: str, path: Path, holder: Path | None) -> None:
 def _coco(name: str, json_file: Path, image_dir: Path, holder: Path | None = None) -> CocoDataset:
     _require(name, json_file, holder)
     _require(name, image_dir, holder)
-    categories = sorted(read_coco(json_file)["categories"], key=lambda category: category["id"])
+    state = json_file.stat()
+    categories = _coco_categories(json_file, (state.st_mtime_ns, state.st_size))
     classes = tuple(category["name"] for category in categories)
     ids = tuple(category["id"] for category in categories)
-    return CocoDataset(name, classes, json_file, image_dir, ids)
+    keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
+    names = keypoints.pop() if len(keypoints) == 1 else ()
+    return CocoDataset(name, classes, json_file, image_dir, ids, keypoint_names=names)
+
+
+@functools.cache
+def _coco_categories(json_file: Path, state: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+    """Sorted by id. Kept for each state of a file, because all of it must be read to get them."""
+    return tuple(sorted(read_coco(json_file)["categories"], key=lambda category: category["id"]))
 
 
 def _classes_in(root: Path) -> tuple[str, ...]:
@@ -279,23 +308,31 @@ def _image_size(path: Path) -> tuple[int, int]:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
-def _has_shape(annotation: dict) -> bool:
-    """Whether the box has area, and one of the polygons, if there are any, three points."""
-    if min(annotation["bbox"][2:]) <= 0:
-        return False
-    polygons = annotation.get("segmentation")
-    if not polygons or isinstance(polygons, dict):  # a dict: RLE
-        return True
-    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
-
-
-def _coco_annotation(annotation: dict, contiguous: dict[int, int]) -> dict[str, Any]:
+def _coco_annotation(
+    annotation: dict[str, Any], contiguous: dict[int, int]
+) -> dict[str, Any] | None:
+    """One object of a record; None if it has no area or, though it has polygons, no valid one."""
     x, y, width, height = annotation["bbox"]
-    return {
+    record = {
         "bbox": [x, y, x + width, y + height],
         "category_id": contiguous[annotation["category_id"]],
         "iscrowd": int(annotation.get("iscrowd", 0)),
     }
+    if annotation.get("segmentation"):
+        record["segmentation"] = _coco_segmentation(annotation["segmentation"])
+    if annotation.get("keypoints"):
+        numbers = enumerate(annotation["keypoints"])
+        record["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in numbers]
+    has_shape = min(width, height) > 0 and record.get("segmentation") != []
+    return record if has_shape else None
+
+
+def _coco_segmentation(shape: list | dict[str, Any]) -> list[list[float]] | dict[str, Any]:
+    """Polygons of at least three points, or an RLE in its compressed form."""
+    if isinstance(shape, dict):
+        compressed = not isinstance(shape["counts"], list)
+        return shape if compressed else coco_mask.frPyObjects(shape, *shape["size"])
+    return [polygon for polygon in shape if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 
 def _coco_record(image: dict, image_dir: Path, annotations: list[dict]) -> Record:

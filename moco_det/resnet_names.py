@@ -113,7 +113,8 @@ DETECTRON2 = Layout(
     "Detectron2",
     "detectron2",
     ("backbone.bottom_up.", "backbone.", "roi_heads.", ""),  # a C4 model's res5 is a head
-    r"stem\.fc\..+|backbone\.fpn_.+|(proposal_generator|roi_heads|sem_seg_head)\..+|pixel_.+",
+    r"stem\.fc\..+|backbone\.(fpn_|reduce\.).+|"
+    r"(proposal_generator|roi_heads|sem_seg_head)\..+|pixel_.+",
 )
 
 

@@ -5,8 +5,10 @@ a run resumed at iteration t sees exactly what the uninterrupted run would have 
 number of loading workers.
 """
 
+import math
 import pickle
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from moco_det.batch_plan import plan_batch
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.native import comm
@@ -28,6 +31,39 @@ def training_stream(size: int, seed: int) -> Iterator[Key]:
     for epoch in count():
         permutation = torch.randperm(size, generator=generator).tolist()
         yield from enumerate(permutation, start=epoch * size)
+
+
+def repeating_stream(factors: torch.Tensor, seed: int) -> Iterator[Key]:
+    """Endless shuffles in which record i comes `factors[i]` times, in the mean over the shuffles.
+
+    What Detectron2's `RepeatFactorTrainingSampler(factors, seed=seed)` yields: in each shuffle the
+    fraction of a factor is rounded up with the probability that it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = factors.trunc()
+    fraction = factors - whole
+    start = 0
+    while True:
+        times = whole + (torch.rand(len(factors), generator=generator) < fraction)
+        indices = torch.arange(len(factors)).repeat_interleave(times.long())
+        order = torch.randperm(len(indices), generator=generator)
+        yield from enumerate(indices[order].tolist(), start)
+        start += len(indices)
+
+
+def repeat_factors(records: list[dict], threshold: float, sqrt: bool) -> torch.Tensor:
+    """How often to show each record in an epoch, (len(records),) float32, at least 1.
+
+    A class in the share f of the images has the factor max(1, sqrt(threshold / f)), without the
+    root where `sqrt` is False; a record has the greatest factor of its classes, crowds included
+    (Detectron2; LVIS paper, appendix B.2).
+    """
+    classes = [{a["category_id"] for a in record["annotations"]} for record in records]
+    images = Counter(label for labels in classes for label in labels)
+    ratio = {label: threshold / (n / len(records)) for label, n in images.items()}
+    factor = {label: max(1.0, math.sqrt(r) if sqrt else r) for label, r in ratio.items()}
+    factors = [max((factor[label] for label in labels), default=1.0) for labels in classes]
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 def batches_by_aspect(
@@ -53,8 +89,7 @@ def batches_in_order(keys: Iterator[Key], batch_size: int) -> Iterator[list[Key]
 
 
 def training_batches(
-    size: int,
-    seed: int,
+    stream: Iterable[Key],
     batch_size: int,
     wide: list[bool] | None = None,
     start: int = 0,
@@ -64,14 +99,13 @@ def training_batches(
     """One process's batches of keys, without end.
 
     Args:
-        size: number of records.
-        seed: of the shuffles.
+        stream: keys of all processes' samples, dealt out to the processes one by one.
         batch_size: images of one batch of this process.
         wide: per record, whether it is wider than tall; None: batches are not grouped by aspect.
         start: number of batches to leave out, those a resumed run has already seen.
-        rank, world_size: the stream is dealt out to the processes sample by sample.
+        rank, world_size: which process this is, of how many.
     """
-    keys = islice(training_stream(size, seed), rank, None, world_size)
+    keys = islice(stream, rank, None, world_size)
     if wide is None:
         batches = batches_in_order(keys, batch_size)
     else:
@@ -140,8 +174,30 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def training_records(names: Sequence[str], filter_empty: bool) -> list[dict]:
-    """The records of all data sets, optionally without those that hold nothing but crowds.
+def has_objects(record: dict) -> bool:
+    """Whether anything but a crowd is annotated."""
+    return any(not a.get("iscrowd", 0) for a in record["annotations"])
+
+
+def count_keypoints(record: dict) -> int:
+    """Labelled keypoints of all objects, crowds included (Detectron2)."""
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+
+
+def training_records(
+    names: Sequence[str],
+    filter_empty: bool,
+    with_masks: bool = False,
+    with_keypoints: bool = False,
+    min_keypoints: int = 0,
+) -> list[dict]:
+    """The records of all data sets.
+
+    Args:
+        names: of the data sets.
+        filter_empty: leave out the images that hold nothing but crowds.
+        with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
+        min_keypoints: leave out the images with fewer labelled keypoints.
 
     Raises:
         UserError: nothing is left.
@@ -149,41 +205,67 @@ def training_records(names: Sequence[str], filter_empty: bool) -> list[dict]:
     if not names:
         raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
     records = [record for name in names for record in get_dataset(name).records()]
-    used = records
-    if filter_empty:
-        used = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])]
+    used = [
+        record
+        for record in records
+        if (has_objects(record) or not filter_empty) and count_keypoints(record) >= min_keypoints
+    ]
     boxes = sum(len(record["annotations"]) for record in used)
     left_out = len(records) - len(used)
-    comm.say(f"training on {len(used)} images, {boxes} boxes ({left_out} images have none)")
+    comm.say(f"training on {len(used)} images, {boxes} boxes ({left_out} images left out)")
     if not used:
         raise UserError(
             f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
             "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
+    kept = {"segmentation": with_masks, "keypoints": with_keypoints}
+    for annotation in (a for record in used for a in record["annotations"]):
+        for field in (name for name, keep in kept.items() if not keep):
+            annotation.pop(field, None)
     return used
+
+
+def build_training_records(cfg) -> list[dict]:
+    model = cfg.MODEL
+    return training_records(
+        cfg.DATASETS.TRAIN,
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        with_masks=model.MASK_ON,
+        with_keypoints=model.KEYPOINT_ON,
+        min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+    )
+
+
+def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
+    """The endless stream of samples that DATALOADER.SAMPLER_TRAIN names."""
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
+        return repeating_stream(factors, seed)
+    return training_stream(len(records), seed)
 
 
 def build_train_loader(
     cfg, records: list[dict], seed: int, start: int = 0, num_workers: int | None = None
 ) -> Iterator[list[dict]]:
-    """This process's training batches from iteration `start` on, without end.
+    """This process's batches of one forward pass each, from iteration `start` on, without end.
 
     `num_workers`: other than DATALOADER.NUM_WORKERS.
 
     Raises:
         UserError: the batch does not divide among the processes.
     """
-    total, processes = cfg.SOLVER.IMS_PER_BATCH, comm.world_size()
-    if total < 1 or total % processes:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {total} is the batch of all {processes} processes together: "
-            f"set it to a multiple of {processes}"
-        )
+    plan = plan_batch(cfg, comm.world_size())
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         wide = [record["width"] > record["height"] for record in records]
     batches = training_batches(
-        len(records), seed, total // processes, wide, start, comm.rank(), processes
+        build_stream(cfg, records, seed),
+        plan.images_per_forward,
+        wide,
+        start * plan.accumulation,
+        comm.rank(),
+        plan.processes,
     )
     mapped = MappedRecords(records, build_train_mapper(cfg), seed)
     workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
@@ -197,6 +279,8 @@ def build_test_loader(cfg, records: list[dict]) -> Iterator[list[dict]]:
     """
     bounds = np.linspace(0, len(records), comm.world_size() + 1).astype(int)
     share = range(*bounds[comm.rank() : comm.rank() + 2])
-    mapped = MappedRecords(records, build_test_mapper(cfg))
+    # Without the annotations, which may be far larger than the rest and are of no use here.
+    bare = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
+    mapped = MappedRecords(bare, build_test_mapper(cfg))
     batches = [[(index, index)] for index in share]
     return load(mapped, batches, cfg.DATALOADER.NUM_WORKERS, pin_memory=cfg.MODEL.DEVICE != "cpu")

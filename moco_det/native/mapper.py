@@ -1,12 +1,19 @@
-"""A dataset record to what the detector eats: decode, resize, flip, boxes to tensors."""
+"""A dataset record to what the detector eats: decode, resize, flip, annotations to tensors."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
 
+from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
-from moco_det.native.transforms import Augmentation, read_image
+from moco_det.native.transforms import Augmentation, Geometry, read_image
 
 MIN_SIDE = 1e-5  # pixels; a box thinner than this after clipping holds nothing (Detectron2's value)
+
+Polygons = list[np.ndarray]  # of one object; each [x0, y0, x1, y1, ...] float64
 
 
 class Mapper:
@@ -16,19 +23,37 @@ class Mapper:
         augmentation: draws the geometry.
         image_format: channel order the model wants, "BGR" or "RGB".
         with_targets: also produce "gt_boxes" (N, 4) float32 and "gt_classes" (N,) int64, without
-            crowds and without boxes that clipping left empty.
+            crowds and without objects whose box or mask clipping left empty.
+        with_masks: "gt_masks" among the targets, in `mask_format`: "polygon" for a list of
+            `Polygons` per object, "bitmask" for a bool tensor (N, H, W).
+        with_keypoints: "gt_keypoints" (N, K, 3) float32 among the targets: x, y, visibility.
+        mirrored_keypoints: K numbers; see `Geometry.apply_keypoints`.
     """
 
-    def __init__(self, augmentation: Augmentation, image_format: str, with_targets: bool):
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        image_format: str,
+        with_targets: bool,
+        with_masks: bool = False,
+        with_keypoints: bool = False,
+        mask_format: str = "polygon",
+        mirrored_keypoints: Sequence[int] = (),
+    ):
         self.augmentation = augmentation
         self.image_format = image_format
         self.with_targets = with_targets
+        self.with_masks = with_masks
+        self.with_keypoints = with_keypoints
+        self.mask_format = mask_format
+        self.mirrored_keypoints = tuple(mirrored_keypoints)
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         """The model's input; "image" is uint8 (3, H, W), "height" and "width" are the original's.
 
         Raises:
-            UserError: the image cannot be read or is not of the size its annotation states.
+            UserError: the image cannot be read or is not of the size its annotation states, or an
+                object lacks the mask or the keypoints that were asked for.
         """
         image = read_image(record["file_name"])
         width, height = image.size
@@ -41,17 +66,101 @@ class Mapper:
         pixels = torch.from_numpy(geometry.apply_image(image, self.image_format))
         item = {key: record[key] for key in ("image_id", "height", "width")} | {"image": pixels}
         if self.with_targets:
-            item |= self._targets(record["annotations"], geometry)
+            try:
+                item |= self._targets(record["annotations"], geometry)
+            except UserError as error:
+                raise UserError(f"{record['file_name']}: {error}") from error
         return item
 
-    @staticmethod
-    def _targets(annotations: list[dict], geometry) -> dict[str, torch.Tensor]:
+    def _targets(self, annotations: list[dict], geometry: Geometry) -> dict:
         objects = [a for a in annotations if not a.get("iscrowd", 0)]
         boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
         boxes = torch.from_numpy(geometry.apply_boxes(boxes)).float()
         classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
         keep = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(dim=1)
-        return {"gt_boxes": boxes[keep], "gt_classes": classes[keep]}
+        targets = {"gt_boxes": boxes, "gt_classes": classes}
+        if self.with_keypoints:
+            targets["gt_keypoints"] = self._keypoints(objects, geometry)
+        if self.with_masks:
+            make_masks = bit_masks if self.mask_format == "bitmask" else polygon_masks
+            masks = targets["gt_masks"] = make_masks(objects, geometry)
+            keep &= torch.tensor([_is_filled(mask) for mask in masks], dtype=torch.bool)
+        return {name: _select(values, keep) for name, values in targets.items()}
+
+    def _keypoints(self, objects: list[dict], geometry: Geometry) -> Tensor:
+        count = len(self.mirrored_keypoints)
+        rows = [a.get("keypoints", ()) for a in objects]
+        if any(len(row) != 3 * count for row in rows):
+            raise UserError(f"an object does not have the {count} keypoints of its data set")
+        points = np.array(rows, dtype=np.float64).reshape(-1, count, 3)
+        return torch.from_numpy(geometry.apply_keypoints(points, self.mirrored_keypoints)).float()
+
+
+def _is_filled(mask: Tensor | Polygons) -> bool:
+    return bool(mask.any()) if isinstance(mask, Tensor) else len(mask) > 0
+
+
+def _select(values: Tensor | list, keep: Tensor) -> Tensor | list:
+    if isinstance(values, Tensor):
+        return values[keep]
+    return [value for value, kept in zip(values, keep.tolist(), strict=True) if kept]
+
+
+def _segmentation(annotation: dict) -> list | dict:
+    if "segmentation" not in annotation:
+        raise UserError("an object has no segmentation, which MODEL.MASK_ON needs")
+    return annotation["segmentation"]
+
+
+def polygon_masks(objects: list[dict], geometry: Geometry) -> list[Polygons]:
+    """The objects' outlines on the new image, as they are: not clipped to it."""
+    segmentations = [_segmentation(a) for a in objects]
+    if any(isinstance(shape, dict) for shape in segmentations):
+        raise UserError("a mask is run-length encoded: set INPUT.MASK_FORMAT bitmask")
+    return [geometry.apply_polygons(shape) for shape in segmentations]
+
+
+def bit_masks(objects: list[dict], geometry: Geometry) -> Tensor:
+    """The objects' pixels on the new image, bool (N, H, W)."""
+    masks = torch.zeros((len(objects), *geometry.new), dtype=torch.bool)
+    for mask, annotation in zip(masks, objects, strict=True):
+        mask.copy_(torch.from_numpy(_bit_mask(_segmentation(annotation), geometry)))
+    return masks
+
+
+def _bit_mask(segmentation: list | dict, geometry: Geometry) -> np.ndarray:
+    """uint8 (H, W). An RLE is decoded and then resized, polygons are resized and then drawn."""
+    if isinstance(segmentation, dict):
+        try:
+            mask = coco_mask.decode(segmentation)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"a run-length encoded mask is broken: {error}") from error
+        if mask.shape != geometry.old:
+            raise UserError(f"a mask is of size {mask.shape}, the image of {geometry.old}")
+        return geometry.apply_mask(mask)
+    if not segmentation:
+        return np.zeros(geometry.new, dtype=np.uint8)
+    polygons = geometry.apply_polygons(segmentation)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *geometry.new)))
+
+
+def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
+    """For each keypoint of the data sets `names`, the one that takes its place in a mirror.
+
+    Raises:
+        UserError: a data set has no names of keypoints, or others than the first.
+    """
+    datasets = [get_dataset(name) for name in names]
+    keypoints = datasets[0].keypoint_names
+    for dataset in datasets:
+        if not keypoints or dataset.keypoint_names != keypoints:
+            raise UserError(
+                f"dataset {dataset.name} names the keypoints {dataset.keypoint_names}: "
+                "MODEL.KEYPOINT_ON needs one list of names, the same in all of DATASETS.TRAIN"
+            )
+    partner = dict(datasets[0].keypoint_flips)
+    partner |= {right: left for left, right in partner.items()}
+    return tuple(keypoints.index(partner.get(name, name)) for name in keypoints)
 
 
 def build_train_mapper(cfg) -> Mapper:
@@ -61,7 +170,15 @@ def build_train_mapper(cfg) -> Mapper:
         cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
         flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
     )
-    return Mapper(augmentation, cfg.INPUT.FORMAT, with_targets=True)
+    return Mapper(
+        augmentation,
+        cfg.INPUT.FORMAT,
+        with_targets=True,
+        with_masks=cfg.MODEL.MASK_ON,
+        with_keypoints=cfg.MODEL.KEYPOINT_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        mirrored_keypoints=mirrored_keypoints(cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else (),
+    )
 
 
 def build_test_mapper(cfg) -> Mapper:

@@ -11,6 +11,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from moco_det.config import check_supported
 from moco_det.native.boxes import nonempty
+from moco_det.native.dilated_c5 import build_resnet_dilated_c5
 from moco_det.native.fpn import build_resnet_fpn
 from moco_det.native.layers import sync_on_cpu
 from moco_det.native.resnet import build_resnet
@@ -20,6 +21,7 @@ from moco_det.native.rpn import build_rpn
 BACKBONES = {
     "build_resnet_backbone": build_resnet,
     "build_resnet_fpn_backbone": build_resnet_fpn,
+    "build_resnet_dilated_c5_backbone": build_resnet_dilated_c5,
 }
 
 

@@ -98,17 +98,23 @@ class RPN(nn.Module):
             N tensors (at most post_nms_topk, 4) of proposals, best first, without gradient; and,
             in training, the losses `loss_rpn_cls` and `loss_rpn_loc`.
         """
+        anchors, logits, deltas = self.predict(features)
+        # The losses first: they draw random numbers before the ROI heads do.
+        losses = self.losses(anchors, logits, deltas, gt_boxes) if self.training else {}
+        return self.propose(anchors, logits, deltas, image_sizes)[0], losses
+
+    def predict(
+        self, features: dict[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level, i from 1 to L: anchors (Hi*Wi*A, 4), logits (N, Hi*Wi*A), deltas (N, ., 4)."""
         maps = [features[name] for name in self.in_features]
-        anchors = self.anchor_generator(maps)
         logits, deltas = self.rpn_head(maps)
         # (N, A, Hi, Wi) -> (N, Hi*Wi*A) and (N, A*4, Hi, Wi) -> (N, Hi*Wi*A, 4), as the anchors.
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
         deltas = [
             x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas
         ]
-        # The losses first: they draw random numbers before the ROI heads do.
-        losses = self.losses(anchors, logits, deltas, gt_boxes) if self.training else {}
-        return self.propose(anchors, logits, deltas, image_sizes), losses
+        return self.anchor_generator(maps), logits, deltas
 
     @torch.no_grad()
     def label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,9 +173,10 @@ class RPN(nn.Module):
         logits: list[Tensor],
         deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The best anchors of each level, refined, clipped, and thinned out by NMS within a level.
 
+        Returns boxes, N tensors (at most post_nms_topk, 4), and their logits, both best first.
         Boxes that are not finite are dropped (the loss shows them: it is not finite either).
         """
         phase = 0 if self.training else 1
@@ -183,15 +190,17 @@ class RPN(nn.Module):
             levels.append(torch.full_like(index[0], level))
         scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
 
-        proposals = []
+        kept_boxes, kept_scores = [], []
         for score, box, size in zip(scores, boxes, image_sizes, strict=True):
             finite = box.isfinite().all(dim=1) & score.isfinite()
             box = clip_boxes_to_image(box, size)
             valid = finite & nonempty(box, self.min_box_size)
-            box = box[valid]
-            keep = batched_nms(box, score[valid], levels[valid], self.nms_thresh)
-            proposals.append(box[keep[: self.post_nms_topk[phase]]])
-        return proposals
+            box, score = box[valid], score[valid]
+            keep = batched_nms(box, score, levels[valid], self.nms_thresh)
+            keep = keep[: self.post_nms_topk[phase]]
+            kept_boxes.append(box[keep])
+            kept_scores.append(score[keep])
+        return kept_boxes, kept_scores
 
 
 def build_rpn(cfg, backbone: nn.Module) -> RPN:

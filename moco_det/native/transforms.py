@@ -1,9 +1,10 @@
 """Detectron2's training geometry: shortest-edge resize with PIL's bilinear filter, then a flip.
 
-Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY in pixels
-of the image they lie on.
+Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
+points (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +90,43 @@ class Geometry:
             x0, x1 = width - x1, width - x0
         limit = np.array([width, height, width, height])
         return np.clip(np.stack([x0, y0, x1, y1], axis=1), 0, limit)
+
+    def apply_points(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2) of the old image on the new one, not clipped to it."""
+        (old_height, old_width), (height, width) = self.old, self.new
+        moved = points * np.array([width / old_width, height / old_height])
+        if self.flip:
+            moved[..., 0] = width - moved[..., 0]
+        return moved
+
+    def apply_polygons(self, polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
+        """Polygons [x0, y0, x1, y1, ...] as float64 arrays of the same layout, not clipped.
+
+        Detectron2's numbers, but for polygons that are written in whole numbers only: those it
+        moves in integer arithmetic, so that every coordinate is rounded down.
+        """
+        points = (np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons)
+        return [self.apply_points(p).reshape(-1) for p in points]
+
+    def apply_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A uint8 mask (old H, old W) as a contiguous one (H, W), by the nearest pixel."""
+        if self.new != self.old:
+            image = Image.fromarray(mask).resize(self.new[::-1], Image.Resampling.NEAREST)
+            mask = np.asarray(image)
+        return np.ascontiguousarray(mask[:, ::-1] if self.flip else mask)
+
+    def apply_keypoints(self, keypoints: np.ndarray, mirrored: Sequence[int]) -> np.ndarray:
+        """Keypoints (N, K, 3) float64 of (x, y, visibility).
+
+        `mirrored[k]` is the keypoint that takes the place of keypoint k in a flipped image. As in
+        Detectron2, a point outside the image is no longer labelled (visibility 0), and what is not
+        labelled is all zeros.
+        """
+        points, visibility = self.apply_points(keypoints[..., :2]), keypoints[..., 2:]
+        inside = ((points >= 0) & (points <= self.new[::-1])).all(axis=-1, keepdims=True)
+        labelled = inside & (visibility != 0)
+        moved = np.where(labelled, np.concatenate([points, visibility], axis=-1), 0.0)
+        return moved[:, list(mirrored)] if self.flip else moved
 
 
 class Augmentation:

@@ -2,17 +2,19 @@
 
     PYTHONPATH=DETECTRON2 python tests/golden/record_config.py
 
-Recorded from commit 02b5c4e295e990042a714712c21dc79b731e8833. A value is kept as its `repr`, so
-that tuples stay apart from lists, and 1 from 1.0.
+A value is kept as its `repr`, so that tuples stay apart from lists, and 1 from 1.0.
 """
 
-import json
-from pathlib import Path
-
-from detectron2.config import get_cfg
+from recording import write
 
 from moco_det.config import leaves
 
-defaults = {key: repr(value) for key, value in leaves(get_cfg())}
-target = Path(__file__).with_name("detectron2_config.json")
-target.write_text(json.dumps(defaults, indent=1, sort_keys=True) + "\n")
+
+def record():
+    from detectron2.config import get_cfg
+
+    return {"defaults": {key: repr(value) for key, value in sorted(leaves(get_cfg()))}}
+
+
+if __name__ == "__main__":
+    write("config", record())

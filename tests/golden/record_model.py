@@ -2,20 +2,15 @@
 
     PYTHONPATH=DETECTRON2 python tests/golden/record_model.py
 
-Recorded from commit 02b5c4e295e990042a714712c21dc79b731e8833.
-
 Weights and images come from numpy's RandomState, whose stream never changes, and every anchor and
 proposal is sampled, so that no number depends on a version of torch.
 """
 
-import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
-
-FILE = Path(__file__).with_name("detectron2_model.json")
+from recording import write
 
 COMMON = """
 MODEL.DEVICE cpu MODEL.RESNETS.STRIDE_IN_1X1 False MODEL.ROI_HEADS.NUM_CLASSES 4
@@ -103,7 +98,7 @@ def summarise(losses: dict, detections: list[tuple]) -> dict:
     }
 
 
-def record(case: str) -> dict:
+def record_case(case: str) -> dict:
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
@@ -139,4 +134,4 @@ def register_extra_norm() -> None:
 
 if __name__ == "__main__":
     register_extra_norm()
-    FILE.write_text(json.dumps({case: record(case) for case in CASES}, indent=1) + "\n")
+    write("model", {case: record_case(case) for case in CASES})

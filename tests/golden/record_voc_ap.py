@@ -2,19 +2,18 @@
 
     PYTHONPATH=DETECTRON2 python tests/golden/record_voc_ap.py
 
-Recorded from commit 02b5c4e295e990042a714712c21dc79b731e8833. Objects are [image, class, difficult,
-xmin, ymin, xmax, ymax] in VOC's inclusive pixels. Detections are [image, class, score, x0, y0, x1,
-y1] in continuous pixels, as a detector gives them; their scores have three decimals and differ, and
-their coordinates one, which is what Detectron2's text files keep.
+Objects are [image, class, difficult, xmin, ymin, xmax, ymax] in VOC's inclusive pixels. Detections
+are [image, class, score, x0, y0, x1, y1] in continuous pixels, as a detector gives them; their
+scores have three decimals and differ, and their coordinates one, which is what Detectron2's text
+files keep.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from detectron2.evaluation.pascal_voc_evaluation import voc_eval
+from recording import write
 
 CLASSES, IMAGES = ("disc", "ring", "star"), 40
 THRESHOLDS = [percent / 100 for percent in range(50, 100, 5)]
@@ -59,6 +58,8 @@ def write_annotations(objects, folder):
 
 def detectron2_aps(objects, detections, eleven_point):
     """(classes, thresholds) AP in percent."""
+    from detectron2.evaluation.pascal_voc_evaluation import voc_eval
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_annotations(objects, folder)
@@ -77,9 +78,17 @@ def detectron2_aps(objects, detections, eleven_point):
         ]
 
 
-if __name__ == "__main__":
+def record():
     objects, detections = draw_case(np.random.RandomState(0))
-    case = {"classes": CLASSES, "images": IMAGES, "objects": objects, "detections": detections}
-    case["eleven_point"] = detectron2_aps(objects, detections, True)
-    case["area"] = detectron2_aps(objects, detections, False)
-    Path(__file__).with_name("detectron2_voc_ap.json").write_text(json.dumps(case) + "\n")
+    return {
+        "classes": CLASSES,
+        "images": IMAGES,
+        "objects": objects,
+        "detections": detections,
+        "eleven_point": detectron2_aps(objects, detections, True),
+        "area": detectron2_aps(objects, detections, False),
+    }
+
+
+if __name__ == "__main__":
+    write("voc_ap", record())

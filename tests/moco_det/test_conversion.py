@@ -182,7 +182,10 @@ def test_backbone_of_a_detector_goes_back_to_torchvision(tmp_path, c4):
         model[prefix + name] = value
     heads = {"proposal_generator.rpn_head.conv.weight": torch.ones(1), "pixel_mean": torch.ones(3)}
     heads["roi_heads.box_predictor.cls_score.weight"] = torch.ones(1)
-    heads["roi_heads.res5.norm.weight" if c4 else "backbone.fpn_lateral2.weight"] = torch.ones(1)
+    new = ["roi_heads.res5.norm.weight"]
+    if not c4:  # an FPN's layers, and those of a dilated C5
+        new = ["backbone.fpn_lateral2.weight", "backbone.reduce.norm.running_mean"]
+    heads |= {name: torch.ones(1) for name in new}
     write_weights(tmp_path / "model_final.pth", {"model": model | heads, "iteration": 9})
     conversion = convert(tmp_path / "model_final.pth", tmp_path / "back.pth", to="torchvision")
     assert set(conversion.source.dropped) == set(heads)

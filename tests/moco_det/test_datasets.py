@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from moco_det.datasets import VOC_CLASSES, get_dataset
 from moco_det.errors import UserError
@@ -132,6 +133,9 @@ def test_builtin_coco_below_the_root(tmp_path, monkeypatch):
     dataset = get_dataset("coco_2017_val")
     assert dataset.evaluator == "coco"
     assert dataset.records()[0]["file_name"] == str(tmp_path / "coco/val2017/two.jpg")
+    assert dataset.keypoint_names == dataset.keypoint_flips == ()
+    with pytest.raises(UserError, match="expected .*annotations/person_keypoints_val2017.json"):
+        get_dataset("keypoints_coco_2017_val")
 
 
 def test_missing_root_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -229,6 +233,38 @@ def test_coco_leaves_out_what_has_no_shape(tmp_path):
     assert len(nine["annotations"]) == 3
 
 
+def test_coco_shapes(tmp_path):
+    """Polygons without three points go, runs are compressed, keypoints move to pixel centres."""
+    box = {"image_id": 9, "category_id": 7, "bbox": [1, 2, 10, 20]}
+    annotations = [
+        {
+            **box,
+            "id": 1,
+            "segmentation": [[1, 2, 3, 4], [1, 2, 3.5, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]],
+        },
+        {**box, "id": 2, "segmentation": {"size": [2, 3], "counts": [1, 4, 1]}},
+        {**box, "id": 3, "segmentation": [], "keypoints": []},
+        {**box, "id": 4, "keypoints": [3, 4, 2, 0, 0, 0]},
+    ]
+    _, nine = get_dataset(write_coco(tmp_path, annotations=annotations)).records()
+    polygons, runs, neither, keypoints = nine["annotations"]
+    assert polygons["segmentation"] == [[1, 2, 3.5, 4, 5, 6]]
+    assert coco_mask.decode(runs["segmentation"]).tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert isinstance(runs["segmentation"]["counts"], bytes)
+    assert set(neither) == {"bbox", "category_id", "iscrowd"}
+    assert keypoints["keypoints"] == [3.5, 4.5, 2, 0.5, 0.5, 0]
+
+
+def test_keypoints_are_named_by_the_file(tmp_path):
+    names = ["nose", "left_eye", "right_eye", "left_wing"]
+    categories = [{"id": 7, "name": "cat", "keypoints": names}, {"id": 8, "name": "dog"}]
+    dataset = get_dataset(write_coco(tmp_path, categories=categories))
+    assert dataset.keypoint_names == tuple(names)
+    assert dataset.keypoint_flips == (("left_eye", "right_eye"),)
+    categories[1]["keypoints"] = ["tail"]  # no list of names that is that of every object
+    assert get_dataset(write_coco(tmp_path, categories=categories)).keypoint_names == ()
+
+
 def test_coco_size_may_come_from_the_image(tmp_path):
     name = write_coco(tmp_path, images=[{"id": 9, "file_name": "nine.png"}])
     Image.new("RGB", (50, 40)).save(tmp_path / "images" / "nine.png")
@@ -244,6 +280,9 @@ def test_malformed_coco_file_is_named(tmp_path):
         get_dataset(write_coco(tmp_path, annotations=[annotation])).records()
     with pytest.raises(UserError, match="a.json: malformed annotation"):
         get_dataset(write_coco(tmp_path, annotations=[{**annotation, "bbox": []}])).records()
+    below_zero = {"category_id": 7, "segmentation": {"size": [40, 50], "counts": [-1]}}
+    with pytest.raises(UserError, match="a.json: malformed annotation"):
+        get_dataset(write_coco(tmp_path, annotations=[annotation | below_zero])).records()
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match="cannot read COCO annotations .*a.json"):
         get_dataset(f"coco:{tmp_path}/a.json:{tmp_path}")
@@ -270,20 +309,22 @@ def test_voc_records_equal_detectron2s(shared_data):
     assert [strip(record) for record in dataset.records()] == [strip(r) for r in theirs]
 
 
-def test_coco_records_equal_detectron2s(shared_data):
+@pytest.mark.parametrize("kind", ["instances", "person_keypoints"])
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_coco_records_equal_detectron2s(shared_data, kind, split):
     loader = pytest.importorskip("detectron2.data.datasets.coco")
     root = shared_data("coco_mini")
-    json_file, images = root / "annotations" / "instances_train2017.json", root / "train2017"
-    theirs = loader.load_coco_json(str(json_file), str(images), "moco_det_test")
+    json_file, images = root / "annotations" / f"{kind}_{split}.json", root / split
+    theirs = loader.load_coco_json(str(json_file), str(images), f"moco_det_{kind}_{split}")
     for record in theirs:
         for annotation in record["annotations"]:
             x, y, w, h = annotation["bbox"]
             annotation["bbox"] = [x, y, x + w, y + h]
-    ours = get_dataset(f"coco:{json_file}:{images}").records()
-    assert [strip(record) for record in ours] == [strip(record) for record in theirs]
+            del annotation["bbox_mode"]
+    assert get_dataset(f"coco:{json_file}:{images}").records() == theirs
 
 
 def strip(record):
-    """What both loaders give, with the file as a string."""
+    """What both VOC loaders give, with the file as a string."""
     annotations = [{key: a[key] for key in ("bbox", "category_id")} for a in record["annotations"]]
     return {**record, "file_name": str(record["file_name"]), "annotations": annotations}

@@ -1,4 +1,4 @@
-"""COCO's box metrics: the COCO API's published numbers for its own example, and hand cases."""
+"""COCO's box metrics: published and recorded numbers of the official tools, and hand cases."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 
 import pytest
+import record_coco_ap
+from recording import read
 
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
@@ -34,6 +36,20 @@ def test_the_twelve_published_numbers(shared_data):
     results = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
     found = evaluate(dataset, as_predictions(results, dataset.category_ids))["bbox"]
     assert [round(found[metric] / 100, 3) for metric in METRICS] == expected
+
+
+def test_metrics_recorded_from_detectron2(tmp_path):
+    content, detections = record_coco_ap.draw_case()
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    rows = defaultdict(lambda: {"boxes": [], "scores": [], "classes": []})
+    for image, label, score, *box in detections:
+        for field, value in (("boxes", box), ("scores", score), ("classes", label)):
+            rows[image][field].append(value)
+    predictions = [{"image_id": image, **row} for image, row in rows.items()]
+    found = evaluate(get_dataset(f"coco:{tmp_path}/a.json:{tmp_path}"), predictions)["bbox"]
+    expected = read("coco_ap")["bbox"]
+    assert len(expected) == 6 + len(record_coco_ap.CATEGORIES)
+    assert {metric: found[metric] for metric in expected} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.fixture

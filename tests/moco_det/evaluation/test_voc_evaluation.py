@@ -1,12 +1,12 @@
 """VOC's AP on cases done by hand, and against numbers recorded from Detectron2's evaluator."""
 
-import json
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from recording import read
 
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.voc import THRESHOLDS, average_precision
@@ -197,10 +197,6 @@ def test_eleven_levels_are_multiples_of_a_tenth_in_floats():
     assert average_precision(np.array([0.3]), np.array([1.0]), True) == pytest.approx(3 / 11)
 
 
-def recorded_case(repository):
-    return json.loads((repository / "tests" / "golden" / "detectron2_voc_ap.json").read_text())
-
-
 def case_dataset(case, eleven_point):
     """The recorded objects, from VOC's inclusive pixels to continuous ones."""
     objects = tuple(
@@ -215,8 +211,8 @@ def case_detections(case):
 
 
 @pytest.mark.parametrize("metric", ["eleven_point", "area"])
-def test_equals_detectron2_on_a_random_case(repository, metric):
-    case = recorded_case(repository)
+def test_equals_detectron2_on_a_random_case(metric):
+    case = read("voc_ap")
     result = evaluate(case_dataset(case, metric == "eleven_point"), case_detections(case))["bbox"]
     expected = np.array(case[metric])  # (classes, thresholds)
     assert expected.shape == (3, len(THRESHOLDS))

@@ -1,7 +1,9 @@
-"""Anchors against the values in Detectron2's own test, and against a hand count."""
+"""Anchors against Detectron2's tables and the values in its own test, and a hand count."""
 
 import pytest
+import record_anchors
 import torch
+from recording import read
 
 from moco_det.native.anchors import AnchorGenerator, cell_anchors
 
@@ -31,6 +33,15 @@ def test_values_of_detectron2(nested):
     generator = AnchorGenerator([sizes] if nested else sizes, ratios, strides=[4])
     (anchors,) = generator([torch.zeros(2, 96, 1, 2)])
     torch.testing.assert_close(anchors, DETECTRON2)
+
+
+@pytest.mark.parametrize("case", record_anchors.CASES)
+def test_tables_recorded_from_detectron2(case):
+    options = record_anchors.CASES[case]
+    generator = AnchorGenerator(options["sizes"], options["aspect_ratios"], options["strides"])
+    found = generator(record_anchors.feature_maps(case))
+    for anchors, expected in zip(found, read("anchors")[case], strict=True):
+        torch.testing.assert_close(anchors, torch.tensor(expected), rtol=1e-6, atol=1e-5)
 
 
 def test_offset_moves_all_anchors_by_its_share_of_the_stride():

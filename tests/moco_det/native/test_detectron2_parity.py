@@ -11,31 +11,20 @@ import torch
 pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
 
 from detectron2.config import get_cfg
-from detectron2.layers import get_norm
 from detectron2.modeling import build_backbone as build_detectron2_backbone
 from detectron2.modeling import build_model as build_detectron2
 from detectron2.modeling import build_proposal_generator
 from detectron2.modeling import build_roi_heads as build_detectron2_roi_heads
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+import moco_det.plugin  # noqa: F401 (registers what Detectron2 lacks)
 from moco_det.native.rcnn import build_backbone, build_model
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
+from moco_det.parity import enliven
 
 warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid
-
-
-@ROI_HEADS_REGISTRY.register()
-class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-    """As facebookresearch/moco's detection script registers it."""
-
-    @classmethod
-    def _build_res5_block(cls, cfg):
-        res5, out_channels = super()._build_res5_block(cfg)
-        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, out_channels))
-        return res5, out_channels
 
 
 MOCO_C4 = """
@@ -77,6 +66,12 @@ CASES = {
     MODEL.RPN.IN_FEATURES ['res5'] MODEL.ROI_HEADS.IN_FEATURES ['res5'] MODEL.ROI_HEADS.NAME
     StandardROIHeads MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 1
     MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 4""",
+    "R50-DC5-reduced": """MODEL.BACKBONE.NAME build_resnet_dilated_c5_backbone
+    MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM SyncBN MODEL.RESNETS.STRIDE_IN_1X1 False
+    MODEL.RESNETS.OUT_FEATURES ['res5'] MODEL.RESNETS.RES5_DILATION 2 MODEL.RPN.IN_FEATURES ['c5']
+    MODEL.ROI_HEADS.IN_FEATURES ['c5'] MODEL.ROI_HEADS.NAME StandardROIHeads
+    MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 2
+    MODEL.ROI_BOX_HEAD.FC_DIM 64 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 7""",
 }
 
 
@@ -84,43 +79,6 @@ def make_cfg(options: str):
     cfg = get_cfg()
     cfg.merge_from_list((COMMON + options).split())
     return cfg
-
-
-# Output spreads with which all parts have something to do: overlapping proposals, sure detections.
-SPREADS = {"objectness_logits": 2.0, "anchor_deltas": 0.3, "cls_score": 3.0, "bbox_pred": 1.0}
-
-
-def randomise(model, batch) -> None:
-    """Norms that are not the identity and fit the batch, and predictors scaled to `SPREADS`."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        uniform = torch.rand(value.shape, generator=generator)
-        if name.endswith(("norm.weight", "norm.running_var")):
-            value.copy_(0.5 + uniform)
-        elif name.endswith(("norm.bias", "norm.running_mean")):
-            value.copy_(uniform - 0.5)
-
-    batch_norms = [m for m in model.modules() if hasattr(m, "momentum")]
-    for module in batch_norms:
-        module.momentum = 1.0
-    with torch.no_grad(), EventStorage():
-        model(batch)
-    for module in batch_norms:
-        module.momentum = 0.1
-
-    def rescale(module, inputs, output):
-        module.weight.data.mul_(SPREADS[module.name] / output.std())
-        return module.forward(*inputs)
-
-    hooks = []
-    for name, module in model.named_modules():
-        module.name = name.split(".")[-1]
-        if module.name in SPREADS:
-            hooks.append(module.register_forward_hook(rescale))
-    with torch.no_grad():
-        model.eval()(batch)
-    for hook in hooks:
-        hook.remove()
 
 
 GT_BOXES = [
@@ -161,8 +119,8 @@ def pair(request, images):
     cfg = make_cfg(CASES[request.param])
     torch.manual_seed(0)
     theirs, ours = build_detectron2(cfg), build_model(cfg)
-    randomise(theirs, detectron2_batch(images))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    enliven(ours, native_batch(images), ours.state_dict(), seed=1)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
     return theirs, ours
 
 

@@ -257,7 +257,7 @@ def test_two_processes_with_sync_bn_equal_one(tmp_path):
     ],
 )
 def test_what_is_not_there_is_refused_by_name(key, value):
-    message = f"{key} {value!r} is not in the native engine yet"
+    message = f"{key} {value!r}: the native engine supports only"
     with pytest.raises(UserError, match=message):
         build_model(small_cfg(key, value))
     with pytest.raises(UserError, match=message):

@@ -4,7 +4,9 @@ import copy
 import math
 
 import pytest
+import record_schedules
 import torch
+from recording import read
 from torch import nn
 
 from moco_det.config import get_cfg
@@ -127,6 +129,12 @@ def test_cosine_by_hand():
     warmup = [0.002 + (cosine(10) - 0.002) * t / 10 for t in range(10)]
     expected = warmup + [cosine(t) for t in range(10, 100)]
     assert schedule(cfg) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", record_schedules.CASES)
+def test_curves_recorded_from_detectron2(case):
+    rates = record_schedules.curve(make_cfg(**record_schedules.CASES[case]), build_lr_scheduler)
+    assert rates == pytest.approx(read("schedules")[case], rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Images and boxes through resize and flip: PIL and Detectron2 are the oracles."""
+"""Images and annotations through resize and flip: PIL and Detectron2 are the oracles."""
 
 import numpy as np
 import pytest
+import record_inputs
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from record_inputs import NumpyDraws
+from recording import read
 
 from moco_det.errors import UserError
-from moco_det.native.mapper import Mapper
 from moco_det.native.transforms import Augmentation, Geometry, read_image, shortest_edge_size
 
 
@@ -151,58 +153,66 @@ def test_range_takes_two_sizes():
         Augmentation((50, 60, 70), 1000, "range")
 
 
-@pytest.fixture
-def record(tmp_path):
-    noise(40, 60).save(tmp_path / "a.png")
-    boxes = [
-        ([10.0, 10.0, 30.0, 20.0], 1, 0),
-        ([0.0, 0.0, 60.0, 40.0], 0, 1),  # crowd
-        ([61.0, 5.0, 70.0, 9.0], 2, 0),  # outside the image: empty once clipped
-        ([0.0, 30.0, 90.0, 50.0], 3, 0),  # clipped
-    ]
-    annotations = [{"bbox": b, "category_id": c, "iscrowd": crowd} for b, c, crowd in boxes]
-    size = {"image_id": 7, "height": 40, "width": 60}
-    return {"file_name": str(tmp_path / "a.png"), "annotations": annotations, **size}
+@pytest.mark.parametrize("case", range(len(record_inputs.DRAWS)))
+def test_draws_recorded_from_detectron2(case):
+    """Size and flip of image after image, from one state of numpy's global generator."""
+    augmentation = Augmentation(*record_inputs.DRAWS[case], flip=True)
+    size = (record_inputs.HEIGHT, record_inputs.WIDTH)
+    np.random.seed(0)
+    drawn = [augmentation.draw(NumpyDraws(), *size) for _ in range(record_inputs.DRAWN)]
+    assert [[*g.new, g.flip] for g in drawn] == read("inputs")["draws"][case]
 
 
-def test_mapper_leaves_out_crowds_and_empty_boxes(record):
-    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
-    item = mapper(record, np.random.default_rng(0))
-    assert item["image"].shape == (3, 20, 30)
-    assert item["image"].dtype == torch.uint8
-    assert (item["image_id"], item["height"], item["width"]) == (7, 40, 60)
-    assert item["gt_boxes"].tolist() == [[5, 5, 15, 10], [0, 15, 30, 20]]
-    assert item["gt_boxes"].dtype == torch.float32
-    assert item["gt_classes"].tolist() == [1, 3]
+FLIPPED = Geometry(old=(4, 8), new=(2, 4), flip=True)
 
 
-def test_mapper_without_objects_and_without_targets(record):
-    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
-    item = mapper(record | {"annotations": []}, np.random.default_rng(0))
-    assert item["gt_boxes"].shape == (0, 4)
-    assert item["gt_classes"].shape == (0,)
-    test_item = Mapper(Augmentation((20,), 100), "BGR", with_targets=False)(
-        record, np.random.default_rng(0)
-    )
-    assert "gt_boxes" not in test_item
+def test_polygons_and_points_by_hand():
+    (polygon,) = FLIPPED.apply_polygons([[0, 0, 8, 1, 9, 4]])
+    assert polygon.tolist() == [4, 0, 0, 0.5, -0.5, 2]  # beyond the image, and not clipped
+    assert Geometry((4, 8), (8, 8)).apply_points(np.array([1.0, 1.0])).tolist() == [1, 2]
 
 
-def test_mapper_is_detectron2s(record):
-    d2_data = pytest.importorskip("detectron2.data")
-    structures = pytest.importorskip("detectron2.structures")
+def test_mask_by_hand():
+    mask = np.zeros((4, 8), dtype=np.uint8)
+    mask[1, :5:2] = 1  # the left of each pair of columns
+    mask[:2, 1] = 1
+    mask[3, 5] = 1
+    # PIL takes the lower right of every four pixels, and no mean of them.
+    assert FLIPPED.apply_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    same = Geometry((4, 8), (4, 8)).apply_mask(mask)
+    assert same.flags.c_contiguous
+    np.testing.assert_array_equal(same, mask)
+
+
+def test_keypoints_by_hand():
+    """Halved and mirrored; a point on the border is inside, one beyond it is not labelled."""
+    person = [[2.0, 2, 2], [8, 4, 1], [8.5, 1, 2]]
+    other = [[0.5, 0.5, 0], [0, 0, 2], [1, 1, 1]]
+    keypoints = np.array([person, other])
+    moved = FLIPPED.apply_keypoints(keypoints, mirrored=(0, 2, 1))
+    first, second = moved.tolist()
+    assert first == [[3, 1, 2], [0, 0, 0], [0, 2, 1]]
+    assert second == [[0, 0, 0], [3.5, 0.5, 1], [4, 0, 2]]
+    unflipped = Geometry((4, 8), (2, 4)).apply_keypoints(keypoints, mirrored=(0, 2, 1))
+    assert unflipped[0].tolist() == [[1, 1, 2], [4, 2, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("short_edge", [17, 40, 97])
+def test_masks_polygons_and_keypoints_are_detectron2s(short_edge, flip):
     T = pytest.importorskip("detectron2.data.transforms")
-    resize = T.ResizeShortestEdge(31, 100)
-    mapper = d2_data.DatasetMapper(True, augmentations=[resize], image_format="BGR")
-    for annotation in record["annotations"]:
-        annotation["bbox_mode"] = structures.BoxMode.XYXY_ABS
-    expected = mapper(record)
-    item = Mapper(Augmentation((31,), 100), "BGR", True)(record, np.random.default_rng(0))
-    assert torch.equal(item["image"], expected["image"])
-    assert torch.equal(item["gt_boxes"], expected["instances"].gt_boxes.tensor)
-    assert torch.equal(item["gt_classes"], expected["instances"].gt_classes)
-
-
-def test_mapper_refuses_an_image_of_another_size_than_annotated(record):
-    mapper = Mapper(Augmentation((20,), 100), "BGR", with_targets=True)
-    with pytest.raises(UserError, match=r"a\.png is 60x40 .* says 61x40"):
-        mapper(record | {"width": 61}, np.random.default_rng(0))
+    utils = pytest.importorskip("detectron2.data.detection_utils")
+    rng = np.random.default_rng(short_edge)
+    mask = rng.integers(0, 2, (40, 61), dtype=np.uint8)
+    polygon = rng.uniform(-5, 70, 12)
+    keypoints = np.concatenate([rng.uniform(-9, 70, (5, 2)), rng.integers(0, 3, (5, 1))], axis=1)
+    new = shortest_edge_size(40, 61, short_edge, 120)
+    flips = [T.HFlipTransform(new[1])] * flip
+    transforms = T.TransformList([T.ResizeTransform(40, 61, *new), *flips])
+    geometry = Geometry((40, 61), new, flip)
+    np.testing.assert_array_equal(geometry.apply_mask(mask), transforms.apply_segmentation(mask))
+    (expected,) = transforms.apply_polygons([polygon.reshape(-1, 2).copy()])
+    np.testing.assert_array_equal(geometry.apply_polygons([polygon])[0], expected.reshape(-1))
+    mirrored = (0, 2, 1, 4, 3)
+    expected = utils.transform_keypoint_annotations(keypoints.copy(), transforms, new, mirrored)
+    np.testing.assert_array_equal(geometry.apply_keypoints(keypoints[None], mirrored)[0], expected)

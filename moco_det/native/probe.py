@@ -1,0 +1,41 @@
+"""The native engine's detector, opened up: see `moco_det.probe`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moco_det.config import load_config, on_available_device
+from moco_det.native.rcnn import build_model
+from moco_det.native.solver import build_optimizer
+from moco_det.probe import EngineProbe, Quantities
+
+
+class Probe(EngineProbe):
+    """The model of a YAML, on its MODEL.DEVICE or else the CPU, at its random initialisation."""
+
+    def __init__(self, config_file: str, opts: Sequence[str] = ()):
+        cfg = on_available_device(load_config(config_file, opts))
+        model = build_model(cfg)
+        super().__init__(model, build_optimizer(cfg, model))
+
+    def inputs(self, items: list[dict]) -> list[dict]:
+        return items
+
+    def losses(self, items: list[dict]) -> dict[str, Tensor]:
+        return self.model(items)
+
+    def outputs(self, items: list[dict]) -> Quantities:
+        model, rpn = self.model, self.model.proposal_generator
+        images, sizes = model.preprocess([item["image"] for item in items])
+        features = model.backbone(images)
+        found = {f"features {name}": [feature] for name, feature in features.items()}
+        logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+        for name, logit, delta in zip(rpn.in_features, logits, deltas, strict=True):
+            found[f"RPN logits on {name}"] = [logit]
+            found[f"RPN deltas on {name}"] = [delta]
+        boxes, scores = rpn.propose(*rpn.predict(features), sizes)
+        found |= {"proposal boxes": boxes, "proposal scores": scores}
+        detections = model(items)
+        for key in ("boxes", "scores", "classes"):
+            found[f"detection {key}"] = [x[key] for x in detections]
+        return found

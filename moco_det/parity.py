@@ -1,0 +1,187 @@
+"""Do two engines compute the same? Something to compute on, and the comparison of the results."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+# Standard deviations of the predictors' outputs with which every part of a detector has something
+# to do: proposals that overlap, detections of some confidence.
+SPREADS = {"objectness_logits": 2.0, "anchor_deltas": 0.3, "cls_score": 3.0, "bbox_pred": 1.0}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one quantity in two engines.
+
+    `absolute` is the largest difference of two numbers; `relative` the largest over the tensors of
+    max|a - b| / max|a|, where a is the reference, and infinite where indices differ or a is 0. Both
+    are nan where `problem` says why nothing could be subtracted.
+    """
+
+    quantity: str
+    values: int  # how many numbers the reference has
+    absolute: float
+    relative: float
+    problem: str = ""
+
+    def within(self, tolerance: float) -> bool:
+        return self.relative <= tolerance  # False for nan
+
+
+def compare(
+    reference: Mapping[str, Sequence[Tensor]], other: Mapping[str, Sequence[Tensor]]
+) -> list[Difference]:
+    """One `Difference` for every quantity of either side."""
+    names = list(dict.fromkeys([*reference, *other]))
+    return [_difference(name, reference.get(name), other.get(name)) for name in names]
+
+
+def _difference(
+    name: str, reference: Sequence[Tensor] | None, other: Sequence[Tensor] | None
+) -> Difference:
+    values = sum(tensor.numel() for tensor in reference or ())
+    if reference is None or other is None:
+        problem = "missing in the " + ("reference" if reference is None else "other")
+        return Difference(name, values, math.nan, math.nan, problem)
+    shapes = [[tuple(tensor.shape) for tensor in side] for side in (reference, other)]
+    if shapes[0] != shapes[1]:
+        pairs = zip(*shapes, strict=False)
+        first = next((f"{b}, not {a}" for a, b in pairs if a != b), "another number of tensors")
+        return Difference(name, values, math.nan, math.nan, f"shape: {first}")
+    pairs = [(a, b) for a, b in zip(reference, other, strict=True) if a.numel()]
+    errors = [(a.double() - b.double()).abs().max() for a, b in pairs]
+    sizes = [a.double().abs().max() if a.is_floating_point() else a.new_zeros(()) for a, _ in pairs]
+    relative = [
+        error / size if error != 0 else error for error, size in zip(errors, sizes, strict=True)
+    ]
+    return Difference(name, values, _largest(errors), _largest(relative))
+
+
+def _largest(numbers: Sequence[Tensor]) -> float:
+    """nan if one is, as in torch and unlike Python's max; 0 of none."""
+    return torch.stack([x.double().cpu() for x in numbers]).max().item() if numbers else 0.0
+
+
+def table(differences: Sequence[Difference], tolerance: float) -> str:
+    """A line for each quantity, with a verdict."""
+    rows = [
+        [
+            x.quantity,
+            x.values,
+            f"{x.absolute:.1e}",
+            f"{x.relative:.1e}",
+            "ok" if x.within(tolerance) else x.problem or f"above {tolerance:g}",
+        ]
+        for x in differences
+    ]
+    columns = ["quantity", "values", "max abs. diff.", "max rel. diff.", "verdict"]
+    align = ("left", "right", "right", "right", "left")
+    return tabulate(rows, columns, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def draw_items(
+    height: int, width: int, count: int, num_classes: int, seed: int, boxes: int = 3
+) -> list[dict]:
+    """Training inputs (see `moco_det.probe`): coloured rectangles, whose boxes are exact, on noise.
+
+    The first image is `height` x `width`, each next one smaller than that by some eighths, so that
+    padding has a part; originals are twice as large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for index in range(count):
+        h, w = height - index % 3 * (height // 8), width - index % 4 * (width // 8)
+        noise = torch.rand((1, 3, -(-h // 8), -(-w // 8)), generator=generator) * 255
+        image = nn.functional.interpolate(noise, scale_factor=8)[0, :, :h, :w].clone()
+        corners = torch.rand((boxes, 2), generator=generator) * 0.6
+        sides = 0.15 + torch.rand((boxes, 2), generator=generator) * 0.25
+        scale = torch.tensor([w, h])
+        rectangles = (torch.cat([corners, corners + sides], 1) * scale.repeat(2)).round()
+        for x0, y0, x1, y1 in rectangles.int().tolist():
+            image[:, y0:y1, x0:x1] = torch.rand((3, 1, 1), generator=generator) * 255
+        items.append(
+            {
+                "image": image.to(torch.uint8),
+                "gt_boxes": rectangles,
+                "gt_classes": torch.randint(num_classes, (boxes,), generator=generator),
+                "height": 2 * h,
+                "width": 2 * w,
+            }
+        )
+    return items
+
+
+def enliven(model: nn.Module, items: list[dict], names: Collection[str], seed: int) -> None:
+    """Replace an initialisation under which nothing would happen by one under which all does.
+
+    A fresh detector has norms that are the identity, and predictors so small that no class is sure
+    and no box moves: differences in any of them would stay hidden. Of the arrays called `names`,
+    norms get random weights and statistics, trained ones then those of `items`; predictors are
+    scaled until their outputs spread as `SPREADS` says.
+
+    Args:
+        model: a detector that takes `items`; changed in place.
+    """
+    names = set(names)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        uniform = torch.rand(value.shape, generator=generator).to(value.device)
+        if name in names and name.endswith(("norm.weight", "norm.running_var")):
+            value.copy_(0.5 + uniform)
+        elif name in names and name.endswith(("norm.bias", "norm.running_mean")):
+            value.copy_(uniform - 0.5)
+    layers = dict(model.named_modules())
+    norms = [m for n, m in layers.items() if f"{n}.running_mean" in names and _has_momentum(m)]
+    predictors = {n: m for n, m in layers.items() if f"{n}.weight" in names}
+    with torch.no_grad():
+        with _momentum_of_one(norms):
+            model.train()(items)
+        with _scaling(predictors):
+            model.eval()(items)
+    model.train()
+
+
+def _has_momentum(module: nn.Module) -> bool:
+    return getattr(module, "momentum", None) is not None
+
+
+@contextmanager
+def _momentum_of_one(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """A forward pass leaves its own statistics in `norms`."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def _scaling(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The first forward pass of a layer in `SPREADS` scales its weight, and gives the new output.
+
+    An RPN's layers run on every map of a pyramid, of which the first, the largest, decides.
+    """
+    handles = []
+    for name, layer in layers.items():
+        spread = SPREADS.get(name.rpartition(".")[2])
+        if spread is not None:
+            handles.append(_scale_once(layer, spread))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _scale_once(layer: nn.Module, spread: float):
+    def scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        handle.remove()
+        layer.weight.mul_(spread / output.std())
+        return layer(*inputs)
+
+    handle = layer.register_forward_hook(scale)
+    return handle

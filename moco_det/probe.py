@@ -1,0 +1,109 @@
+"""An engine's detector opened up, so that two engines can be compared and timed.
+
+`moco_det.native.probe` and `moco_det.plugin.probe` each hold a `Probe` that says how its engine is
+fed and looked into; what is measured, and in which order, is the same code for both.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Quantities = dict[str, list[Tensor]]
+
+
+class EngineProbe(ABC):
+    """
+    Args:
+        model: a detector with Detectron2's parameter names and calling convention: a list of
+            inputs -> losses by name in training, detections in evaluation.
+        optimizer: over its trainable parameters.
+
+    An item, the input of all methods, is what the native engine trains on: a dict with "image"
+    (3, H, W), "gt_boxes" (G, 4) in its pixels, "gt_classes" (G,), and the "height" and "width" of
+    the original image.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        self.model = model
+        self.optimizer = optimizer
+
+    @abstractmethod
+    def inputs(self, items: list[dict]) -> list[dict]:
+        """Items in the engine's own format."""
+
+    @abstractmethod
+    def losses(self, items: list[dict]) -> dict[str, Tensor]:
+        """The losses by Detectron2's names; the model is in training mode."""
+
+    @abstractmethod
+    def outputs(self, items: list[dict]) -> Quantities:
+        """What the model in evaluation mode computes, stage by stage, in this order:
+
+        "features NAME", "RPN logits on NAME" and "RPN deltas on NAME" for each map, (N, C, H, W);
+        then lists with one tensor for each image: "proposal boxes" (P, 4), "proposal scores" (P,),
+        "detection boxes" (D, 4), "detection scores" (D,), "detection classes" (D,).
+        """
+
+    def quantities(self, items: list[dict], seed: int) -> Quantities:
+        """All that two engines with the same weights should agree on.
+
+        `outputs`; the losses, one by one, with anchors and proposals sampled from `seed`; the
+        gradients of the first trainable layer and of the last; and all parameters and running
+        statistics after one step of the optimizer. The model is put back to what it was.
+        """
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.eval()
+        with torch.no_grad():
+            found = self.outputs(items)
+        self.model.train()
+        torch.manual_seed(seed)
+        losses = self.losses(items)
+        found |= {name: [loss.detach()] for name, loss in losses.items()}
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        parameters = dict(self.model.named_parameters())
+        for layer in end_layers([n for n, p in parameters.items() if p.requires_grad]):
+            gradients = [p.grad for n, p in parameters.items() if n.rpartition(".")[0] == layer]
+            found[f"gradient of {layer}"] = [g.clone() for g in gradients]
+        self.optimizer.step()
+        found["parameters after a step"] = [p.detach().clone() for p in parameters.values()]
+        found["statistics after a step"] = [
+            value.clone()
+            for name, value in self.model.state_dict().items()
+            if name.endswith(("running_mean", "running_var"))
+        ]
+        self.model.load_state_dict(before)
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+        return found
+
+    def train_step(self, items: list[dict], amp: bool) -> None:
+        """Losses, gradients, one step of the optimizer."""
+        self.model.train()
+        with self.autocast(amp):
+            loss = sum(self.losses(items).values())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def infer(self, item: dict, amp: bool) -> list:
+        """The detections in one image, in the engine's own format."""
+        self.model.eval()
+        with torch.no_grad(), self.autocast(amp):
+            return self.model(self.inputs([item]))
+
+    def autocast(self, amp: bool) -> torch.autocast:
+        """bfloat16, on any device: unlike float16 it needs no loss scaling."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=amp)
+
+
+def end_layers(parameters: list[str]) -> tuple[str, str]:
+    """The layers of the first and the last of the named parameters, in the order of computation.
+
+    An FPN registers its own layers before the network that feeds them.
+    """
+    ordered = sorted(parameters, key=lambda name: not name.startswith("backbone.bottom_up."))
+    return ordered[0].rpartition(".")[0], ordered[-1].rpartition(".")[0]

@@ -1,0 +1,28 @@
+"""The golden files themselves: they name their source, and repeat what Detectron2 says today."""
+
+import importlib
+import json
+
+import pytest
+from recording import FOLDER, read
+
+NAMES = sorted(path.stem.removeprefix("detectron2_") for path in FOLDER.glob("*.json"))
+# The model's numbers, which need its weights, are held to Detectron2 in test_detectron2_parity.
+EXACT = [name for name in NAMES if name != "model"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_file_names_its_detectron2_and_has_a_recorder(name):
+    source = read(name)["detectron2"]
+    assert source["version"]
+    assert len(source["commit"]) == 40
+    assert int(source["commit"], 16)
+    assert (FOLDER / f"record_{name}.py").is_file()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_numbers_are_those_of_the_installed_detectron2(name):
+    pytest.importorskip("detectron2", reason="records anew with Detectron2")
+    recorded = {key: value for key, value in read(name).items() if key != "detectron2"}
+    found = importlib.import_module(f"record_{name}").record()
+    assert json.loads(json.dumps(found)) == recorded

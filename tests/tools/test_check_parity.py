@@ -1,0 +1,161 @@
+"""tools/check_parity.py on every run that is shipped, and on engines that do differ."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_det.native.probe import Probe
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOOL = REPOSITORY / "tools" / "check_parity.py"
+CONFIGS = REPOSITORY / "configs"
+RUNS = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if "Base-" not in path.name and path.parent.name != "pretrain"
+)
+# So that res5 on the regions of a C4 detector takes seconds.
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": "60",
+    "MODEL.RPN.POST_NMS_TOPK_TEST": "20",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "16",
+}
+OPTS = [text for pair in SMALL.items() for text in pair]
+QUICKSTART = "quick/quickstart_R18_FPN.yaml"
+
+
+def load_tool():
+    """By path: Detectron2's checkout has a package `tools` as well."""
+    spec = importlib.util.spec_from_file_location("check_parity", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check_parity = load_tool()
+
+
+def run(config, *flags):
+    """The command's exit code; in this process, which has the engines imported already."""
+    try:
+        check_parity.main(["--config-file", str(CONFIGS / config), *flags, *OPTS])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def rows(printed):
+    """Quantity -> number of values, of the printed table."""
+    lines = [line.split() for line in printed.splitlines() if line.endswith("  ok")]
+    return {" ".join(line[:-4]): int(line[-4]) for line in lines}
+
+
+@pytest.fixture
+def detectron2():
+    pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
+
+
+@pytest.mark.parametrize("config", RUNS)
+def test_engines_agree(config, detectron2, capsys):
+    assert run(config) == 0
+    printed = capsys.readouterr().out
+    values = rows(printed)
+    assert f"all {len(values)} quantities agree to 0.0001" in printed
+    losses = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    assert losses < values.keys()
+    for name in ("proposal", "detection"):
+        assert values[f"{name} boxes"] == 4 * values[f"{name} scores"] > 40
+    assert values["parameters after a step"] > 10**7
+    gradients = [name for name in values if name.startswith("gradient of ")]
+    assert len(gradients) == 2
+    assert gradients[0].endswith("stem.conv1")
+    assert sum(name.startswith("features") for name in values) == (5 if "FPN" in config else 1)
+
+
+def test_weights_from_a_file(detectron2, capsys, tmp_path):
+    torch.manual_seed(3)
+    model = Probe(str(CONFIGS / QUICKSTART), OPTS).model
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.bottom_up.")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    assert run(QUICKSTART, "--weights", str(tmp_path / "backbone.pth")) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'backbone.pth'}: {len(backbone)} arrays loaded" in printed
+    assert rows(printed)["detection scores"] > 10
+
+
+class Perturbed(Probe):
+    """The native engine with one weight of the last layer off by a thousandth of the largest."""
+
+    def quantities(self, items, seed):
+        weight = self.model.roi_heads.box_predictor.bbox_pred.weight
+        weight.data[0, 0] += 1e-3 * weight.data.abs().max()
+        return super().quantities(items, seed)
+
+
+def test_a_perturbed_weight_is_found(detectron2, capsys, monkeypatch):
+    monkeypatch.setattr(check_parity, "Probe", Perturbed)
+    assert run(QUICKSTART) == 1
+    captured = capsys.readouterr()
+    assert "parameters after a step" in captured.err
+    assert "features p2" not in captured.err
+    assert "quantities differ by more than 0.0001 between the engines" in captured.err
+    assert run(QUICKSTART, "--tolerance", "0.1") == 0
+
+
+def test_another_number_of_detections_is_found(detectron2, capsys, monkeypatch):
+    class Fewer(Probe):
+        def outputs(self, items):
+            self.model.roi_heads.box_predictor.detections_per_image = 3
+            return super().outputs(items)
+
+    monkeypatch.setattr(check_parity, "Probe", Fewer)
+    assert run(QUICKSTART) == 1
+    assert "shape: (3, 4), not (" in capsys.readouterr().out
+
+
+def test_without_detectron2(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "detectron2" else find_spec(name)
+    )
+    assert run(QUICKSTART) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: detectron2 is not installed")
+    assert "native" in error
+
+
+def test_detectron2_that_does_not_import(tmp_path):
+    (tmp_path / "detectron2").mkdir()
+    broken = "raise ImportError('_C.so: undefined symbol')\n"
+    (tmp_path / "detectron2" / "__init__.py").write_text(broken)
+    done = subprocess.run(
+        [sys.executable, TOOL, "--config-file", CONFIGS / QUICKSTART],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "_C.so: undefined symbol" in error
+    assert "native" in error
+
+
+@pytest.mark.parametrize(
+    "flags", [("--image-size", "32", "96"), ("--images", "0"), ("--images", "-1")]
+)
+def test_nothing_to_compare_on(flags, capsys):
+    assert run(QUICKSTART, *flags) == 1
+    assert "at least one image, and 64 pixels" in capsys.readouterr().err
+
+
+def test_missing_config(detectron2, capsys):
+    assert run("no_such.yaml") == 1
+    assert "no_such.yaml" in capsys.readouterr().err

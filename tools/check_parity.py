@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Compare the native engine with Detectron2, number for number, on the detector of one YAML.
+
+python tools/check_parity.py --config-file configs/X.yaml
+python tools/check_parity.py --config-file configs/X.yaml --weights output/model_final.pth
+
+Both engines get the same weights, the same drawn images and the same sampled anchors and proposals.
+Needs Detectron2; no data set.
+"""
+
+import argparse
+
+import torch
+
+from moco_det import parity
+from moco_det.config import load_config
+from moco_det.engines import require_detectron2
+from moco_det.errors import UserError, exit_cleanly
+from moco_det.native.probe import Probe
+from moco_det.weights import load_backbone_weights
+
+SMALLEST_SIDE = 64  # pixels: the coarsest map of a pyramid keeps more than one position
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with exit_cleanly():
+        check(args)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 all within the tolerance; 1 not so, or an error",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels"
+    )
+    parser.add_argument("--images", type=int, default=2, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Print the comparison.
+
+    Raises:
+        UserError: a quantity differs by more than the tolerance, or bad input.
+    """
+    if min(args.image_size) < SMALLEST_SIDE or args.images < 1:
+        raise UserError(
+            f"--image-size {args.image_size[0]} {args.image_size[1]} --images {args.images}: "
+            f"at least one image, and {SMALLEST_SIDE} pixels in height and width"
+        )
+    require_detectron2()
+    from moco_det.plugin.probe import Probe as Detectron2Probe  # only where it can be imported
+
+    num_classes = load_config(args.config_file, args.opts).MODEL.ROI_HEADS.NUM_CLASSES
+    items = parity.draw_items(*args.image_size, args.images, num_classes, args.seed)
+    torch.manual_seed(args.seed)
+    native = Probe(args.config_file, args.opts)
+    random = native.model.state_dict().keys()
+    if args.weights:
+        random = load_backbone_weights(native.model, args.weights).missing
+    parity.enliven(native.model, items, random, args.seed)
+    reference = Detectron2Probe(args.config_file, args.opts)
+    reference.model.load_state_dict(native.model.state_dict(), strict=True)
+
+    differences = parity.compare(
+        reference.quantities(items, args.seed), native.quantities(items, args.seed)
+    )
+    print(parity.table(differences, args.tolerance))
+    worse = [x.quantity for x in differences if not x.within(args.tolerance)]
+    if worse:
+        raise UserError(
+            f"{len(worse)} of {len(differences)} quantities differ by more than {args.tolerance:g} "
+            f"between the engines: {', '.join(worse)}"
+        )
+    print(f"all {len(differences)} quantities agree to {args.tolerance:g}")
+
+
+if __name__ == "__main__":
+    main()
