@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 
 from moco_det.errors import UserError
+from moco_det.probe import EngineProbe
 
 ENGINES = ("auto", "native", "detectron2")
 
@@ -41,3 +42,9 @@ def detectron2_problem() -> str | None:
         words = " ".join(str(error).split())
         return f"detectron2 is installed but cannot be imported ({type(error).__name__}: {words})"
     return None
+
+
+def probe_class(engine: str) -> type[EngineProbe]:
+    """The `Probe` of the "native" or the "detectron2" engine."""
+    room = {"native": "native", "detectron2": "plugin"}[engine]
+    return importlib.import_module(f"moco_det.{room}.probe").Probe

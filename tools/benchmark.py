@@ -3,6 +3,7 @@
 
 python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
 python tools/benchmark.py data-path --images DIR
+python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
 """
 
 import argparse
@@ -12,14 +13,20 @@ from pathlib import Path
 
 import torch
 
-from pretrain.speed import data_path, pretrain_step
+from moco_det.benchmark.detector_speed import Task, peak_memory, step_functions
+from moco_det.engines import ENGINES, require_detectron2
+from moco_det.errors import exit_cleanly
+from pretrain.speed import alternate, data_path, pretrain_step
 from pretrain.training import AMP_DTYPES
+
+NAMES = {"none": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def main() -> None:
     args = parse_args()
-    print(f"machine: {machine(getattr(args, 'device', 'cpu'))}")
-    args.report(args)
+    print(f"machine: {machine(getattr(args, 'device', 'cpu'))}", flush=True)
+    with exit_cleanly():
+        args.report(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +49,18 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--image-size", type=int, default=224)
     data.add_argument("--rounds", type=int, default=5)
     data.set_defaults(report=report_data)
+
+    detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")
+    detector.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    detector.add_argument("--engine", default="native", choices=ENGINES[1:])
+    detector.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
+    detector.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
+    detector.add_argument("--batch-size", type=int, default=2)
+    detector.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"))
+    detector.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    detector.add_argument("--rounds", type=int, default=3)
+    detector.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    detector.set_defaults(report=report_detector)
     return parser.parse_args()
 
 
@@ -52,7 +71,7 @@ def report_step(args: argparse.Namespace) -> None:
     reference = seconds.pop("reference")
     print(f"{'plain Algorithm 1, fp32':28s} {reference:8.4f} s/step")
     for amp, value in seconds.items():
-        name = f"ours, {'fp32' if amp == 'none' else amp}"
+        name = f"ours, {NAMES[amp]}"
         print(f"{name:28s} {value:8.4f} s/step   ratio {reference / value:.2f}")
 
 
@@ -61,6 +80,39 @@ def report_data(args: argparse.Namespace) -> None:
     for name, label in (("reference", "torchvision + PIL"), ("ours", "ours")):
         print(f"{label:20s} {1 / seconds[name]:8.1f} images/s and core")
     print(f"ratio {seconds['reference'] / seconds['ours']:.2f}")
+
+
+def report_detector(args: argparse.Namespace) -> None:
+    """Both engines in turn; --engine's figures as ratios to those of --versus."""
+    if "detectron2" in (args.engine, args.versus):
+        require_detectron2()
+    opts = (*args.opts, "MODEL.DEVICE", args.device)
+    task = Task(args.config_file, opts, *args.image_size, args.batch_size)
+    weights = task.weights()
+    candidates = {
+        (engine, *step): function
+        for engine in dict.fromkeys((args.versus, args.engine))
+        for step, function in step_functions(engine, task, weights, args.amp).items()
+    }
+    seconds = alternate(
+        candidates, args.rounds, torch.cuda.synchronize if args.device == "cuda" else None
+    )
+    for phase, unit in (("train", "s/iteration"), ("infer", "s/image")):
+        for amp in args.amp:
+            pair = seconds[args.engine, phase, amp], seconds[args.versus, phase, amp]
+            print(compared(f"{phase}, {NAMES[amp]}", args, *pair, unit))
+    for amp in args.amp:
+        pair = (
+            peak_memory(engine, task, weights, amp) / 2**30 for engine in (args.engine, args.versus)
+        )
+        print(compared(f"peak memory, {NAMES[amp]}", args, *pair, "GiB"))
+
+
+def compared(what: str, args: argparse.Namespace, ours: float, theirs: float, unit: str) -> str:
+    return (
+        f"{what:20s} {args.versus} {theirs:7.3f}  {args.engine} {ours:7.3f} {unit}  "
+        f"ratio {ours / theirs:.2f}"
+    )
 
 
 def machine(device: str) -> str:
