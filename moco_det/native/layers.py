@@ -3,7 +3,6 @@
 Shapes: N images, R regions over all images, C channels.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fvcore.nn.distributed import differentiable_all_reduce
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from moco_det.errors import UserError
 
@@ -163,58 +161,3 @@ def _replace(module: nn.Module, kinds, convert: Callable[[nn.Module], nn.Module]
         for name, child in parent.named_children():
             if isinstance(child, kinds):
                 setattr(parent, name, convert(child))
-
-
-def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
-    """The pyramid level that each box (R, 4) is pooled from (FPN, equation 1).
-
-    A box of 224 x 224 pixels, ImageNet's size, goes to level 4; one of twice the side to level 5.
-    """
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    size = torch.sqrt((x1 - x0) * (y1 - y0))
-    level = torch.floor(4 + torch.log2(size / 224 + 1e-8))
-    return level.clamp(min_level, max_level).long()
-
-
-class RegionPooler(nn.Module):
-    """ROIAlign (He et al. 2017) from the feature map that suits each box's size.
-
-    Pixel centres are at half-integers ("ROIAlignV2", torchvision's `aligned=True`).
-
-    Args:
-        resolution: side of the pooled square, in bins.
-        strides: of the maps it pools from, each twice the one before.
-        sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel.
-    """
-
-    def __init__(self, resolution: int, strides: list[int], sampling_ratio: int):
-        super().__init__()
-        self.resolution = resolution
-        self.strides = list(strides)
-        self.sampling_ratio = sampling_ratio
-
-    def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, resolution, resolution)."""
-        image = torch.repeat_interleave(
-            torch.arange(len(boxes), device=features[0].device),
-            torch.tensor([len(b) for b in boxes], device=features[0].device),
-        )
-        boxes = torch.cat(boxes)
-        regions = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
-        if len(features) == 1:
-            return self._align(features[0], regions, self.strides[0])
-        min_level = int(math.log2(self.strides[0]))
-        levels = assign_levels(boxes, min_level, min_level + len(features) - 1)
-        pooled = features[0].new_zeros(
-            (len(boxes), features[0].shape[1], self.resolution, self.resolution)
-        )
-        for offset, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            chosen = (levels == min_level + offset).nonzero().squeeze(1)
-            pooled[chosen] = self._align(feature, regions[chosen], stride)
-        return pooled
-
-    def _align(self, feature: Tensor, regions: Tensor, stride: int) -> Tensor:
-        scale = 1 / stride
-        return roi_align(
-            feature, regions, self.resolution, scale, self.sampling_ratio, aligned=True
-        )

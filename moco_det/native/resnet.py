@@ -79,7 +79,10 @@ class BottleneckBlock(ResidualBlock):
         _initialise(self.conv1, self.conv2, self.conv3, self.shortcut)
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
+        return self.after_conv1(self.conv1(x))
+
+    def after_conv1(self, x: Tensor) -> Tensor:
+        return self.conv3(F.relu_(self.conv2(F.relu_(x))))
 
 
 def _initialise(*convs: nn.Conv2d | None) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from moco_det.native.boxes import Weights, decode, encode, match, pairwise_iou, subsample
-from moco_det.native.layers import ConvNorm, RegionPooler, get_norm
+from moco_det.native.layers import ConvNorm, get_norm
+from moco_det.native.pooling import RegionPooler
 from moco_det.native.resnet import BottleneckBlock, make_stage
 
 
@@ -217,8 +218,8 @@ class ROIHeads(nn.Module):
         self.sampler = sampler
         self.pooler = pooler
 
-    def region_features(self, pooled: Tensor) -> Tensor:
-        """(R, C, resolution, resolution) -> (R, ...), the input of the predictor."""
+    def region_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, F), the input of the predictor."""
         raise NotImplementedError
 
     def forward(
@@ -243,19 +244,31 @@ class ROIHeads(nn.Module):
         return self.box_predictor.detect(*predictions, proposals, image_sizes), {}
 
     def predict(self, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.box_predictor(self.region_features(self.pooler(maps, boxes)))
+        return self.box_predictor(self.region_features(maps, boxes))
 
 
 class Res5ROIHeads(ROIHeads):
-    """The head of a C4 detector: stage res5 on every region, then the mean over positions."""
+    """The head of a C4 detector: stage res5 on every region, then the mean over positions.
+
+    Pooling is linear in each channel and a 1x1 convolution linear at each position, so that the two
+    can be exchanged: those of the first block run once on the map instead of on every region that
+    covers a position. This saves a quarter of the head's arithmetic, and bins that the block's
+    stride passes over need no pooling.
+    """
 
     def __init__(self, res5: nn.Module, box_predictor: FastRCNNOutputLayers, **parts):
         super().__init__(**parts)
         self.res5 = res5
         self.box_predictor = box_predictor
 
-    def region_features(self, pooled: Tensor) -> Tensor:
-        return self.res5(pooled).mean(dim=(2, 3))
+    def region_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        def on_regions(conv: ConvNorm) -> Tensor:
+            projected = [F.conv2d(feature, conv.weight) for feature in maps]
+            return conv.norm(self.pooler(projected, boxes, every=conv.stride[0]))
+
+        first = self.res5[0]
+        out = first.after_conv1(on_regions(first.conv1)) + on_regions(first.shortcut)
+        return self.res5[1:](F.relu_(out)).mean(dim=(2, 3))
 
 
 class StandardROIHeads(ROIHeads):
@@ -266,8 +279,8 @@ class StandardROIHeads(ROIHeads):
         self.box_head = box_head
         self.box_predictor = box_predictor
 
-    def region_features(self, pooled: Tensor) -> Tensor:
-        return self.box_head(pooled)
+    def region_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        return self.box_head(self.pooler(maps, boxes))
 
 
 def build_res5(cfg, extra_norm: bool) -> nn.Sequential:

@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou
 
 from moco_det.config import get_cfg
-from moco_det.native.layers import RegionPooler, assign_levels
+from moco_det.native.pooling import RegionPooler
 from moco_det.native.roi_heads import (
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
     RegionSampler,
     RegionSamples,
+    Res5ROIHeads,
     build_res5,
 )
 
@@ -97,44 +98,6 @@ def test_sampling_leaves_the_ground_truth_alone():
     classes = GT_CLASSES.clone()
     make_sampler()([boxes_near(5, 30, 0)], [GT_BOXES], [classes])
     assert torch.equal(classes, GT_CLASSES)
-
-
-@pytest.mark.parametrize(
-    ("side", "level"),
-    [(224, 4), (223.9, 3), (112, 3), (111.9, 2), (10, 2), (448, 5), (2000, 5), (0, 2)],
-)
-def test_level_of_a_box(side, level):
-    """FPN, equation 1: floor(4 + log2(side / 224)), within p2 ... p5."""
-    box = torch.tensor([[100.0, 50.0, 100.0 + side, 50.0 + side]])
-    assert assign_levels(box, 2, 5).tolist() == [level]
-
-
-def test_pooler_takes_each_region_from_its_level():
-    torch.manual_seed(0)
-    maps = [torch.randn(2, 3, 128, 128), torch.randn(2, 3, 64, 64)]
-    boxes = [
-        torch.tensor([[10.0, 20.0, 300.0, 260.0], [7.5, 3.0, 90.0, 60.0]]),  # levels 4 -> 3, 2
-        torch.tensor([[100.0, 100.0, 180.0, 400.0]]),  # level 3
-    ]
-    pooled = RegionPooler(5, [4, 8], sampling_ratio=0)(maps, boxes)
-    expected = [
-        roi_align(maps[1], [boxes[0][:1], boxes[1]], 5, 1 / 8, 0, True),
-        roi_align(maps[0], [boxes[0][1:], boxes[1][:0]], 5, 1 / 4, 0, True),
-    ]
-    assert torch.equal(pooled[[0, 2]], expected[0])
-    assert torch.equal(pooled[[1]], expected[1])
-    none = RegionPooler(5, [4, 8], 0)(maps, [torch.zeros(0, 4)] * 2)
-    assert none.shape == (0, 3, 5, 5)
-
-
-def test_pooling_by_hand():
-    """Pixel centres are at half-integers: a ramp pools to its values at the bins' centres."""
-    ramp = torch.arange(16.0).add(0.5).repeat(16, 1)[None, None]  # value = x, in map pixels
-    pooled = RegionPooler(2, [4], sampling_ratio=0)(
-        [ramp], [torch.tensor([[8.0, 8.0, 40.0, 24.0]])]
-    )
-    # In map pixels the box spans x from 2 to 10: bins are 4 wide, with centres 4 and 8.
-    torch.testing.assert_close(pooled[0, 0], torch.tensor([[4.0, 8.0], [4.0, 8.0]]))
 
 
 def test_losses_by_hand():
@@ -267,3 +230,29 @@ def test_extra_norm_of_moco_follows_res5():
     assert out.shape == (6, 128, 3, 3)
     torch.testing.assert_close(out.mean(dim=(0, 2, 3)), torch.zeros(128), rtol=0, atol=1e-4)
     assert out.min() < 0  # nothing rectifies it
+
+
+@pytest.mark.parametrize("stride_in_1x1", [False, True])
+def test_convolving_before_pooling_changes_nothing(stride_in_1x1):
+    """The oracle is the definition: pool each region, then run res5 on it."""
+    torch.manual_seed(0)
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = "BN", stride_in_1x1
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 16, 4
+    res5 = build_res5(cfg, extra_norm=True)
+    pooler = RegionPooler(6, [16], sampling_ratio=0)
+    heads = Res5ROIHeads(
+        res5=res5, box_predictor=None, in_features=["res4"], sampler=None, pooler=pooler
+    )
+    maps, boxes = [torch.randn(2, 64, 9, 7)], [boxes_near(50, 12, 0), boxes_near(70, 8, 1)]
+
+    def gradients(features):
+        res5.zero_grad()
+        features.square().sum().backward()
+        return [p.grad.clone() for p in res5.parameters()]
+
+    found = heads.region_features(maps, boxes)
+    expected = res5(pooler(maps, boxes)).mean(dim=(2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(gradients(found), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
