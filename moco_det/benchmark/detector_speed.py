@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -62,7 +63,11 @@ def _peak(engine: str, task: Task, state: dict, amp: str) -> int:
         probe.train_step(items, amp != "none")
     if next(probe.model.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss counts the parent process as well
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _build(engine: str, task: Task, weights: Mapping[str, Tensor]) -> EngineProbe:
