@@ -124,9 +124,6 @@ def enliven(model: nn.Module, items: list[dict], names: Collection[str], seed: i
     norms get random weights and statistics, trained ones then those of `items`; predictors are
     scaled until their outputs spread as `SPREADS` says.
 
-    A norm's biases put every second channel well above zero and the others well below: no ReLU is
-    on the edge, where rounding would decide whether a gradient passes.
-
     Args:
         model: a detector that takes `items`; changed in place.
     """
@@ -135,10 +132,8 @@ def enliven(model: nn.Module, items: list[dict], names: Collection[str], seed: i
     for name, value in model.state_dict().items():
         uniform = torch.rand(value.shape, generator=generator).to(value.device)
         if name in names and name.endswith(("norm.weight", "norm.running_var")):
-            value.copy_(0.5 + 0.5 * uniform)
-        elif name in names and name.endswith("norm.bias"):
-            value.copy_(uniform + 4 - 9 * (torch.arange(len(value)) % 2).to(value.device))
-        elif name in names and name.endswith("norm.running_mean"):
+            value.copy_(0.5 + uniform)
+        elif name in names and name.endswith(("norm.bias", "norm.running_mean")):
             value.copy_(uniform - 0.5)
     layers = dict(model.named_modules())
     norms = [m for n, m in layers.items() if f"{n}.running_mean" in names and _has_momentum(m)]

@@ -52,6 +52,9 @@ class EngineProbe(ABC):
         `outputs`; the losses, one by one, with anchors and proposals sampled from `seed`; the
         gradients of the first trainable layer and of the last; and all parameters and running
         statistics after one step of the optimizer. The model is put back to what it was.
+
+        Gradients are computed in float64. In float32 two orders of summation put a few of millions
+        of values on different sides of a ReLU, and a gradient is as different as that makes it.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.eval()
@@ -59,10 +62,13 @@ class EngineProbe(ABC):
             found = self.outputs(items)
         self.model.train()
         torch.manual_seed(seed)
-        losses = self.losses(items)
-        found |= {name: [loss.detach()] for name, loss in losses.items()}
+        with torch.no_grad():
+            found |= {name: [loss] for name, loss in self.losses(items).items()}
+        self.model.load_state_dict(before)
+        self._to_double()
+        torch.manual_seed(seed)
         self.optimizer.zero_grad()
-        sum(losses.values()).backward()
+        sum(self.losses(items).values()).backward()
         parameters = dict(self.model.named_parameters())
         for layer in end_layers([n for n, p in parameters.items() if p.requires_grad]):
             gradients = [p.grad for n, p in parameters.items() if n.rpartition(".")[0] == layer]
@@ -74,10 +80,15 @@ class EngineProbe(ABC):
             for name, value in self.model.state_dict().items()
             if name.endswith(("running_mean", "running_var"))
         ]
-        self.model.load_state_dict(before)
+        self.model.float().load_state_dict(before)
         self.optimizer.zero_grad()
         self.optimizer.state.clear()
         return found
+
+    def _to_double(self) -> None:
+        """The network in float64; boxes stay float32, as NMS and Detectron2's `Boxes` want them."""
+        self.model.double()
+        self.model.proposal_generator.anchor_generator.float()
 
     def train_step(self, items: list[dict], amp: bool) -> None:
         """Losses, gradients, one step of the optimizer."""

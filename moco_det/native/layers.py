@@ -41,7 +41,9 @@ class FrozenBatchNorm2d(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         # F.batch_norm would keep its input alive to compute the gradients of weight and bias.
-        scale, shift = (v.to(x.dtype).reshape(1, -1, 1, 1) for v in scale_and_shift(self))
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        scale, shift = (v.to(x.dtype).reshape(1, -1, 1, 1) for v in (scale, shift))
         # Not addcmul: it rounds differently, and a ReLU near 0 then takes Detectron2's other side.
         return x * scale + shift
 
@@ -135,25 +137,8 @@ class ConvNorm(nn.Conv2d):
         self.norm = get_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.norm is None:
-            return super().forward(x)
-        if torch.is_grad_enabled() or not _has_constant_statistics(self.norm):
-            return self.norm(super().forward(x))
-        # In inference the norm is part of the convolution, which spares a pass over its output.
-        scale, shift = scale_and_shift(self.norm)
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
-
-
-def _has_constant_statistics(norm: nn.Module) -> bool:
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return not norm.training
-    return isinstance(norm, FrozenBatchNorm2d)
-
-
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(C,) each: what a BatchNorm with constant statistics multiplies with, and then adds."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+        x = super().forward(x)
+        return x if self.norm is None else self.norm(x)
 
 
 def freeze(module: nn.Module) -> None:

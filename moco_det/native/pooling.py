@@ -84,10 +84,11 @@ def roi_align(
             convolution with this stride would look at.
 
     Returns:
-        (R, C, B', B') in the dtype of `feature`, B' = ceil(B / every). Sums are in float32.
+        (R, C, B', B') in the dtype of `feature`, B' = ceil(B / every); summed in float32 at least.
     """
     channels, height, width = feature.shape[1:]
-    image, boxes = regions[:, 0].long(), regions[:, 1:].float() * scale - 0.5
+    precision = torch.promote_types(feature.dtype, torch.float32)
+    image, boxes = regions[:, 0].long(), regions[:, 1:].to(precision) * scale - 0.5
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, row_weights = axis_weights(y0, y1, bins, height, sampling_ratio, every)
     columns, column_weights = axis_weights(x0, x1, bins, width, sampling_ratio, every)
@@ -97,7 +98,7 @@ def roi_align(
     weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
     index, weight = index.flatten(3), weight.flatten(3)
     used = weight != 0
-    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).float()
+    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(precision)
     pooled = WeightedSums.apply(vectors, index[used], weight[used], used.sum(3).flatten())
     side = rows.shape[1]
     return pooled.view(-1, side, side, channels).permute(0, 3, 1, 2).to(feature.dtype)

@@ -31,6 +31,33 @@ class RPNHead(nn.Module):
         hidden = [F.relu_(self.conv(x)) for x in features]
         return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
 
+    def at(self, feature: Tensor, image: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives for single anchors of one map, at the cost of these alone.
+
+        Args:
+            feature: (N, C, H, W).
+            image: (M,) numbers of images.
+            index: (M,) numbers of anchors, counted in the order (H, W, A).
+
+        Returns:
+            logits (M,) and deltas (M, 4).
+        """
+        height, width = feature.shape[2:]
+        num_anchors = self.objectness_logits.out_channels
+        position, anchor = index // num_anchors, index % num_anchors
+        offset = torch.arange(3, device=index.device) - 1
+        row = (position // width)[:, None, None] + offset[:, None]  # (M, 3, 1)
+        column = (position % width)[:, None, None] + offset  # (M, 1, 3)
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        patches = feature[image[:, None, None], :, row, column] * inside[..., None]  # (M, 3, 3, C)
+        weight = self.conv.weight.permute(0, 2, 3, 1)
+        hidden = F.relu_(F.linear(patches.flatten(1), weight.flatten(1), self.conv.bias))
+        hidden = hidden[:, :, None, None]
+        chosen = torch.arange(len(index), device=index.device), anchor
+        deltas = self.anchor_deltas(hidden).view(len(index), num_anchors, 4)
+        return self.objectness_logits(hidden).flatten(1)[chosen], deltas[chosen]
+
 
 class RPN(nn.Module):
     """Scores and refines anchors; the best, after NMS, are the proposals of the ROI heads.
@@ -98,9 +125,11 @@ class RPN(nn.Module):
             N tensors (at most post_nms_topk, 4) of proposals, best first, without gradient; and,
             in training, the losses `loss_rpn_cls` and `loss_rpn_loc`.
         """
-        anchors, logits, deltas = self.predict(features)
+        # Without gradient: proposals take none, and the losses need only that of the samples.
+        with torch.no_grad():
+            anchors, logits, deltas = self.predict(features)
         # The losses first: they draw random numbers before the ROI heads do.
-        losses = self.losses(anchors, logits, deltas, gt_boxes) if self.training else {}
+        losses = self.losses(features, anchors, gt_boxes) if self.training else {}
         return self.propose(anchors, logits, deltas, image_sizes)[0], losses
 
     def predict(
@@ -133,34 +162,36 @@ class RPN(nn.Module):
         return labels, targets
 
     def losses(
-        self,
-        anchors: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        gt_boxes: list[Tensor],
+        self, features: dict[str, Tensor], anchors: list[Tensor], gt_boxes: list[Tensor]
     ) -> dict[str, Tensor]:
         """Objectness on all sampled anchors, boxes on the positive ones.
+
+        The head runs on the samples alone, some hundreds of the 10^5 anchors of a pyramid: their
+        gradient is all the gradient there is.
 
         Both are sums divided by batch_size_per_image * N, the number of samples asked for rather
         than found: Detectron2's normalisation.
         """
-        anchors = torch.cat(anchors)  # (R, 4)
-        labelled = [self.label_anchors(anchors, boxes) for boxes in gt_boxes]
+        all_anchors = torch.cat(anchors)  # (R, 4)
+        labelled = [self.label_anchors(all_anchors, boxes) for boxes in gt_boxes]
         labels = torch.stack([x for x, _ in labelled])  # (N, R)
         targets = torch.stack([x for _, x in labelled])  # (N, R, 4)
-        positive, sampled = labels == 1, labels >= 0
-        target_deltas = encode(
-            anchors.expand_as(targets)[positive], targets[positive], self.box_weights
-        )
+        parts, begin = [], 0
+        for name, level in zip(self.in_features, anchors, strict=True):
+            image, index = (labels[:, begin : begin + len(level)] >= 0).nonzero(as_tuple=True)
+            logits, deltas = self.rpn_head.at(features[name], image, index)
+            parts.append((logits.float(), deltas.float(), image, begin + index))
+            begin += len(level)
+        logits, deltas, image, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        label, target = labels[image, index], targets[image, index]
+        positive = label == 1
+        target_deltas = encode(all_anchors[index[positive]], target[positive], self.box_weights)
         losses = {
             "loss_rpn_cls": F.binary_cross_entropy_with_logits(
-                torch.cat(logits, dim=1)[sampled], labels[sampled].float(), reduction="sum"
+                logits, label.float(), reduction="sum"
             ),
             "loss_rpn_loc": F.smooth_l1_loss(
-                torch.cat(deltas, dim=1)[positive],
-                target_deltas,
-                beta=self.smooth_l1_beta,
-                reduction="sum",
+                deltas[positive], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
             ),
         }
         normaliser = self.batch_size_per_image * len(gt_boxes)

@@ -18,6 +18,7 @@ class Probe(EngineProbe):
     def __init__(self, config_file: str, opts: Sequence[str] = ()):
         cfg = load_config(config_file, opts)
         model = build_model(cfg)
+        model.proposal_generator.rpn_head.register_forward_hook(_in_float32)
         super().__init__(model, build_optimizer(cfg, model))
 
     def inputs(self, items: list[dict]) -> list[dict]:
@@ -56,3 +57,8 @@ class Probe(EngineProbe):
         found["detection scores"] = [x.scores for x in detections]
         found["detection classes"] = [x.pred_classes for x in detections]
         return found
+
+
+def _in_float32(head, inputs, outputs: tuple[list[Tensor], list[Tensor]]):
+    """NMS takes scores of the boxes' type; this changes nothing but in a float64 network."""
+    return tuple([x.float() for x in level_outputs] for level_outputs in outputs)

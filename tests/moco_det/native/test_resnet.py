@@ -12,7 +12,6 @@ from moco_det.config import get_cfg
 from moco_det.errors import UserError
 from moco_det.native.fpn import FPN
 from moco_det.native.layers import (
-    ConvNorm,
     FrozenBatchNorm2d,
     SyncBatchNorm,
     get_norm,
@@ -248,22 +247,3 @@ def test_sync_batch_norm_of_two_processes_is_batch_norm_over_the_union(tmp_path)
     assert processes[0]["empty"].shape == (1, 3, 2, 4)
     assert processes[0]["empty"].isfinite().all()
     assert processes[1]["empty"].shape == (0, 3, 3, 2)
-
-
-@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", "GN", ""])
-def test_inference_with_the_norm_inside_the_convolution(norm):
-    """The oracle is the convolution, then the norm."""
-    torch.manual_seed(0)
-    layer = ConvNorm(8, 64, 3, norm, stride=2, dilation=2, groups=2).eval()
-    for name, value in layer.state_dict().items():
-        if name.startswith("norm.") and value.is_floating_point():
-            value.uniform_(0.5, 1.5)
-    x = torch.randn(2, 8, 11, 9)
-    expected = torch.nn.functional.conv2d(
-        x, layer.weight, layer.bias, stride=2, padding=2, dilation=2, groups=2
-    )
-    if norm:
-        expected = layer.norm(expected)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)

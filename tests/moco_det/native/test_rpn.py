@@ -215,3 +215,28 @@ def test_numbers_in_detectron2s_own_test():
     assert losses["loss_rpn_loc"].item() == pytest.approx(0.101470276, rel=1e-4)
     expected = torch.tensor([[0.0, 0.0, 10.0, 10.0], [7.2702, 0.0, 10.0, 10.0]])
     torch.testing.assert_close(proposals[0], expected, rtol=0, atol=1e-4)
+
+
+def test_single_anchors_are_what_the_whole_map_gives(features):
+    """Also at the borders, and in the gradients of the map and of the head."""
+    head = strong_head(make_rpn()).rpn_head
+    feature = features["p1"].requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(2, (60,), generator=generator)
+    index = torch.randint(5 * 6 * 3, (60,), generator=generator)
+    index[:4] = torch.tensor([0, 5 * 3 + 2, 24 * 3, 29 * 3 + 1])  # the corners
+    weight = torch.randn(60, 5, generator=generator)
+    (logits,), (deltas,) = head([feature])
+    expected_logits = logits.permute(0, 2, 3, 1).flatten(1)[image, index]
+    expected_deltas = deltas.unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)[image, index]
+
+    def gradients(logits, deltas):
+        total = (torch.cat([logits[:, None], deltas], 1) * weight).sum()
+        return torch.autograd.grad(total, [feature, *head.parameters()])
+
+    logits, deltas = head.at(feature, image, index)
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(deltas, expected_deltas)
+    pairs = zip(gradients(logits, deltas), gradients(expected_logits, expected_deltas), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
