@@ -185,10 +185,14 @@ def check_against_config(metadata: Mapping[str, object], cfg: CfgNode) -> None:
     Raises:
         UserError: names every key of the config that contradicts the file.
     """
-    values = dict(leaves(cfg))
+    values, requires = dict(leaves(cfg)), metadata.get("requires", {})
+    if not isinstance(requires, Mapping):
+        raise UserError(
+            f"{cfg.MODEL.WEIGHTS}: its entry 'requires' is not a dict of config keys: convert again"
+        )
     wrong = [
         f"{key} {needed} (the config says {values[key]})"
-        for key, needed in metadata.get("requires", {}).items()
+        for key, needed in requires.items()
         if key in values and not _equal(values[key], needed)
     ]
     if wrong:
@@ -196,6 +200,9 @@ def check_against_config(metadata: Mapping[str, object], cfg: CfgNode) -> None:
 
 
 def _equal(value: object, needed: object) -> bool:
-    if isinstance(needed, list):  # pixel values; configs round them differently
-        return len(value) == len(needed) and np.allclose(value, needed, rtol=1e-3)
+    if isinstance(needed, list) and isinstance(value, list) and len(value) == len(needed):
+        try:
+            return np.allclose(value, needed, rtol=1e-3)  # pixel values; configs round differently
+        except TypeError:  # no numbers
+            return False
     return value == needed

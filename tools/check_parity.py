@@ -5,7 +5,8 @@ python tools/check_parity.py --config-file configs/X.yaml
 python tools/check_parity.py --config-file configs/X.yaml --weights output/model_final.pth
 
 Both engines get the same weights, the same drawn images and the same sampled anchors and proposals.
-Needs Detectron2; no data set.
+All is computed in float32 but gradients, which rounding at a ReLU would decide. Needs Detectron2;
+no data set.
 """
 
 import argparse

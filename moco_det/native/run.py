@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
-from moco_det.batch_plan import plan_batch
 from moco_det.config import on_available_device
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
@@ -138,7 +137,6 @@ def prepare(cfg):
     if available.MODEL.DEVICE != cfg.MODEL.DEVICE:
         comm.say(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no CUDA device: using the CPU")
     cfg = scaled_to_processes(available, comm.world_size())
-    comm.say(plan_batch(cfg, comm.world_size()).describe(cfg.SOLVER.BASE_LR))
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_classes(cfg)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from moco_det.batch_plan import plan_batch
 from moco_det.config import load_config
 from moco_det.errors import UserError
 from moco_det.native import comm
@@ -44,6 +45,7 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
         SystemExit: SIGTERM came and a checkpoint was saved; the code is `STOPPED_BY_SIGTERM`.
     """
     cfg = prepare(cfg)
+    comm.say(plan_batch(cfg, comm.world_size()).describe(cfg.SOLVER.BASE_LR))
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     checkpoints = Checkpoints(cfg.OUTPUT_DIR)
     run = build_run(cfg, checkpoints.last() if resume else None, allow_missing)

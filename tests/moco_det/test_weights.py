@@ -254,6 +254,18 @@ def test_config_that_contradicts_the_file():
         check_against_config(metadata, cfg)
 
 
+@pytest.mark.parametrize("requires", [["INPUT.FORMAT"], "RGB", 3])
+def test_requirements_that_are_no_dict(requires):
+    with pytest.raises(UserError, match="'requires' is not a dict of config keys: convert again"):
+        check_against_config({"requires": requires}, get_cfg())
+
+
+@pytest.mark.parametrize("needed", [["a", "b", "c"], [1.0], 5, {"a": 1}])
+def test_a_requirement_of_another_kind_is_a_contradiction(needed):
+    with pytest.raises(UserError, match="need MODEL.PIXEL_MEAN"):
+        check_against_config({"requires": {"MODEL.PIXEL_MEAN": needed}}, get_cfg())
+
+
 def test_file_that_says_nothing_contradicts_nothing():
     check_against_config({"__author__": "MOCO"}, get_cfg())
 
