@@ -88,33 +88,34 @@ def roi_align(
     """
     channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
-    image, boxes = regions[:, 0].long(), regions[:, 1:].to(precision) * scale - 0.5
+    boxes = regions[:, 1:].to(precision) * scale - 0.5
     x0, y0, x1, y1 = boxes.unbind(1)
-    rows, row_weights = axis_weights(y0, y1, bins, height, sampling_ratio, every)
-    columns, column_weights = axis_weights(x0, x1, bins, width, sampling_ratio, every)
-    rows = rows + image[:, None, None] * height  # of all images, one below the other
-    # (R, B', B', rows of a bin x columns of a bin)
-    index = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
-    weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-    index, weight = index.flatten(3), weight.flatten(3)
-    used = weight != 0
+    on_rows = axis_weights(y0, y1, bins, height, sampling_ratio, every)  # (R, B', H)
+    on_columns = axis_weights(x0, x1, bins, width, sampling_ratio, every)  # (R, B', W)
+    (first_row, rows), (first_column, columns) = _span(on_rows), _span(on_columns)  # (R, B')
+
+    # One entry for each position of each bin: a thin region may have bins of many positions.
+    counts = (rows[:, :, None] * columns[:, None, :]).flatten()
+    bin_of = torch.repeat_interleave(counts)
+    number = torch.arange(len(bin_of), device=counts.device) - (counts.cumsum(0) - counts)[bin_of]
+    side = on_rows.shape[1]
+    region, i, j = bin_of // side**2, bin_of // side % side, bin_of % side
+    row = first_row[region, i] + number // columns[region, j]
+    column = first_column[region, j] + number % columns[region, j]
+    weight = on_rows[region, i, row] * on_columns[region, j, column]
+    index = (regions[:, 0].long()[region] * height + row) * width + column
+
     vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(precision)
-    pooled = WeightedSums.apply(vectors, index[used], weight[used], used.sum(3).flatten())
-    side = rows.shape[1]
+    pooled = WeightedSums.apply(vectors, index, weight, bin_of, counts)
     return pooled.view(-1, side, side, channels).permute(0, 3, 1, 2).to(feature.dtype)
 
 
 def axis_weights(
     start: Tensor, end: Tensor, bins: int, length: int, sampling_ratio: int, every: int
-) -> tuple[Tensor, Tensor]:
-    """Which positions of one axis a bin looks at, and with which weights, K at most.
+) -> Tensor:
+    """(R, B', L): with which weights a bin looks at the positions of one axis of `length` L.
 
-    Args:
-        start, end: (R,) of the regions, in positions of the map (position i has its centre at i).
-        length: positions of the axis.
-
-    Returns:
-        positions (R, B', K) int64 and weights (R, B', K), zero where a bin needs fewer.
+    start, end: (R,) of the regions, in positions of the map (position i has its centre at i).
     """
     step = (end - start) / bins
     samples = torch.full_like(step, sampling_ratio) if sampling_ratio else step.ceil()
@@ -127,42 +128,42 @@ def axis_weights(
     at = at.clamp(0, length - 1)
     low = at.floor()
     share = inside / samples.clamp(min=1)
-    dense = at.new_zeros((len(start), bin_start.shape[1], length))
-    dense.scatter_add_(2, low.long(), (1 + low - at) * share)
-    dense.scatter_add_(2, (low.long() + 1).clamp(max=length - 1), (at - low) * share)
-    return _nonzero_span(dense)
+    weights = at.new_zeros((*bin_start.shape, length))
+    weights.scatter_add_(2, low.long(), (1 + low - at) * share)
+    weights.scatter_add_(2, (low.long() + 1).clamp(max=length - 1), (at - low) * share)
+    return weights
 
 
-def _nonzero_span(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, B, L) -> positions and values (R, B, K) from each row's first to its last non-zero."""
-    length = dense.shape[2]
-    position = torch.arange(length, device=dense.device)
-    first = torch.where(dense != 0, position, length).amin(2, keepdim=True)
-    last = torch.where(dense != 0, position, -1).amax(2, keepdim=True)
-    longest = max(int((last - first).max()) + 1, 1) if dense.numel() else 1
-    span = first + torch.arange(longest, device=dense.device)
-    within = span.clamp(max=length - 1)
-    return within, dense.gather(2, within) * (span < length)
+def _span(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, B, L) -> the first position with a weight, and the number of positions to the last."""
+    length = weights.shape[2]
+    position = torch.arange(length, device=weights.device)
+    first = torch.where(weights != 0, position, length).amin(2)
+    last = torch.where(weights != 0, position, -1).amax(2)
+    return first, (last - first + 1).clamp(min=0)
 
 
 class WeightedSums(torch.autograd.Function):
-    """Row i of the result is the sum of `counts[i]` rows of `vectors`, each with its weight."""
+    """Row i of the result is the sum of `counts[i]` rows of `vectors`, each with its weight.
+
+    `index` (M,) says which rows of `vectors`, those for row 0 of the result first, and `row_of`
+    (M,) to which row of the result they go.
+    """
 
     @staticmethod
-    def forward(ctx, vectors: Tensor, index: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(index, weight, counts)
+    def forward(ctx, vectors: Tensor, index, weight, row_of, counts) -> Tensor:
+        ctx.save_for_backward(index, weight, row_of)
         ctx.rows = len(vectors)
         return _sum_rows(vectors, index, weight, counts)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         # The transposed product, of the same form: to each vector, the sums that it went into.
-        index, weight, counts = ctx.saved_tensors
-        went_into = torch.repeat_interleave(counts)
+        index, weight, row_of = ctx.saved_tensors
         order = index.argsort(stable=True)
         counts = torch.bincount(index, minlength=ctx.rows)
-        by_vector = _sum_rows(gradient.contiguous(), went_into[order], weight[order], counts)
-        return by_vector, None, None, None
+        by_vector = _sum_rows(gradient.contiguous(), row_of[order], weight[order], counts)
+        return by_vector, None, None, None, None
 
 
 def _sum_rows(vectors: Tensor, index: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

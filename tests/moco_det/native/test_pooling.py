@@ -24,6 +24,8 @@ def regions(count=40):
     boxes = torch.cat([image, corner, corner + side], dim=1)
     boxes[0, 1:] = torch.tensor([0, 0, *size])  # the whole image
     boxes[1, 3:] = boxes[1, 1:3]  # nothing
+    boxes[3, 1:] = torch.tensor([-40, 5, size[0] + 900, 6])  # thin: bins of many columns
+    boxes[4, 1:] = torch.tensor([9, -300, 9.5, size[1]])
     boxes[2, 1:] = torch.tensor([*(size - 4), *(size + 30)])
     return boxes
 
