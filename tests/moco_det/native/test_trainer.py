@@ -20,6 +20,7 @@ from moco_det.evaluation.records import verify_results
 from moco_det.launch import launch
 from moco_det.native import run, trainer
 from moco_det.native.layers import SyncBatchNorm
+from moco_det.native.loader import build_train_loader, build_training_records
 from moco_det.native.run import prepare
 from moco_det.native.trainer import STOPPED_BY_SIGTERM, train
 
@@ -96,6 +97,28 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def test_accumulated_gradients_are_the_mean_over_the_passes(make_cfg, stub):
+    """The oracle: the gradients of each batch alone, averaged by hand."""
+    cfg = prepare(make_cfg("out", "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
+    state = run.build_run(cfg)
+    batches = build_train_loader(cfg, build_training_records(cfg), seed=0)
+    two = [next(batches), next(batches)]
+    assert [len(batch) for batch in two] == [1, 1]
+    expected, losses_by_hand = [], []
+    for number, batch in enumerate(two):
+        trainer.seed_draws(state.seed, 3 * 2 + number)
+        state.model.zero_grad()
+        losses = state.model(batch)
+        sum(losses.values()).backward()
+        expected.append([p.grad.clone() for p in state.model.parameters()])
+        losses_by_hand.append({k: v.detach() for k, v in losses.items()})
+    losses, _ = trainer.gradients(state, state.model, iter(two), iteration=3)
+    for parameter, first, second in zip(state.model.parameters(), *expected, strict=True):
+        torch.testing.assert_close(parameter.grad, (first + second) / 2)
+    for name, value in losses.items():
+        torch.testing.assert_close(value, sum(x[name] for x in losses_by_hand) / 2)
+
+
 def metrics(cfg):
     with open(f"{cfg.OUTPUT_DIR}/metrics.json") as file:
         return [json.loads(line) for line in file]
@@ -110,19 +133,27 @@ def crash():
 
 
 @pytest.mark.parametrize(
-    "opts", [(), ("DATALOADER.NUM_WORKERS", "1"), ("SOLVER.AMP.ENABLED", "True")]
+    "opts",
+    [
+        (),
+        ("DATALOADER.NUM_WORKERS", "1"),
+        ("SOLVER.AMP.ENABLED", "True"),
+        ("SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"),
+    ],
 )
 def test_sigterm_then_resume_equals_one_run(make_cfg, stub, capsys, opts):
     whole = make_cfg("whole", *opts)
     results = train(whole)
     parts = make_cfg("parts", *opts)
-    stub[4] = sigterm  # after the evaluation and the precise BN of iteration 3
+    # After the evaluation and the precise BN of iteration 3.
+    fifth = 4 * parts.SOLVER.GRADIENT_ACCUMULATION_STEPS
+    stub[fifth] = sigterm
     with pytest.raises(SystemExit) as stopped:
         train(parts)
     assert stopped.value.code == STOPPED_BY_SIGTERM == 75
     assert "model_0000004.pth" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    del stub[4]
+    del stub[fifth]
     assert train(parts, resume=True) == results
     assert same(final(whole), final(parts))
     assert metrics(parts)[-1] == metrics(whole)[-1]
