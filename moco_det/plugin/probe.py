@@ -18,7 +18,7 @@ class Probe(EngineProbe):
     def __init__(self, config_file: str, opts: Sequence[str] = ()):
         cfg = load_config(config_file, opts)
         model = build_model(cfg)
-        model.proposal_generator.rpn_head.register_forward_hook(_in_float32)
+        model.proposal_generator.rpn_head.register_forward_hook(in_float32)
         super().__init__(model, build_optimizer(cfg, model))
 
     def inputs(self, items: list[dict]) -> list[dict]:
@@ -59,6 +59,6 @@ class Probe(EngineProbe):
         return found
 
 
-def _in_float32(head, inputs, outputs: tuple[list[Tensor], list[Tensor]]):
+def in_float32(head, inputs, outputs: tuple[list[Tensor], list[Tensor]]):
     """NMS takes scores of the boxes' type; this changes nothing but in a float64 network."""
     return tuple([x.float() for x in level_outputs] for level_outputs in outputs)

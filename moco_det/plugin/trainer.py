@@ -128,10 +128,10 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
         UserError: bad settings, data or weights; a loss that is not finite.
     """
     prepare(cfg, eval_only=False)
-    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    plan = plan_batch(scaled, comm.get_world_size())
+    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    plan = plan_batch(cfg, comm.get_world_size())
     if comm.is_main_process():
-        print(plan.describe(scaled.SOLVER.BASE_LR), flush=True)
+        print(plan.describe(cfg.SOLVER.BASE_LR), flush=True)
     try:
         trainer = Trainer(cfg, allow_missing)
         trainer.resume_or_load(resume)

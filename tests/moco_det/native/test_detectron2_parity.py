@@ -23,6 +23,7 @@ from moco_det.native.rcnn import build_backbone, build_model
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
 from moco_det.parity import enliven
+from moco_det.plugin.probe import in_float32
 
 warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid
 
@@ -121,10 +122,7 @@ def pair(request, images):
     theirs, ours = build_detectron2(cfg), build_model(cfg)
     enliven(ours, native_batch(images), ours.state_dict(), seed=1)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    # NMS takes scores of the boxes' type, also where the network is in float64.
-    theirs.proposal_generator.rpn_head.register_forward_hook(
-        lambda head, inputs, outputs: tuple([x.float() for x in level] for level in outputs)
-    )
+    theirs.proposal_generator.rpn_head.register_forward_hook(in_float32)
     return theirs, ours
 
 
