@@ -1,7 +1,8 @@
 """Detectron2's YAML configuration, for both engines.
 
 The keys, their defaults and the file format (`_BASE_`, `KEY VALUE` pairs, tuples written as
-strings) are Detectron2's. Every Detectron2 key falls into one of three kinds:
+strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, listed in
+`moco_det.config_keys`:
 
 - honoured: it is in `get_cfg()`;
 - limited: it is in `get_cfg()` too, but the native engine knows only the values in `SUPPORTED`, and
@@ -22,251 +23,13 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from moco_det.config_keys import DEFAULTS, INERT, SUPPORTED
 from moco_det.errors import UserError
-
-# Keys that Detectron2 does not have (dotted names); the plugin adds them to its config.
-OUR_KEYS = ("SOLVER.GRADIENT_ACCUMULATION_STEPS",)
-
-_MODEL = {
-    "META_ARCHITECTURE": "GeneralizedRCNN",
-    "MASK_ON": False,
-    "KEYPOINT_ON": False,
-    "LOAD_PROPOSALS": False,
-    "DEVICE": "cuda",
-    "WEIGHTS": "",
-    "PIXEL_MEAN": [103.530, 116.280, 123.675],  # in INPUT.FORMAT order, here BGR
-    "PIXEL_STD": [1.0, 1.0, 1.0],  # MSRA weights have the deviation folded into conv1
-    "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
-    "RESNETS": {
-        "DEPTH": 50,
-        "OUT_FEATURES": ["res4"],
-        "NUM_GROUPS": 1,
-        "WIDTH_PER_GROUP": 64,
-        "NORM": "FrozenBN",
-        "STRIDE_IN_1X1": True,  # MSRA places the stride there; torchvision and MoCo do not
-        "RES5_DILATION": 1,
-        "RES2_OUT_CHANNELS": 256,  # 64 for R-18 and R-34
-        "STEM_OUT_CHANNELS": 64,
-        "DEFORM_ON_PER_STAGE": [False, False, False, False],
-    },
-    "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"},
-    "PROPOSAL_GENERATOR": {"NAME": "RPN", "MIN_SIZE": 0},
-    "ANCHOR_GENERATOR": {
-        "NAME": "DefaultAnchorGenerator",
-        "SIZES": [[32, 64, 128, 256, 512]],  # one list per feature map, or one for all
-        "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],  # height / width
-        "OFFSET": 0.0,
-    },
-    "RPN": {
-        "HEAD_NAME": "StandardRPNHead",
-        "IN_FEATURES": ["res4"],
-        "BOUNDARY_THRESH": -1,
-        "IOU_THRESHOLDS": [0.3, 0.7],
-        "IOU_LABELS": [0, -1, 1],
-        "BATCH_SIZE_PER_IMAGE": 256,
-        "POSITIVE_FRACTION": 0.5,
-        "BBOX_REG_LOSS_TYPE": "smooth_l1",
-        "BBOX_REG_LOSS_WEIGHT": 1.0,
-        "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
-        "SMOOTH_L1_BETA": 0.0,
-        "LOSS_WEIGHT": 1.0,
-        "PRE_NMS_TOPK_TRAIN": 12000,  # per feature map
-        "PRE_NMS_TOPK_TEST": 6000,
-        "POST_NMS_TOPK_TRAIN": 2000,  # per image, over all feature maps
-        "POST_NMS_TOPK_TEST": 1000,
-        "NMS_THRESH": 0.7,
-        "CONV_DIMS": [-1],
-    },
-    "ROI_HEADS": {
-        "NAME": "Res5ROIHeads",
-        "NUM_CLASSES": 80,
-        "IN_FEATURES": ["res4"],
-        "IOU_THRESHOLDS": [0.5],
-        "IOU_LABELS": [0, 1],
-        "BATCH_SIZE_PER_IMAGE": 512,
-        "POSITIVE_FRACTION": 0.25,
-        "SCORE_THRESH_TEST": 0.05,
-        "NMS_THRESH_TEST": 0.5,
-        "PROPOSAL_APPEND_GT": True,
-    },
-    "ROI_BOX_HEAD": {
-        "NAME": "",
-        "BBOX_REG_LOSS_TYPE": "smooth_l1",
-        "BBOX_REG_LOSS_WEIGHT": 1.0,
-        "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
-        "SMOOTH_L1_BETA": 0.0,
-        "POOLER_RESOLUTION": 14,
-        "POOLER_SAMPLING_RATIO": 0,
-        "POOLER_TYPE": "ROIAlignV2",
-        "NUM_FC": 0,
-        "FC_DIM": 1024,
-        "NUM_CONV": 0,
-        "CONV_DIM": 256,
-        "NORM": "",
-        "CLS_AGNOSTIC_BBOX_REG": False,
-        "TRAIN_ON_PRED_BOXES": False,
-        "USE_FED_LOSS": False,
-        "USE_SIGMOID_CE": False,
-    },
-    "ROI_KEYPOINT_HEAD": {"MIN_KEYPOINTS_PER_IMAGE": 1},
-}
-
-_INPUT = {
-    "MIN_SIZE_TRAIN": (800,),
-    "MIN_SIZE_TRAIN_SAMPLING": "choice",
-    "MAX_SIZE_TRAIN": 1333,
-    "MIN_SIZE_TEST": 800,  # 0: no resizing
-    "MAX_SIZE_TEST": 1333,
-    "RANDOM_FLIP": "horizontal",
-    "CROP": {"ENABLED": False},
-    "FORMAT": "BGR",
-    "MASK_FORMAT": "polygon",
-}
-
-_DATASETS = {"TRAIN": (), "TEST": ()}
-
-_DATALOADER = {
-    "NUM_WORKERS": 4,
-    "ASPECT_RATIO_GROUPING": True,
-    "SAMPLER_TRAIN": "TrainingSampler",
-    "FILTER_EMPTY_ANNOTATIONS": True,
-    "REPEAT_THRESHOLD": 0.0,  # share of the images below which a class's images are repeated
-    "REPEAT_SQRT": True,
-}
-
-_SOLVER = {
-    "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-    "MAX_ITER": 40000,
-    "BASE_LR": 0.001,
-    "BASE_LR_END": 0.0,
-    "MOMENTUM": 0.9,
-    "NESTEROV": False,
-    "WEIGHT_DECAY": 0.0001,
-    "WEIGHT_DECAY_NORM": 0.0,
-    "WEIGHT_DECAY_BIAS": None,  # None: WEIGHT_DECAY
-    "BIAS_LR_FACTOR": 1.0,
-    "GAMMA": 0.1,
-    "STEPS": (30000,),
-    "WARMUP_FACTOR": 0.001,
-    "WARMUP_ITERS": 1000,
-    "WARMUP_METHOD": "linear",
-    "RESCALE_INTERVAL": False,
-    "CHECKPOINT_PERIOD": 5000,
-    "IMS_PER_BATCH": 16,  # of one optimizer step, over all processes
-    "GRADIENT_ACCUMULATION_STEPS": 1,  # forward passes that share IMS_PER_BATCH
-    "REFERENCE_WORLD_SIZE": 0,
-    "CLIP_GRADIENTS": {
-        "ENABLED": False,
-        "CLIP_TYPE": "value",
-        "CLIP_VALUE": 1.0,
-        "NORM_TYPE": 2.0,
-    },
-    "AMP": {"ENABLED": False},
-}
-
-_TEST = {
-    "EXPECTED_RESULTS": [],  # of [task, metric, value, tolerance], checked when a run ends
-    "EVAL_PERIOD": 0,
-    "DETECTIONS_PER_IMAGE": 100,
-    "AUG": {"ENABLED": False},
-    "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
-}
-
-_DEFAULTS = {
-    "VERSION": 2,
-    "MODEL": _MODEL,
-    "INPUT": _INPUT,
-    "DATASETS": _DATASETS,
-    "DATALOADER": _DATALOADER,
-    "SOLVER": _SOLVER,
-    "TEST": _TEST,
-    "OUTPUT_DIR": "./output",
-    "SEED": -1,
-    "CUDNN_BENCHMARK": False,
-    "FLOAT32_PRECISION": "",
-    "VIS_PERIOD": 0,
-}
-
-# The values that the native engine knows, where Detectron2 knows more.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "VERSION": (2,),
-    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
-    "MODEL.MASK_ON": (False,),
-    "MODEL.KEYPOINT_ON": (False,),
-    "MODEL.LOAD_PROPOSALS": (False,),
-    "MODEL.BACKBONE.NAME": (
-        "build_resnet_backbone",
-        "build_resnet_fpn_backbone",
-        "build_resnet_dilated_c5_backbone",
-    ),
-    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101),
-    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN"),
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
-    "MODEL.FPN.FUSE_TYPE": ("sum",),
-    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
-    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
-    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
-    "MODEL.RPN.BOUNDARY_THRESH": (-1,),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.RPN.CONV_DIMS": ([-1],),
-    "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", "Res5ROIHeadsExtraNorm", "StandardROIHeads"),
-    "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead"),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2",),
-    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
-    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
-    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "INPUT.RANDOM_FLIP": ("horizontal", "none"),
-    "INPUT.CROP.ENABLED": (False,),
-    "INPUT.FORMAT": ("BGR", "RGB"),
-    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
-    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
-    "SOLVER.RESCALE_INTERVAL": (False,),
-    "TEST.AUG.ENABLED": (False,),
-    "FLOAT32_PRECISION": ("",),
-    "VIS_PERIOD": (0,),
-}
-
-# Detectron2's keys and sections that act only when something that `SUPPORTED` refuses is asked for.
-INERT = (
-    "MODEL.ROI_MASK_HEAD",
-    "MODEL.ROI_KEYPOINT_HEAD.NAME",
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION",
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO",
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE",
-    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS",
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
-    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT",
-    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS",
-    "MODEL.ROI_BOX_CASCADE_HEAD",
-    "MODEL.RETINANET",
-    "MODEL.SEM_SEG_HEAD",
-    "MODEL.PANOPTIC_FPN",
-    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
-    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
-    "MODEL.ANCHOR_GENERATOR.ANGLES",
-    "MODEL.RESNETS.DEFORM_MODULATED",
-    "MODEL.RESNETS.DEFORM_NUM_GROUPS",
-    "INPUT.CROP.TYPE",
-    "INPUT.CROP.SIZE",
-    "DATASETS.PROPOSAL_FILES_TRAIN",
-    "DATASETS.PROPOSAL_FILES_TEST",
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN",
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
-    "SOLVER.NUM_DECAYS",
-    "TEST.KEYPOINT_OKS_SIGMAS",
-    "TEST.AUG.MIN_SIZES",
-    "TEST.AUG.MAX_SIZE",
-    "TEST.AUG.FLIP",
-    "GLOBAL",
-)
 
 
 def get_cfg() -> CfgNode:
     """A fresh, unfrozen copy of the defaults."""
-    return CfgNode(_DEFAULTS).clone()
+    return CfgNode(DEFAULTS).clone()
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -356,7 +119,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one known leaf of `cfg`, drop an inert one, refuse anything else."""
     if any(key == name or key.startswith(f"{name}.") for name in INERT):
         return
-    known = dict(leaves(_DEFAULTS))
+    known = dict(leaves(DEFAULTS))
     if key not in known:
         if value is None and any(name.startswith(f"{key}.") for name in known):
             return  # a section left empty in the file

@@ -5,12 +5,13 @@ import re
 from detectron2.config import CfgNode, get_cfg
 
 from moco_det import config as native_config
-from moco_det.config import OUR_KEYS, leaves, nearest, on_available_device
+from moco_det.config import leaves, nearest, on_available_device
+from moco_det.config_keys import OUR_KEYS
 from moco_det.errors import UserError
 
 
 def add_moco_config(cfg: CfgNode) -> None:
-    """Add the keys of `moco_det.config.OUR_KEYS`, with their defaults, to a Detectron2 config."""
+    """Add `moco_det.config_keys.OUR_KEYS`, with their defaults, to a Detectron2 config."""
     defaults = dict(leaves(native_config.get_cfg()))
     for key in OUR_KEYS:
         section, _, name = key.rpartition(".")

@@ -3,7 +3,8 @@
 import pytest
 from recording import read
 
-from moco_det.config import INERT, OUR_KEYS, SUPPORTED, get_cfg, leaves, load_config, nearest
+from moco_det.config import get_cfg, leaves, load_config, nearest
+from moco_det.config_keys import INERT, OUR_KEYS, SUPPORTED
 from moco_det.errors import UserError
 
 SHIPPED = (
@@ -176,12 +177,10 @@ def test_section_for_value_and_value_for_section_are_unknown_keys(write, text):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("MODEL.MASK_ON", "True"),
-        ("MODEL.KEYPOINT_ON", "True"),
         ("MODEL.LOAD_PROPOSALS", "True"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.RESNETS.NORM", "GN"),
-        ("INPUT.CROP.ENABLED", "True"),
+        ("INPUT.CROP.TYPE", "relative"),
         ("VERSION", "1"),
     ],
 )
@@ -191,7 +190,7 @@ def test_what_only_detectron2_does_is_refused(write, key, value):
 
 
 def test_inert_sections_and_empty_ones_are_accepted(write):
-    cfg = load_config(write("SOLVER:\nMODEL: {ROI_MASK_HEAD: {NUM_CONV: 4}}\nVERSION: 2\n"))
+    cfg = load_config(write("SOLVER:\nMODEL: {RETINANET: {NUM_CONVS: 3}}\nVERSION: 2\n"))
     assert dict(leaves(cfg)) == dict(leaves(get_cfg()))
 
 

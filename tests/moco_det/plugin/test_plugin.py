@@ -16,7 +16,8 @@ from detectron2.engine import hooks
 from detectron2.modeling import build_model
 
 from moco_det import config as native_config
-from moco_det.config import OUR_KEYS, leaves
+from moco_det.config import leaves
+from moco_det.config_keys import OUR_KEYS
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.launch import launch
