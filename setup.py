@@ -1,5 +1,9 @@
 from setuptools import find_packages, setup
 
+# The official metrics of these data sets, which `moco_det.evaluation` runs.
+LVIS = ["lvis>=0.5.3"]
+CITYSCAPES = ["cityscapesscripts>=2.2"]
+
 setup(
     name="moco_det",
     version="0.1.0",
@@ -11,14 +15,18 @@ setup(
         "torch>=2.4",
         "torchvision>=0.19",
         "numpy",
-        "fvcore",
+        "fvcore>=0.1.5.post20211023",  # the first whose _BASE_ takes a list
         "pycocotools>=2.0.7",
         # opencv-python without its window code: the same `cv2`, and no libGL is needed.
         "opencv-python-headless>=4.8",
-        "pillow",
+        "pillow>=10.1",  # its default font in any size
         "pyyaml",
         "tabulate",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest", "ruff", "scipy", "scikit-learn"]},
+    extras_require={
+        "lvis": LVIS,
+        "cityscapes": CITYSCAPES,
+        "test": ["pytest", "ruff", "scipy", "scikit-learn", *LVIS, *CITYSCAPES],
+    },
 )

@@ -4,34 +4,58 @@ Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its la
     voc_2007_trainval          VOC2007/{JPEGImages,Annotations,ImageSets/Main/trainval.txt}
     coco_2017_train            coco/annotations/instances_train2017.json, coco/train2017/
     keypoints_coco_2017_train  coco/annotations/person_keypoints_train2017.json, coco/train2017/
+    lvis_v0.5_train            lvis/lvis_v0.5_train.json, coco/train2017/
+    cityscapes_fine_instance_seg_train
+                               cityscapes/{leftImg8bit,gtFine}/train/, see `datasets.cityscapes`
 A folder of one's own, named in the YAML or on the command line, without registration:
     voc:ROOT:SPLIT             ROOT/{JPEGImages,Annotations,ImageSets/Main/SPLIT.txt}
     coco:ANNOTATIONS.json:IMAGE_DIR
+    lvis:ANNOTATIONS.json:IMAGE_DIR
+    cityscapes:ROOT:SPLIT      ROOT/{leftImg8bit,gtFine}/SPLIT/
+    voc_sem_seg:ROOT:SPLIT, cityscapes_sem_seg:ROOT:SPLIT: see `moco_det.datasets.semantic`, which
+    also says where voc_2012_sem_seg_SPLIT and cityscapes_fine_sem_seg_SPLIT are looked for
 """
 
 import difflib
 import os
 from pathlib import Path
 
-from moco_det.datasets import coco, voc
+from moco_det.datasets import cityscapes, coco, lvis, semantic, voc
+from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import CocoDataset, read_coco
 from moco_det.datasets.dataset import Dataset, Record
+from moco_det.datasets.lvis import LvisDataset
+from moco_det.datasets.semantic import SemanticDataset, read_labels
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
 from moco_det.errors import UserError
 
 __all__ = [
     "VOC_CLASSES",
+    "CityscapesDataset",
     "CocoDataset",
     "Dataset",
+    "LvisDataset",
     "Record",
+    "SemanticDataset",
     "VocDataset",
     "get_dataset",
     "read_coco",
+    "read_labels",
 ]
 
 # kind -> module with NAMES, builtin(name, root) and own(name, first part, second part)
-_KINDS = {"voc": voc, "coco": coco}
-_OWN_FORMS = "voc:ROOT:SPLIT or coco:ANNOTATIONS.json:IMAGE_DIR"
+_KINDS = {
+    "voc": voc,
+    "coco": coco,
+    "lvis": lvis,
+    "cityscapes": cityscapes,
+    "voc_sem_seg": semantic,
+    "cityscapes_sem_seg": semantic,
+}
+_OWN_FORMS = (
+    "voc:ROOT:SPLIT, coco:ANNOTATIONS.json:IMAGE_DIR, lvis:ANNOTATIONS.json:IMAGE_DIR, "
+    "cityscapes:ROOT:SPLIT, voc_sem_seg:ROOT:SPLIT or cityscapes_sem_seg:ROOT:SPLIT"
+)
 
 
 def data_root() -> Path:
@@ -47,6 +71,7 @@ def get_dataset(name: str) -> Dataset:
     for module in _KINDS.values():
         if name in module.NAMES:
             return module.builtin(name, data_root())
+    lvis.refuse_other_versions(name)
     kind, _, rest = name.partition(":")
     first, _, second = rest.rpartition(":")
     if kind in _KINDS and first and second:

@@ -57,11 +57,26 @@ class CocoDataset(Dataset):
                 if record is not None:
                     annotations_of[annotation["image_id"]].append(record)
             images = sorted(content["images"], key=lambda image: image["id"])
-            return [_record(i, self.image_dir, annotations_of[i["id"]]) for i in images]
+            return [self._record(image, annotations_of[image["id"]]) for image in images]
         except KeyError as error:
             raise UserError(f"{self.json_file}: no such field or category: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:  # the last: a run below zero
             raise UserError(f"{self.json_file}: malformed annotation: {error}") from error
+
+    def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:
+        path = self._image_path(image)
+        has_size = "height" in image and "width" in image
+        height, width = (image["height"], image["width"]) if has_size else image_size(path)
+        return {
+            "file_name": str(path),
+            "image_id": image["id"],
+            "height": height,
+            "width": width,
+            "annotations": annotations,
+        }
+
+    def _image_path(self, image: dict[str, Any]) -> Path:
+        return self.image_dir / image["file_name"]
 
 
 def builtin(name: str, root: Path) -> CocoDataset:
@@ -91,13 +106,18 @@ def read_coco(path: Path) -> dict[str, Any]:
 def _open(name: str, json_file: Path, image_dir: Path, holder: Path | None = None) -> CocoDataset:
     require(name, json_file, holder)
     require(name, image_dir, holder)
-    state = json_file.stat()
-    categories = _categories(json_file, (state.st_mtime_ns, state.st_size))
+    categories = read_categories(json_file)
     classes = tuple(category["name"] for category in categories)
     ids = tuple(category["id"] for category in categories)
     keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
     names = keypoints.pop() if len(keypoints) == 1 else ()
     return CocoDataset(name, classes, json_file, image_dir, ids, keypoint_names=names)
+
+
+def read_categories(json_file: Path) -> tuple[dict[str, Any], ...]:
+    """The categories of a COCO instances file, sorted by id; `UserError` if it is not one."""
+    state = json_file.stat()
+    return _categories(json_file, (state.st_mtime_ns, state.st_size))
 
 
 @functools.cache
@@ -129,16 +149,3 @@ def _segmentation(shape: list | dict[str, Any]) -> list[list[float]] | dict[str,
         compressed = not isinstance(shape["counts"], list)
         return shape if compressed else coco_mask.frPyObjects(shape, *shape["size"])
     return [polygon for polygon in shape if len(polygon) >= 6 and len(polygon) % 2 == 0]
-
-
-def _record(image: dict, image_dir: Path, annotations: list[dict]) -> Record:
-    path = image_dir / image["file_name"]
-    has_size = "height" in image and "width" in image
-    height, width = (image["height"], image["width"]) if has_size else image_size(path)
-    return {
-        "file_name": str(path),
-        "image_id": image["id"],
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-    }

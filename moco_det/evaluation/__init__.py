@@ -3,61 +3,79 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from moco_det.datasets import Dataset
+from moco_det.evaluation.cityscapes import evaluate_cityscapes
 from moco_det.evaluation.coco import evaluate_coco
+from moco_det.evaluation.lvis import evaluate_lvis
+from moco_det.evaluation.predictions import checked
+from moco_det.evaluation.semantic import evaluate_semantic
 from moco_det.evaluation.voc import evaluate_voc
 
 Results = dict[str, dict[str, float]]  # task -> metric -> percent
 
-_EVALUATORS = {"voc": evaluate_voc, "coco": evaluate_coco}
+# of detections
+_EVALUATORS = {
+    "voc": evaluate_voc,
+    "coco": evaluate_coco,
+    "lvis": evaluate_lvis,
+    "cityscapes": evaluate_cityscapes,
+}
 
 
-def evaluate(dataset: Dataset, predictions: Sequence[dict[str, Any]]) -> Results:
-    """Score detections with the metric of the data set.
+def evaluate(
+    dataset: Dataset,
+    predictions: Sequence[dict[str, Any]],
+    keypoint_sigmas: Sequence[float] = (),
+) -> Results:
+    """Score predictions with the metrics of the data set.
 
-    `predictions`: at most one dict per image, in any order, {"image_id", "boxes" (N, 4) XYXY in
-    pixels of the original image, "scores" (N,), "classes" (N,) contiguous}, arrays or CPU tensors.
-    An image without one counts as an image without detections.
+    Args:
+        dataset: that they are of.
+        predictions: at most one `records.prediction_record` per image, in any order, {"image_id",
+            "boxes" (N, 4) XYXY in pixels of the original image, "scores" (N,), "classes" (N,)
+            contiguous}, and, where the detector finds them, "segmentations", N compressed RLEs, and
+            "keypoints" (N, K, 3): x, y in continuous coordinates, score; arrays, lists or CPU
+            tensors. An image without one counts as an image without detections. Of a semantic data
+            set {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`.
+        keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
 
-    Returns {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}} in percent. A metric without
-    ground truth is NaN and takes no part in means. Raises `ValueError` for two predictions of one
-    image, and for lengths or classes that do not fit.
+    Returns:
+        {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}, "segm": ..., "keypoints": ...}, the
+        tasks that the predictions have and the data set scores; or {"sem_seg": {"mIoU", ...}}. In
+        percent. A metric without ground truth is NaN and takes no part in means.
+
+    Raises:
+        ValueError: two predictions of one image, one of no image of the data set; lengths, classes
+            or masks that do not fit.
+        UserError: the ground truth lacks what is to be scored; the metric's package is missing.
     """
-    checked = [_checked(prediction, len(dataset.classes)) for prediction in predictions]
-    seen = {prediction["image_id"] for prediction in checked}
-    if len(seen) < len(checked):
-        raise ValueError(f"{len(checked)} predictions for {len(seen)} images; one each is expected")
-    return {"bbox": _EVALUATORS[dataset.evaluator](dataset, checked)}
-
-
-def _checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """The same prediction as float64 and int64 tensors of fitting shapes."""
-    boxes = torch.as_tensor(prediction["boxes"], dtype=torch.float64).reshape(-1, 4)
-    scores = torch.as_tensor(prediction["scores"], dtype=torch.float64)
-    classes = torch.as_tensor(prediction["classes"], dtype=torch.int64)
-    image_id = prediction["image_id"]
-    if not len(boxes) == len(scores) == len(classes):
-        lengths = f"{len(boxes)} boxes, {len(scores)} scores, {len(classes)} classes"
-        raise ValueError(f"image {image_id}: {lengths}")
-    if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
-        raise ValueError(f"image {image_id}: a class is outside [0, {num_classes})")
-    return {"image_id": image_id, "boxes": boxes, "scores": scores, "classes": classes}
+    seen = {prediction["image_id"] for prediction in predictions}
+    if len(seen) < len(predictions):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(seen)} images; one each is expected"
+        )
+    if dataset.evaluator == "sem_seg":
+        return {"sem_seg": evaluate_semantic(dataset, predictions)}
+    detections = [checked(prediction, len(dataset.classes)) for prediction in predictions]
+    if dataset.evaluator == "coco":
+        return evaluate_coco(dataset, detections, keypoint_sigmas)
+    return _EVALUATORS[dataset.evaluator](dataset, detections)
 
 
 def print_table(results: Results) -> None:
-    """Print each task's metrics, its per-class AP, and Detectron2's lines for a spreadsheet."""
+    """Print each task's metrics, its AP or IoU per class, and Detectron2's lines to copy."""
     for task, metrics in results.items():
         summary = {name: value for name, value in metrics.items() if "-" not in name}
         print(f"Results for {task}:")
         print(tabulate([summary.values()], summary.keys(), tablefmt="pipe", floatfmt=".3f"))
-        prefix = "AP-"
-        rows = [(k[len(prefix) :], v) for k, v in metrics.items() if k.startswith(prefix)]
+        metric = "IoU" if task == "sem_seg" else "AP"
+        prefix = f"{metric}-"
+        rows = [(k.removeprefix(prefix), v) for k, v in metrics.items() if k.startswith(prefix)]
         if rows:
             count = min(3, len(rows))
-            headers = ["category", "AP"] * count
+            headers = ["category", metric] * count
             print(tabulate(_columns(rows, count), headers, "pipe", floatfmt=".3f"))
         print(f"copypaste: Task: {task}")
         print("copypaste: " + ",".join(summary))

@@ -4,10 +4,54 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
 
 from moco_det.errors import UserError
+
+
+def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[str, Any]:
+    """What a model found in one image, as it is saved and evaluated, on the CPU.
+
+    Args:
+        image_id: of the data set's record.
+        output: {"boxes" (D, 4), "scores" (D,), "classes" (D,)}, and "masks" bool (D, H, W) in the
+            original image and "keypoints" (D, K, 3) where the model has them; or, of semantic
+            segmentation, {"sem_seg" (C, H, W)}, the classes' scores.
+
+    Returns:
+        The same boxes, scores and classes; "segmentations", D compressed RLEs whose "counts" are
+        strings, as JSON needs them; "keypoints". Of semantic segmentation {"image_id", "sem_seg"},
+        one {"category_id", "segmentation"} for each class that is the best of some pixel.
+    """
+    if "sem_seg" in output:
+        best = output["sem_seg"].argmax(dim=0)
+        present = best.unique()
+        shapes = encode_masks(best == present[:, None, None])
+        segments = zip(present.tolist(), shapes, strict=True)
+        found = [{"category_id": label, "segmentation": shape} for label, shape in segments]
+        return {"image_id": image_id, "sem_seg": found}
+    record = {"image_id": image_id}
+    # Cloned: Detectron2's evaluator moves the keypoints where they lie.
+    for key in ("boxes", "scores", "classes", "keypoints"):
+        if key in output:
+            record[key] = output[key].detach().cpu().clone()
+    if "masks" in output:
+        record["segmentations"] = encode_masks(output["masks"])
+    return record
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Bool masks (D, H, W) to D compressed RLEs {"size": [H, W], "counts": str}."""
+    shapes = []
+    for mask in masks:
+        shape = coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+        shapes.append({**shape, "counts": shape["counts"].decode("ascii")})
+    return shapes
 
 
 def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> None:

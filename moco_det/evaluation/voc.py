@@ -28,6 +28,7 @@ import torch
 from torchvision.ops import box_iou
 
 from moco_det.datasets import Record, VocDataset
+from moco_det.evaluation.predictions import check_images
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 
@@ -48,8 +49,10 @@ class _Matches:
     difficult: np.ndarray  # (G,) bool
 
 
-def evaluate_voc(dataset: VocDataset, predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """AP, AP50, AP75 and, per class, AP-<class> and AP50-<class>, all in percent.
+def evaluate_voc(
+    dataset: VocDataset, predictions: list[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """{"bbox": AP, AP50, AP75 and, per class, AP-<class> and AP50-<class>}, all in percent.
 
     `predictions` as checked by `moco_det.evaluation.evaluate`.
     """
@@ -65,7 +68,7 @@ def evaluate_voc(dataset: VocDataset, predictions: list[dict[str, Any]]) -> dict
     }
     results |= {f"AP-{name}": row.mean() for name, row in zip(dataset.classes, table, strict=True)}
     results |= {f"AP50-{name}": row[0] for name, row in zip(dataset.classes, table, strict=True)}
-    return {metric: float(value) for metric, value in results.items()}
+    return {"bbox": {metric: float(value) for metric, value in results.items()}}
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -> float:
@@ -81,9 +84,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_point: b
 
 def _match(records: list[Record], predictions: list[dict[str, Any]]) -> _Matches:
     prediction_of = {prediction["image_id"]: prediction for prediction in predictions}
-    unknown = prediction_of.keys() - {record["image_id"] for record in records}
-    if unknown:
-        raise ValueError(f"predictions for images that are not in the data set: {sorted(unknown)}")
+    check_images(predictions, [record["image_id"] for record in records])
     empty = (np.empty(0), np.empty(0, int), np.empty(0), np.empty(0, int))
     detections = [empty]
     object_label, difficult = [], []

@@ -1,0 +1,210 @@
+"""Cityscapes, instances of 8 classes, from the label maps `*_gtFine_instanceIds.png`.
+
+Below $DETECTRON2_DATASETS, in Detectron2's layout, cityscapes_fine_instance_seg_{train,val}; or
+`cityscapes:ROOT:SPLIT` in a folder of its own:
+    cityscapes/leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
+    cityscapes/gtFine/SPLIT/CITY/ID_gtFine_instanceIds.png
+
+Why from the maps, where Detectron2 by default starts from `*_gtFine_polygons.json`: the maps are
+what the official evaluation compares with. The polygons lie over one another in the order of their
+drawing; Detectron2 cuts them, with shapely, to what is visible and fills their holes. The maps are
+the result of that same drawing, exact to the pixel, need no further package, and are part of every
+release of gtFine (`cityscapesscripts.preparation.json2instanceImg` makes them of polygons, with
+Pillow below 13). So masks are run-length encoded: training needs INPUT.MASK_FORMAT bitmask.
+
+A pixel's number is labelId * 1000 + n in the nth object of a class, and labelId in a group of
+objects that could not be told apart, which is a crowd here. A box goes around all pixels of its
+object, from the left edge of the first column to the right edge of the last. So do the boxes that
+Detectron2 makes of the polygons, to a hundredth of a pixel; those that it makes of the maps end a
+pixel earlier.
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from moco_det.datasets.dataset import Dataset, Record, require
+from moco_det.errors import UserError
+
+# Class -> labelId, in the order of the trainIds (cityscapesscripts.helpers.labels), which is
+# Detectron2's. Caravan and trailer, 29 and 30, are not evaluated.
+# fmt: off
+LABEL_IDS = {
+    "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32,
+    "bicycle": 33,
+}
+# fmt: on
+_CLASS_OF = {label: index for index, label in enumerate(LABEL_IDS.values())}
+_LAST_LABEL = 33
+
+_PHOTOGRAPH, _INSTANCE_IDS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
+_SPLIT_OF = {f"cityscapes_fine_instance_seg_{split}": split for split in ("train", "val")}
+NAMES = tuple(_SPLIT_OF)
+
+
+@dataclass(frozen=True)
+class CityscapesDataset(Dataset):
+    """A split of Cityscapes' layout."""
+
+    evaluator: ClassVar[str] = "cityscapes"
+    root: Path
+    split: str
+
+    @property
+    def image_dir(self) -> Path:
+        return self.root / "leftImg8bit" / self.split
+
+    @property
+    def label_dir(self) -> Path:
+        return self.root / "gtFine" / self.split
+
+    def records(self) -> list[Record]:
+        """As in `Dataset`, sorted by image id, "CITY_SEQUENCE_FRAME".
+
+        An annotation also has "segmentation", a compressed RLE. The 2,975 maps of the training set
+        are two to four minutes' work of one core, so several threads read them, and a process reads
+        each once as long as it does not change.
+
+        Raises:
+            UserError: a photograph without a map, or the reverse; a map that cannot be read or is
+                none; no image at all.
+        """
+        maps = self.instance_files()
+        photographs = _by_id(self.image_dir, _PHOTOGRAPH)
+        self._check_pairs(photographs, maps)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            contents = threads.map(_read, maps.values())
+            return [
+                {
+                    "file_name": str(photographs[image_id]),
+                    "image_id": image_id,
+                    "height": content[0],
+                    "width": content[1],
+                    "annotations": [_annotation(*found, content[:2]) for found in content[2]],
+                }
+                for image_id, content in zip(maps, contents, strict=True)
+            ]
+
+    def instance_files(self) -> dict[str, Path]:
+        """Image id -> its map, sorted; `UserError` if there is none."""
+        maps = _by_id(self.label_dir, _INSTANCE_IDS)
+        if not maps:
+            raise UserError(f"dataset {self.name}: no CITY/*{_INSTANCE_IDS} in {self.label_dir}")
+        return maps
+
+    def _check_pairs(self, photographs: dict[str, Path], maps: dict[str, Path]) -> None:
+        for first, second, ending, folder in (
+            (photographs, maps, _INSTANCE_IDS, self.label_dir),
+            (maps, photographs, _PHOTOGRAPH, self.image_dir),
+        ):
+            alone = sorted(first.keys() - second.keys())
+            if alone:
+                expected = folder / first[alone[0]].parent.name / f"{alone[0]}{ending}"
+                raise UserError(
+                    f"dataset {self.name}: {first[alone[0]]} needs {expected}, which does not "
+                    f"exist ({len(alone)} images lack it)"
+                )
+
+
+def builtin(name: str, root: Path) -> CityscapesDataset:
+    """The data set of `NAMES`, below the folder `root`."""
+    return _open(name, root / "cityscapes", _SPLIT_OF[name], holder=root)
+
+
+def own(name: str, folder: Path, split: str) -> CityscapesDataset:
+    """The split of a folder with this layout, called `name`."""
+    return _open(name, folder, split)
+
+
+def _open(name: str, root: Path, split: str, holder: Path | None = None) -> CityscapesDataset:
+    dataset = CityscapesDataset(name, tuple(LABEL_IDS), root, split)
+    for path in (dataset.image_dir, dataset.label_dir):
+        require(name, path, holder)
+    return dataset
+
+
+def _by_id(folder: Path, ending: str) -> dict[str, Path]:
+    paths = {path.name.removesuffix(ending): path for path in folder.glob(f"*/*{ending}")}
+    return dict(sorted(paths.items()))
+
+
+_Object = tuple[int, int, bytes]  # number in the map, class, run lengths
+
+
+def _annotation(number: int, label: int, counts: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    shape = {"size": list(size), "counts": counts}
+    x, y, width, height = coco_mask.toBbox(shape).tolist()
+    return {
+        "bbox": [x, y, x + width, y + height],
+        "category_id": label,
+        "iscrowd": int(number < 1000),
+        "segmentation": shape,
+    }
+
+
+def _read(path: Path) -> tuple[int, int, tuple[_Object, ...]]:
+    """(height, width, the objects of the 8 classes) of a map."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return _parse(path, (state.st_mtime_ns, state.st_size))
+
+
+@functools.cache
+def _parse(path: Path, state: tuple[int, int]) -> tuple[int, int, tuple[_Object, ...]]:
+    """Kept for each state of a file: a run reads its data sets several times."""
+    numbers = _read_numbers(path)
+    height, width = numbers.shape
+    objects = []
+    for number, counts in run_lengths(numbers).items():
+        label = number // 1000 if number >= 1000 else number
+        if label > _LAST_LABEL:
+            raise UserError(
+                f"{path} holds the number {number}, which is of label {label}; Cityscapes' labels "
+                f"are 0 to {_LAST_LABEL}"
+            )
+        if label in _CLASS_OF:
+            shape = coco_mask.frPyObjects(
+                {"size": [height, width], "counts": counts}, height, width
+            )
+            objects.append((number, _CLASS_OF[label], shape["counts"]))
+    return height, width, tuple(objects)
+
+
+def _read_numbers(path: Path) -> np.ndarray:
+    """The map as int64 (H, W)."""
+    try:
+        with Image.open(path) as image:
+            mode, numbers = image.mode, np.array(image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read the label map {path}: {error}") from error
+    if not mode.startswith("I"):
+        raise UserError(
+            f"{path} is of Pillow's mode {mode}: a map of instances has one channel of 16 bits"
+        )
+    return numbers
+
+
+def run_lengths(numbers: np.ndarray) -> dict[int, list[int]]:
+    """COCO's uncompressed runs (0s, 1s, 0s, ..., down the columns) of each number in (H, W).
+
+    All in one pass over the image: about three times as fast as a mask for each number.
+    """
+    flat = numbers.T.ravel()
+    starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts = np.concatenate([[0], starts])
+    values, ends = flat[starts], np.append(starts[1:], flat.size)
+    runs = {}
+    for value in np.unique(values):
+        mine = values == value
+        edges = np.stack([starts[mine], ends[mine]], axis=1).ravel()
+        runs[int(value)] = np.diff(edges, prepend=0, append=flat.size).tolist()
+    return runs

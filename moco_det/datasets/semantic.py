@@ -1,0 +1,273 @@
+"""Semantic segmentation: a label map beside each photograph. PASCAL VOC and Cityscapes.
+
+PASCAL VOC, below $DETECTRON2_DATASETS, or `voc_sem_seg:ROOT:SPLIT` in a folder of its layout:
+    voc_2012_sem_seg_{train,val,trainval}
+        VOC2012/JPEGImages/ID.jpg
+        VOC2012/SegmentationClass/ID.png             palette images: 0 background, 1-20, 255 void
+        VOC2012/ImageSets/Segmentation/SPLIT.txt     1,464, 1,449 and 2,913 lines
+    voc_2012_sem_seg_train_aug
+        VOC2012/JPEGImages/ID.jpg
+        VOC2012/SegmentationClassAug/ID.png          grey or palette images, the same numbers
+        VOC2012/ImageSets/Segmentation/train_aug.txt
+
+The 10,582 images of train_aug ("train_aug2012" of MoCo, arXiv:1911.05722, appendix A.5) are VOC
+2012's 1,464 segmentation training images and, of the Semantic Boundaries Dataset (SBD: Hariharan et
+al., "Semantic contours from inverse detectors", ICCV 2011), all 9,118 images of its train and val
+that are in neither train nor val of VOC 2012's segmentation. Neither VOC nor SBD distributes that
+list or the label maps as images. The list is the `trainaug.txt` or `train_aug.txt` that came with
+DeepLab (Chen et al.) and is passed on with most segmentation code; it can also be built from the
+two sets' own lists. The label maps are VOC's own where they exist, elsewhere the matrix
+`GTcls.Segmentation` of SBD's `dataset/cls/ID.mat`, written as an 8-bit PNG. SBD's photographs are
+all in VOC's JPEGImages.
+
+Cityscapes, or `cityscapes_sem_seg:ROOT:SPLIT` in a folder of its layout:
+    cityscapes_fine_sem_seg_{train,val}
+        cityscapes/leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
+        cityscapes/gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or ..._labelIds.png
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from moco_det.datasets.dataset import Dataset, Record, image_size, require
+from moco_det.datasets.voc import VOC_CLASSES
+from moco_det.errors import UserError
+
+IGNORED = 255  # in a label map: void, or no class of the benchmark
+TRAIN_AUG_IMAGES = 10582
+
+SEMANTIC_VOC_CLASSES = ("background", *VOC_CLASSES)
+
+# labelId -> class of the 19 that the benchmark evaluates; trainIds count them in this order
+# (cityscapesscripts.helpers.labels).
+# fmt: off
+CITYSCAPES_LABEL_IDS = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
+}
+# fmt: on
+_TRAIN_ID_OF = np.full(256, IGNORED, dtype=np.uint8)
+_TRAIN_ID_OF[list(CITYSCAPES_LABEL_IDS)] = range(len(CITYSCAPES_LABEL_IDS))
+
+_PHOTOGRAPH, _TRAIN_IDS, _LABEL_IDS = (
+    "_leftImg8bit.png",
+    "_gtFine_labelTrainIds.png",
+    "_gtFine_labelIds.png",
+)
+
+_VOC = {
+    f"voc_2012_sem_seg_{split}": ("VOC2012", split)
+    for split in ("train", "val", "trainval", "train_aug")
+}
+_CITYSCAPES = {
+    f"cityscapes_fine_sem_seg_{split}": ("cityscapes", split) for split in ("train", "val")
+}
+NAMES = (*_VOC, *_CITYSCAPES)
+
+
+@dataclass(frozen=True)
+class SemanticDataset(Dataset):
+    """Photographs with label maps; `root` and `split` say where, the subclasses in which layout."""
+
+    evaluator: ClassVar[str] = "sem_seg"
+    root: Path
+    split: str
+
+    def records(self) -> list[Record]:
+        """{"file_name", "image_id", "height", "width", "sem_seg_file_name"}; see `read_labels`.
+
+        The image id is what the photograph and its label map are both called.
+
+        Raises:
+            UserError: a photograph without a label map, or the reverse; no image at all.
+        """
+        records = [
+            dict(zip(("height", "width"), image_size(photograph), strict=True))
+            | {
+                "file_name": str(photograph),
+                "image_id": image_id,
+                "sem_seg_file_name": str(labels),
+            }
+            for image_id, photograph, labels in self._pairs()
+        ]
+        if not records:
+            raise UserError(f"dataset {self.name}: no image in {self.root}, split {self.split}")
+        return records
+
+    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
+        """(image id, photograph, label map), both of which exist, always in the same order."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SemanticVocDataset(SemanticDataset):
+    """VOC's layout. `size`: how many images the list is to have; None for any number."""
+
+    size: int | None = None
+
+    @property
+    def split_file(self) -> Path:
+        return self.root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
+
+    @property
+    def label_dir(self) -> Path:
+        augmented = self.split.endswith("_aug")
+        return self.root / ("SegmentationClassAug" if augmented else "SegmentationClass")
+
+    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
+        lines = self.split_file.read_text().splitlines()
+        image_ids = [_image_id(line) for line in lines if line.strip()]
+        if self.size not in (None, len(image_ids)):
+            raise UserError(
+                f"dataset {self.name}: {self.split_file} lists {len(image_ids)} images, the "
+                f"published list {self.size}; name a list of your own voc_sem_seg:ROOT:SPLIT"
+            )
+        for image_id in image_ids:
+            photograph = self.root / "JPEGImages" / f"{image_id}.jpg"
+            labels = self.label_dir / f"{image_id}.png"
+            for path in (photograph, labels):
+                if not path.is_file():
+                    raise UserError(
+                        f"dataset {self.name}: {self.split_file} lists {image_id}, but there is "
+                        f"no {path}"
+                    )
+            yield image_id, photograph, labels
+
+
+def _image_id(line: str) -> str:
+    """Of a split file's line: an id, or the two paths that some lists of train_aug hold."""
+    return Path(line.split()[0]).stem
+
+
+@dataclass(frozen=True)
+class SemanticCityscapesDataset(SemanticDataset):
+    """Cityscapes' layout, with trainIds, or where a photograph has none, labelIds."""
+
+    @property
+    def image_dir(self) -> Path:
+        return self.root / "leftImg8bit" / self.split
+
+    @property
+    def label_dir(self) -> Path:
+        return self.root / "gtFine" / self.split
+
+    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
+        photographs = _by_stem(self.image_dir, _PHOTOGRAPH)
+        labels = _by_stem(self.label_dir, _LABEL_IDS) | _by_stem(self.label_dir, _TRAIN_IDS)
+        bare = sorted(photographs.keys() - labels.keys())
+        if bare:
+            raise UserError(
+                f"dataset {self.name}: {len(bare)} photographs have no label map, the first is "
+                f"{photographs[bare[0]]}: expected {self.label_dir / bare[0]}{_LABEL_IDS} (or "
+                f"{_TRAIN_IDS.removeprefix('_gtFine_')})"
+            )
+        lost = sorted(labels.keys() - photographs.keys())
+        if lost:
+            raise UserError(
+                f"dataset {self.name}: {len(lost)} label maps have no photograph, the first is "
+                f"{labels[lost[0]]}: expected {self.image_dir / lost[0]}{_PHOTOGRAPH}"
+            )
+        for stem, photograph in sorted(photographs.items()):
+            yield Path(stem).name, photograph, labels[stem]
+
+
+def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
+    """ "CITY/ID" -> the file FOLDER/CITY/ID + ending."""
+    paths = folder.glob(f"*/*{ending}")
+    return {str(path.relative_to(folder)).removesuffix(ending): path for path in paths}
+
+
+def builtin(name: str, root: Path) -> SemanticDataset:
+    """The data set of `NAMES`, below the folder `root`."""
+    if name in _CITYSCAPES:
+        folder, split = _CITYSCAPES[name]
+        return _open_cityscapes(name, root / folder, split, holder=root)
+    folder, split = _VOC[name]
+    size = TRAIN_AUG_IMAGES if split == "train_aug" else None
+    return _open_voc(name, root / folder, split, size, holder=root)
+
+
+def own(name: str, folder: Path, split: str) -> SemanticDataset:
+    """The split of a folder with the layout that `name` begins with, called `name`."""
+    if name.startswith("cityscapes"):
+        return _open_cityscapes(name, folder, split)
+    return _open_voc(name, folder, split)
+
+
+def _open_voc(
+    name: str, root: Path, split: str, size: int | None = None, holder: Path | None = None
+) -> SemanticVocDataset:
+    dataset = SemanticVocDataset(name, SEMANTIC_VOC_CLASSES, root, split, size)
+    try:
+        for path in (root / "JPEGImages", dataset.split_file, dataset.label_dir):
+            require(name, path, holder)
+    except UserError as error:
+        if not split.endswith("_aug"):
+            raise
+        raise UserError(
+            f"{error}. The list and the label maps are not part of VOC: they add the images of "
+            "SBD (Hariharan et al., 2011); moco_det/datasets/semantic.py says what goes where"
+        ) from error
+    return dataset
+
+
+def _open_cityscapes(
+    name: str, root: Path, split: str, holder: Path | None = None
+) -> SemanticCityscapesDataset:
+    classes = tuple(CITYSCAPES_LABEL_IDS.values())
+    dataset = SemanticCityscapesDataset(name, classes, root, split)
+    for path in (dataset.image_dir, dataset.label_dir):
+        require(name, path, holder)
+    return dataset
+
+
+def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
+    """The label map of a record, uint8 (H, W): a class for each pixel, or `IGNORED`.
+
+    A file of Cityscapes' labelIds is brought to trainIds.
+
+    Args:
+        record: "sem_seg_file_name" and, to be checked, "height" and "width".
+        num_classes: what the labels must stay below; None: they are not checked.
+
+    Raises:
+        UserError: the file cannot be read, holds no labels of 8 bits, is not of the record's size,
+            or has a label that is no class.
+    """
+    path = record["sem_seg_file_name"]
+    try:
+        with Image.open(path) as image:
+            mode, labels = image.mode, np.array(image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read the label map {path}: {error}") from error
+    if mode not in ("L", "P"):
+        raise UserError(
+            f"label map {path} is of Pillow's mode {mode}: it needs one channel of 8 bits (mode L "
+            "or P) that holds the classes themselves, not colours"
+        )
+    if "height" in record and labels.shape != (record["height"], record["width"]):
+        raise UserError(
+            f"label map {path} is {labels.shape[1]}x{labels.shape[0]} pixels, its photograph "
+            f"{record['file_name']} {record['width']}x{record['height']}"
+        )
+    if path.endswith(_LABEL_IDS):
+        labels = _TRAIN_ID_OF[labels]
+    if num_classes is not None:
+        _check_labels(labels, num_classes, path)
+    return labels
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, path: str) -> None:
+    unknown = np.unique(labels[(labels >= num_classes) & (labels != IGNORED)])
+    if len(unknown):
+        raise UserError(
+            f"label map {path} holds the label {unknown[0]}, but there are {num_classes} classes "
+            f"(0 to {num_classes - 1}, and {IGNORED} for what is ignored)"
+        )

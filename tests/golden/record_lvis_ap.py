@@ -1,0 +1,124 @@
+"""Record what Detectron2's LVIS evaluator makes of a random case.
+
+    PYTHONPATH=DETECTRON2 python tests/golden/record_lvis_ap.py
+
+Objects are ellipses of four of the 1,230 classes. Of the others, some are known to be absent from
+an image, and some that are there are not annotated exhaustively.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from record_coco_shapes import SIDE, ellipse, polygon, quarters, sides
+from recording import write
+
+USED = {4: "r", 30: "c", 700: "f", 1230: "f"}  # category id -> frequency
+IMAGES = 8
+
+
+def draw_case():
+    """An LVIS file's content, and detections {"image_id", "boxes", "scores", ...} as arrays."""
+    random = np.random.RandomState(0)
+    used = list(USED)
+    annotations, rows, images = [], [], []
+    for image in range(1, IMAGES + 1):
+        for _ in range(random.randint(1, 5)):
+            category, shape = used[random.randint(4)], [*random.uniform(30, 170, 2), *sides(random)]
+            annotations.append(_annotation(image, category, shape))
+            for _ in range(random.randint(0, 3)):
+                rows.append((image, category - 1, np.array(shape) + random.normal(0, 3, 4)))
+        for _ in range(4):
+            shape = [*random.uniform(30, 170, 2), *sides(random)]
+            rows.append((image, used[random.randint(4)] - 1, shape))
+        present = {a["category_id"] for a in annotations if a["image_id"] == image}
+        images.append(_image(random, image, present, used))
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    categories = [
+        {"id": i, "name": f"thing {i}", "frequency": USED.get(i, "f")} for i in range(1, 1231)
+    ]
+    content = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
+    return content, _detections(random, rows)
+
+
+def _annotation(image, category, shape):
+    x, y, w, h = shape
+    return {
+        "image_id": image,
+        "category_id": category,
+        "bbox": quarters([x - w / 2, y - h / 2, w, h]).tolist(),
+        "segmentation": polygon(*shape),
+        "area": int(ellipse(*shape).sum()),
+    }
+
+
+def _image(random, image, present, used):
+    absent = [category for category in used if category not in present]
+    return {
+        "id": image,
+        "file_name": f"COCO_val2014_{image:012d}.jpg",
+        "coco_url": f"http://images.cocodataset.org/val2017/{image:012d}.jpg",
+        "height": SIDE,
+        "width": SIDE,
+        "neg_category_ids": [category for category in absent if random.rand() < 0.5],
+        "not_exhaustive_category_ids": [c for c in sorted(present) if random.rand() < 0.2],
+    }
+
+
+def _detections(random, rows):
+    scores = (random.permutation(len(rows)) + 1) / 256  # exact in float32
+    found = []
+    for image in range(1, IMAGES + 1):
+        mine = [index for index, row in enumerate(rows) if row[0] == image]
+        shapes = np.array([rows[index][2] for index in mine])
+        corners = np.hstack([shapes[:, :2] - shapes[:, 2:] / 2, shapes[:, :2] + shapes[:, 2:] / 2])
+        found.append(
+            {
+                "image_id": image,
+                "boxes": quarters(corners),
+                "scores": scores[mine],
+                "classes": np.array([rows[index][1] for index in mine]),
+                "masks": np.array([ellipse(*shape) for shape in shapes], dtype=bool),
+            }
+        )
+    return found
+
+
+def as_instances(detections):
+    """One image's detections as Detectron2's model returns them."""
+    import torch
+    from detectron2.structures import Boxes, Instances
+
+    instances = Instances(detections["masks"].shape[1:])
+    instances.pred_boxes = Boxes(torch.tensor(detections["boxes"], dtype=torch.float32))
+    instances.scores = torch.tensor(detections["scores"], dtype=torch.float32)
+    instances.pred_classes = torch.tensor(detections["classes"])
+    instances.pred_masks = torch.tensor(detections["masks"])
+    return instances
+
+
+def record():
+    import lvis
+    from detectron2.data import MetadataCatalog
+    from detectron2.evaluation import LVISEvaluator
+
+    from moco_det.evaluation.official import old_numpy
+
+    content, detections = draw_case()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "case.json"
+        path.write_text(json.dumps(content))
+        MetadataCatalog.get("golden").json_file = str(path)
+        evaluator = LVISEvaluator("golden", distributed=False)
+    MetadataCatalog.remove("golden")
+    evaluator.reset()
+    for found in detections:
+        evaluator.process([{"image_id": found["image_id"]}], [{"instances": as_instances(found)}])
+    with old_numpy(lvis.eval):  # without it, the package stops at np.float
+        return dict(evaluator.evaluate())
+
+
+if __name__ == "__main__":
+    write("lvis_ap", record())
