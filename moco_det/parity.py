@@ -5,13 +5,25 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from moco_det.datasets.semantic import IGNORED
+from moco_det.tasks import is_semantic, num_classes
+
 # Standard deviations of the predictors' outputs with which every part of a detector has something
 # to do: proposals that overlap, detections of some confidence.
-SPREADS = {"objectness_logits": 2.0, "anchor_deltas": 0.3, "cls_score": 3.0, "bbox_pred": 1.0}
+SPREADS = {
+    "objectness_logits": 2.0,
+    "anchor_deltas": 0.3,
+    "cls_score": 3.0,
+    "bbox_pred": 1.0,
+    "predictor": 2.0,  # of masks, and of labels of pixels
+    "score_lowres": 3.0,  # of keypoints
+}
 
 
 @dataclass(frozen=True)
@@ -19,8 +31,10 @@ class Difference:
     """Of one quantity in two engines.
 
     `absolute` is the largest difference of two numbers; `relative` the largest over the tensors of
-    max|a - b| / max|a|, where a is the reference, and infinite where indices differ or a is 0. Both
-    are nan where `problem` says why nothing could be subtracted.
+    max|a - b| / max|a|, where a is the reference, and infinite where indices differ or a is 0. Of
+    bool tensors, the pixels of masks, of which rounding decides a few, `absolute` is the number of
+    those that differ, and `relative` its share of those that are true in the reference. Both are
+    nan where `problem` says why nothing could be subtracted.
     """
 
     quantity: str
@@ -54,12 +68,18 @@ def _difference(
         first = next((f"{b}, not {a}" for a, b in pairs if a != b), "another number of tensors")
         return Difference(name, values, math.nan, math.nan, f"shape: {first}")
     pairs = [(a, b) for a, b in zip(reference, other, strict=True) if a.numel()]
-    errors = [(a.double() - b.double()).abs().max() for a, b in pairs]
-    sizes = [a.double().abs().max() if a.is_floating_point() else a.new_zeros(()) for a, _ in pairs]
-    relative = [
-        error / size if error != 0 else error for error, size in zip(errors, sizes, strict=True)
-    ]
+    measured = [_error_and_size(a, b) for a, b in pairs]
+    errors = [error for error, _ in measured]
+    relative = [error / size if error != 0 else error for error, size in measured]
     return Difference(name, values, _largest(errors), _largest(relative))
+
+
+def _error_and_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """What two tensors differ by, and what this is relative to: see `Difference`."""
+    if a.dtype == torch.bool:
+        return (a != b).sum().double(), a.sum()
+    size = a.double().abs().max() if a.is_floating_point() else a.new_zeros(())
+    return (a.double() - b.double()).abs().max(), size
 
 
 def _largest(numbers: Sequence[Tensor]) -> float:
@@ -82,6 +102,23 @@ def table(differences: Sequence[Difference], tolerance: float) -> str:
     columns = ["quantity", "values", "max abs. diff.", "max rel. diff.", "verdict"]
     align = ("left", "right", "right", "right", "left")
     return tabulate(rows, columns, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def build_items(cfg, height: int, width: int, count: int, seed: int) -> list[dict]:
+    """What `draw_items` draws, with the ground truth that the model of `cfg` is trained on."""
+    model = cfg.MODEL
+    items = draw_items(height, width, count, num_classes(cfg), seed)
+    if is_semantic(cfg):
+        return [with_label_map(item) for item in items]
+    for index, item in enumerate(items):
+        if model.MASK_ON:
+            item["gt_masks"] = draw_outlines(item["gt_boxes"], seed + index)
+            if cfg.INPUT.MASK_FORMAT == "bitmask":
+                item["gt_masks"] = fill_outlines(item["gt_masks"], item["image"].shape[1:])
+        if model.KEYPOINT_ON:
+            keypoints = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            item["gt_keypoints"] = draw_keypoints(item["gt_boxes"], keypoints, seed + index)
+    return items
 
 
 def draw_items(
@@ -114,6 +151,52 @@ def draw_items(
             }
         )
     return items
+
+
+def with_label_map(item: dict) -> dict:
+    """The rectangles of a drawn item as labels on background 0; the lowest rows are ignored."""
+    labels = torch.zeros(item["image"].shape[1:], dtype=torch.int64)
+    boxes = item["gt_boxes"].int().tolist()
+    for (x0, y0, x1, y1), label in zip(boxes, item["gt_classes"].tolist(), strict=True):
+        labels[y0:y1, x0:x1] = label
+    labels[-len(labels) // 8 :] = IGNORED
+    return {key: item[key] for key in ("image", "height", "width")} | {"sem_seg": labels}
+
+
+def draw_outlines(boxes: Tensor, seed: int) -> list[list[np.ndarray]]:
+    """A quadrilateral for each of the boxes (G, 4), with a corner on each of its sides.
+
+    Polygons as a mapper makes them: a list for each object, [x0, y0, x1, y1, ...] float64 each.
+    """
+    share = torch.rand((len(boxes), 4), generator=torch.Generator().manual_seed(seed))
+    objects = []
+    for (x0, y0, x1, y1), (a, b, c, d) in zip(boxes.tolist(), share.tolist(), strict=True):
+        top, bottom = x0 + a * (x1 - x0), x0 + c * (x1 - x0)
+        right, left = y0 + b * (y1 - y0), y0 + d * (y1 - y0)
+        objects.append([np.array([top, y0, x1, right, bottom, y1, x0, left])])
+    return objects
+
+
+def fill_outlines(objects: Sequence[list[np.ndarray]], size: tuple[int, int]) -> Tensor:
+    """Polygons of G objects -> the pixels that they cover, bool (G, height, width)."""
+    masks = torch.zeros((len(objects), *size), dtype=torch.bool)
+    for mask, polygons in zip(masks, objects, strict=True):
+        shape = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+        mask.copy_(torch.from_numpy(coco_mask.decode(shape)))
+    return masks
+
+
+def draw_keypoints(boxes: Tensor, count: int, seed: int) -> Tensor:
+    """(G, count, 3) of x, y, visibility: in the boxes (G, 4) and a little beyond.
+
+    Some are visible (2), some hidden (1), and some not labelled, and then all zero, as in COCO.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand((len(boxes), count, 2), generator=generator) * 1.2 - 0.1
+    corner, opposite = boxes[:, None].split([2, 2], dim=2)
+    visibility = torch.randint(3, (len(boxes), count, 1), generator=generator)
+    points = corner + share * (opposite - corner)
+    return torch.cat([points, visibility], dim=2) * (visibility > 0)
 
 
 def enliven(model: nn.Module, items: list[dict], names: Collection[str], seed: int) -> None:

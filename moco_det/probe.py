@@ -5,6 +5,9 @@ fed and looked into; what is measured, and in which order, is the same code for 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +24,9 @@ class EngineProbe(ABC):
         optimizer: over its trainable parameters.
 
     An item, the input of all methods, is what the native engine trains on: a dict with "image"
-    (3, H, W), "gt_boxes" (G, 4) in its pixels, "gt_classes" (G,), and the "height" and "width" of
-    the original image.
+    (3, H, W), "gt_boxes" (G, 4) in its pixels, "gt_classes" (G,), with a mask head "gt_masks", with
+    a keypoint head "gt_keypoints", and the "height" and "width" of the original image. For semantic
+    segmentation "sem_seg" (H, W) instead of objects.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
@@ -43,7 +47,13 @@ class EngineProbe(ABC):
 
         "features NAME", "RPN logits on NAME" and "RPN deltas on NAME" for each map, (N, C, H, W);
         then lists with one tensor for each image: "proposal boxes" (P, 4), "proposal scores" (P,),
-        "detection boxes" (D, 4), "detection scores" (D,), "detection classes" (D,).
+        "detection boxes" (D, 4), "detection scores" (D,), "detection classes" (D,); with a mask
+        head "mask probabilities" (D, M, M) in the boxes, "detection masks" bool (D, H, W); with a
+        keypoint head "keypoint heatmaps" (D, P, S, S), "detection keypoints" (D, P, 2) and
+        "keypoint scores" (D, P). Detections are on the original image.
+
+        Of semantic segmentation, after the features: "pixel logits" (N, K, H, W) of the batch, and
+        "pixel scores" (K, height, width) of each original image.
         """
 
     def quantities(self, items: list[dict], seed: int) -> Quantities:
@@ -72,7 +82,8 @@ class EngineProbe(ABC):
         parameters = dict(self.model.named_parameters())
         for layer in end_layers([n for n, p in parameters.items() if p.requires_grad]):
             gradients = [p.grad for n, p in parameters.items() if n.rpartition(".")[0] == layer]
-            found[f"gradient of {layer}"] = [g.clone() for g in gradients]
+            # In one: that of a bias may be 0 but for rounding, as before the softmax over cells.
+            found[f"gradient of {layer}"] = [torch.cat([g.flatten() for g in gradients])]
         self.optimizer.step()
         found["parameters after a step"] = [p.detach().clone() for p in parameters.values()]
         found["statistics after a step"] = [
@@ -88,7 +99,8 @@ class EngineProbe(ABC):
     def _to_double(self) -> None:
         """The network in float64; boxes stay float32, as NMS and Detectron2's `Boxes` want them."""
         self.model.double()
-        self.model.proposal_generator.anchor_generator.float()
+        if hasattr(self.model, "proposal_generator"):
+            self.model.proposal_generator.anchor_generator.float()
 
     def train_step(self, items: list[dict], amp: bool) -> None:
         """Losses, gradients, one step of the optimizer."""
@@ -109,6 +121,20 @@ class EngineProbe(ABC):
         """bfloat16, on any device: unlike float16 it needs no loss scaling."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=amp)
+
+
+@contextmanager
+def recording(layer: nn.Module | None) -> Iterator[list[Any]]:
+    """A list of what each forward pass of `layer` returns; empty without a layer."""
+    outputs = []
+    if layer is None:
+        yield outputs
+        return
+    handle = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def end_layers(parameters: list[str]) -> tuple[str, str]:

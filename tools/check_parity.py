@@ -67,8 +67,8 @@ def check(args: argparse.Namespace) -> None:
     require_detectron2()
     from moco_det.plugin.probe import Probe as Detectron2Probe  # only where it can be imported
 
-    num_classes = load_config(args.config_file, args.opts).MODEL.ROI_HEADS.NUM_CLASSES
-    items = parity.draw_items(*args.image_size, args.images, num_classes, args.seed)
+    cfg = load_config(args.config_file, args.opts)
+    items = parity.build_items(cfg, *args.image_size, args.images, args.seed)
     torch.manual_seed(args.seed)
     native = Probe(args.config_file, args.opts)
     random = native.model.state_dict().keys()

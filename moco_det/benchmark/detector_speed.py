@@ -27,8 +27,8 @@ class Task:
 
     def items(self) -> list[dict]:
         """A training batch; see `moco_det.probe`."""
-        classes = load_config(self.config_file, self.opts).MODEL.ROI_HEADS.NUM_CLASSES
-        return parity.draw_items(self.height, self.width, self.batch_size, classes, seed=0)
+        cfg = load_config(self.config_file, self.opts)
+        return parity.build_items(cfg, self.height, self.width, self.batch_size, seed=0)
 
     def weights(self) -> dict[str, Tensor]:
         """Random ones with which there are proposals and detections to be handled."""

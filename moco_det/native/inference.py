@@ -10,7 +10,7 @@ from torch import nn
 
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, print_table
-from moco_det.evaluation.records import save_predictions
+from moco_det.evaluation.records import prediction_record, save_predictions
 from moco_det.native import comm
 from moco_det.native.loader import build_test_loader
 
@@ -19,7 +19,7 @@ REPORT_SECONDS = 10.0  # between two progress lines
 
 @torch.no_grad()
 def predict(model: nn.Module, batches, images: int) -> list[dict]:
-    """Detections in all images, on the main process; an empty list on the others.
+    """What is found in all images, on the main process; an empty list on the others.
 
     Args:
         model: a detector in evaluation mode.
@@ -27,15 +27,14 @@ def predict(model: nn.Module, batches, images: int) -> list[dict]:
         images: how many there are in this process's share (for the ETA).
 
     Returns:
-        {"image_id", "boxes" (N, 4) XYXY in pixels of the original, "scores" (N,), "classes" (N,)}
-        per image, on the CPU.
+        The `prediction_record` of each image. Masks are encoded as soon as they are there: those of
+        a whole data set would not fit in memory.
     """
     predictions, start = [], time.perf_counter()
     reported = start
     for batch in batches:
         for item, output in zip(batch, model(batch), strict=True):
-            found = {key: output[key].cpu() for key in ("boxes", "scores", "classes")}
-            predictions.append({"image_id": item["image_id"], **found})
+            predictions.append(prediction_record(item["image_id"], output))
         now = time.perf_counter()
         if now - reported > REPORT_SECONDS:
             reported, done = now, len(predictions)
@@ -67,7 +66,7 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
             predictions = predict(model, batches, share)
         if comm.is_main():
             save_predictions(cfg.OUTPUT_DIR, name, predictions)
-            results[name] = evaluate(dataset, predictions)
+            results[name] = evaluate(dataset, predictions, cfg.TEST.KEYPOINT_OKS_SIGMAS)
             print_table(results[name])
         comm.synchronize()
     model.train(training)

@@ -75,6 +75,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         count = x.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])
         total = differentiable_all_reduce(torch.cat([x.sum(dim=(0, 2, 3)), count]))
         count = total[-1].detach()
+        if count == 0:  # a mask head where no image has an object: no process has a region
+            return x * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
         mean = total[:-1] / count
         # A second sum for the variance: E[x^2] - E[x]^2 would cancel in float32.
         x = x - mean.reshape(1, -1, 1, 1)

@@ -21,6 +21,8 @@ from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.native import comm
 from moco_det.native.mapper import Mapper, build_test_mapper, build_train_mapper
+from moco_det.native.semantic_mapper import SemanticMapper, build_semantic_mapper
+from moco_det.tasks import is_semantic
 
 Key = tuple[int, int]  # (position in the stream, index of the record)
 
@@ -122,7 +124,7 @@ class MappedRecords(Dataset):
     A `UserError` is handed over as an item, because a `DataLoader` would bury it in a traceback.
     """
 
-    def __init__(self, records: list[dict], mapper: Mapper, seed: int = 0):
+    def __init__(self, records: list[dict], mapper: Mapper | SemanticMapper, seed: int = 0):
         pickled = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
         self.ends = np.cumsum([0] + [len(record) for record in pickled])
         self.pickled = b"".join(pickled)
@@ -184,6 +186,13 @@ def count_keypoints(record: dict) -> int:
     return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
 
 
+def all_records(names: Sequence[str]) -> list[dict]:
+    """Of the data sets `names`, at least one; UserError where there is none."""
+    if not names:
+        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
+    return [record for name in names for record in get_dataset(name).records()]
+
+
 def training_records(
     names: Sequence[str],
     filter_empty: bool,
@@ -202,9 +211,7 @@ def training_records(
     Raises:
         UserError: nothing is left.
     """
-    if not names:
-        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
-    records = [record for name in names for record in get_dataset(name).records()]
+    records = all_records(names)
     used = [
         record
         for record in records
@@ -226,6 +233,10 @@ def training_records(
 
 
 def build_training_records(cfg) -> list[dict]:
+    if is_semantic(cfg):
+        records = all_records(cfg.DATASETS.TRAIN)
+        comm.say(f"training on {len(records)} images with label maps")
+        return records
     model = cfg.MODEL
     return training_records(
         cfg.DATASETS.TRAIN,
@@ -267,7 +278,8 @@ def build_train_loader(
         comm.rank(),
         plan.processes,
     )
-    mapped = MappedRecords(records, build_train_mapper(cfg), seed)
+    mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else build_train_mapper(cfg)
+    mapped = MappedRecords(records, mapper, seed)
     workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
     return load(mapped, batches, workers, pin_memory=cfg.MODEL.DEVICE != "cpu")
 

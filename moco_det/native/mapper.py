@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -55,14 +56,8 @@ class Mapper:
             UserError: the image cannot be read or is not of the size its annotation states, or an
                 object lacks the mask or the keypoints that were asked for.
         """
-        image = read_image(record["file_name"])
-        width, height = image.size
-        if (record["width"], record["height"]) != (width, height):
-            raise UserError(
-                f"{record['file_name']} is {width}x{height} pixels (upright), its annotation says "
-                f"{record['width']}x{record['height']}: correct the annotation or the image"
-            )
-        geometry = self.augmentation.draw(rng, height, width)
+        image = read_record_image(record)
+        geometry = self.augmentation.draw(rng, image.height, image.width)
         pixels = torch.from_numpy(geometry.apply_image(image, self.image_format))
         item = {key: record[key] for key in ("image_id", "height", "width")} | {"image": pixels}
         if self.with_targets:
@@ -94,6 +89,22 @@ class Mapper:
             raise UserError(f"an object does not have the {count} keypoints of its data set")
         points = np.array(rows, dtype=np.float64).reshape(-1, count, 3)
         return torch.from_numpy(geometry.apply_keypoints(points, self.mirrored_keypoints)).float()
+
+
+def read_record_image(record: dict) -> Image.Image:
+    """RGB and upright.
+
+    Raises:
+        UserError: it cannot be read or is not of the size that the record states.
+    """
+    image = read_image(record["file_name"])
+    width, height = image.size
+    if (record["width"], record["height"]) != (width, height):
+        raise UserError(
+            f"{record['file_name']} is {width}x{height} pixels (upright), its annotation says "
+            f"{record['width']}x{record['height']}: correct the annotation or the image"
+        )
+    return image
 
 
 def _is_filled(mask: Tensor | Polygons) -> bool:

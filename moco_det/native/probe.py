@@ -7,7 +7,7 @@ from torch import Tensor
 from moco_det.config import load_config, on_available_device
 from moco_det.native.rcnn import build_model
 from moco_det.native.solver import build_optimizer
-from moco_det.probe import EngineProbe, Quantities
+from moco_det.probe import EngineProbe, Quantities, recording
 
 
 class Probe(EngineProbe):
@@ -25,17 +25,35 @@ class Probe(EngineProbe):
         return self.model(items)
 
     def outputs(self, items: list[dict]) -> Quantities:
-        model, rpn = self.model, self.model.proposal_generator
+        model = self.model
         images, sizes = model.preprocess([item["image"] for item in items])
         features = model.backbone(images)
         found = {f"features {name}": [feature] for name, feature in features.items()}
+        if hasattr(model, "sem_seg_head"):
+            found["pixel logits"] = [model.sem_seg_head(features)]
+            return found | {"pixel scores": [x["sem_seg"] for x in model(items)]}
+        rpn = model.proposal_generator
         logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
         for name, logit, delta in zip(rpn.in_features, logits, deltas, strict=True):
             found[f"RPN logits on {name}"] = [logit]
             found[f"RPN deltas on {name}"] = [delta]
         boxes, scores = rpn.propose(*rpn.predict(features), sizes)
         found |= {"proposal boxes": boxes, "proposal scores": scores}
-        detections = model(items)
-        for key in ("boxes", "scores", "classes"):
-            found[f"detection {key}"] = [x[key] for x in detections]
+        return found | self._detections(items)
+
+    def _detections(self, items: list[dict]) -> Quantities:
+        heads = self.model.roi_heads
+        with recording(heads) as results, recording(heads.keypoint_head) as maps:
+            detections = self.model(items)
+        keys = ("boxes", "scores", "classes")
+        found = {f"detection {key}": [x[key] for x in detections] for key in keys}
+        ((in_boxes, _),) = results
+        if heads.mask_head is not None:
+            found["mask probabilities"] = [x["mask_probabilities"] for x in in_boxes]
+            found["detection masks"] = [x["masks"] for x in detections]
+        if heads.keypoint_head is not None:
+            (heatmaps,) = maps
+            found["keypoint heatmaps"] = heatmaps.split([len(x["boxes"]) for x in in_boxes])
+            found["detection keypoints"] = [x["keypoints"][..., :2] for x in detections]
+            found["keypoint scores"] = [x["keypoints"][..., 2] for x in detections]
         return found

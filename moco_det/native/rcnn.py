@@ -1,4 +1,4 @@
-"""Faster R-CNN, put together from Detectron2's config keys.
+"""Faster, Mask and Keypoint R-CNN, put together from Detectron2's config keys.
 
     images -> backbone -> feature maps -> RPN -> proposals -> ROI heads -> detections
 
@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from moco_det.config import check_supported
+from moco_det.native.batching import batch_images
 from moco_det.native.boxes import nonempty
 from moco_det.native.dilated_c5 import build_resnet_dilated_c5
 from moco_det.native.fpn import build_resnet_fpn
 from moco_det.native.layers import sync_on_cpu
+from moco_det.native.mask_head import paste_masks
 from moco_det.native.resnet import build_resnet
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
+from moco_det.native.sampling import GroundTruth
+from moco_det.native.semantic_segmentor import build_semantic_segmentor
+from moco_det.tasks import is_semantic
 
 BACKBONES = {
     "build_resnet_backbone": build_resnet,
@@ -60,24 +65,43 @@ class GeneralizedRCNN(nn.Module):
         Args:
             batch: one dict per image. "image": (3, H, W), uint8 or float, 0-255, channels in the
                 order of INPUT.FORMAT, on any device. In training also "gt_boxes" (G, 4) float32, in
-                pixels of that image, and "gt_classes" (G,) int64; G may be 0. In inference
-                optionally "height" and "width" of the original image.
+                pixels of that image, and "gt_classes" (G,) int64; G may be 0. With a mask head
+                "gt_masks", polygons for each object or bool (G, H, W); with a keypoint head
+                "gt_keypoints" (G, P, 3) float32 of x, y, visibility. In inference optionally
+                "height" and "width" of the original image.
 
         Returns:
-            In training the losses "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc".
+            In training the losses "loss_cls", "loss_box_reg", "loss_mask" and "loss_keypoint" of
+            the heads that there are, "loss_rpn_cls", "loss_rpn_loc".
             In inference one dict per image, best detection first: "boxes" (D, 4) in pixels of the
-            original image (of the input, without "height" and "width"), "scores" (D,) and
-            "classes" (D,), on the model's device.
+            original image (of the input, without "height" and "width"), "scores" (D,), "classes"
+            (D,), and with their heads "masks", bool (D, H, W) of that image, and "keypoints"
+            (D, P, 3) of x, y, score, on the model's device.
         """
         if not self.training:
             return self.detect(batch)
-        gt_boxes = [x["gt_boxes"].to(self.device, non_blocking=True) for x in batch]
-        gt_classes = [x["gt_classes"].to(self.device, non_blocking=True) for x in batch]
+        truth = self.ground_truth(batch)
         images, sizes = self.preprocess([x["image"] for x in batch])
         features = self.backbone(images)
-        proposals, rpn_losses = self.proposal_generator(features, sizes, gt_boxes)
-        _, losses = self.roi_heads(features, sizes, proposals, gt_boxes, gt_classes)
+        proposals, rpn_losses = self.proposal_generator(features, sizes, truth.boxes)
+        _, losses = self.roi_heads(features, sizes, proposals, truth)
         return losses | rpn_losses
+
+    def ground_truth(self, batch: list[dict]) -> GroundTruth:
+        """What is needed of the batch's, on the model's device but for polygons."""
+
+        def collect(key: str) -> list:
+            return [
+                x[key].to(self.device, non_blocking=True) if isinstance(x[key], Tensor) else x[key]
+                for x in batch
+            ]
+
+        return GroundTruth(
+            collect("gt_boxes"),
+            collect("gt_classes"),
+            collect("gt_masks") if self.roi_heads.mask_head is not None else None,
+            collect("gt_keypoints") if self.roi_heads.keypoint_head is not None else None,
+        )
 
     @torch.no_grad()
     def detect(self, batch: list[dict]) -> list[dict[str, Tensor]]:
@@ -91,36 +115,28 @@ class GeneralizedRCNN(nn.Module):
         ]
 
     def preprocess(self, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalise on the model's device, pad with zeros to one size (N, 3, H, W).
-
-        Also returns the (height, width) of each image before padding.
-        """
-        sizes = [(x.shape[-2], x.shape[-1]) for x in images]
+        """See `batch_images`."""
         multiple = self.backbone.size_divisibility
-        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
-        padded = self.pixel_mean.new_zeros((len(images), 3, height, width))
-        for target, image, (h, w) in zip(padded, images, sizes, strict=True):
-            image = image.to(self.device, non_blocking=True)
-            target[:, :h, :w] = (image - self.pixel_mean) / self.pixel_std
-        return padded, sizes
+        return batch_images(images, self.pixel_mean, self.pixel_std, multiple)
 
 
 def rescale(
     detections: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Detections in an image of `size` (height, width) -> in the `original`; empty ones dropped."""
-    scale_y, scale_x = original[0] / size[0], original[1] / size[1]
-    boxes = detections["boxes"]
-    boxes = torch.stack(
-        [
-            side * scale
-            for side, scale in zip(boxes.unbind(-1), (scale_x, scale_y) * 2, strict=True)
-        ],
-        dim=-1,
-    )
-    boxes = clip_boxes_to_image(boxes, original)
+    """Detections in an image of `size` (height, width) -> in the `original`; empty ones dropped.
+
+    "mask_probabilities" (D, M, M) in the boxes become "masks", bool (D, *original).
+    """
+    scale = detections["boxes"].new_tensor([original[1] / size[1], original[0] / size[0]])
+    boxes = clip_boxes_to_image(detections["boxes"] * scale.repeat(2), original)
     keep = nonempty(boxes)
-    return {k: v[keep] for k, v in (detections | {"boxes": boxes}).items()}
+    found = {key: value[keep] for key, value in (detections | {"boxes": boxes}).items()}
+    if "keypoints" in found:
+        found["keypoints"][..., :2] *= scale
+    if "mask_probabilities" in found:
+        probabilities = found.pop("mask_probabilities")
+        found["masks"] = paste_masks(probabilities, found["boxes"], original)
+    return found
 
 
 def build_backbone(cfg) -> nn.Module:
@@ -129,19 +145,23 @@ def build_backbone(cfg) -> nn.Module:
     return BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)
 
 
-def build_model(cfg) -> GeneralizedRCNN:
-    """The detector on `cfg.MODEL.DEVICE`, in training mode, at its random initialisation.
-
-    UserError where the config asks for what the native engine does not have.
-    """
-    backbone = build_backbone(cfg)
-    model = GeneralizedRCNN(
+def build_rcnn(cfg, backbone: nn.Module) -> GeneralizedRCNN:
+    return GeneralizedRCNN(
         backbone,
         build_rpn(cfg, backbone),
         build_roi_heads(cfg, backbone),
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+
+
+def build_model(cfg) -> nn.Module:
+    """The model on `cfg.MODEL.DEVICE`, in training mode, at its random initialisation.
+
+    UserError where the config asks for what the native engine does not have.
+    """
+    build = build_semantic_segmentor if is_semantic(cfg) else build_rcnn
+    model = build(cfg, build_backbone(cfg))
     model.to(cfg.MODEL.DEVICE)
     if model.device.type == "cpu":
         sync_on_cpu(model)

@@ -17,6 +17,7 @@ from moco_det.native import comm
 from moco_det.native.checkpoint import Checkpoints
 from moco_det.native.rcnn import build_model
 from moco_det.native.solver import build_lr_scheduler, build_optimizer, scaled_to_processes
+from moco_det.tasks import check_dataset, check_input
 from moco_det.weights import check_against_config, load_backbone_weights
 
 
@@ -139,6 +140,7 @@ def prepare(cfg):
     cfg = scaled_to_processes(available, comm.world_size())
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
+    check_input(cfg, crops_objects=False)
     check_classes(cfg)
     if comm.is_main():
         try:
@@ -152,16 +154,12 @@ def prepare(cfg):
 
 def check_classes(cfg) -> None:
     """UserError unless all data sets have the same classes, and the model as many as they."""
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    classes = {name: get_dataset(name).classes for name in names}
-    for name, found in classes.items():
-        if found != classes[names[0]]:
+    datasets = [get_dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    for dataset in datasets:
+        first = datasets[0]
+        if dataset.classes != first.classes:
             raise UserError(
-                f"the data sets {names[0]} ({', '.join(classes[names[0]])}) and {name} "
-                f"({', '.join(found)}) have different classes: use sets that share them"
+                f"the data sets {first.name} ({', '.join(first.classes)}) and {dataset.name} "
+                f"({', '.join(dataset.classes)}) have different classes: use sets that share them"
             )
-        if len(found) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            raise UserError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has "
-                f"{len(found)} classes ({', '.join(found)}): set it to {len(found)}"
-            )
+        check_dataset(cfg, dataset)

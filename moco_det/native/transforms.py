@@ -1,4 +1,4 @@
-"""Detectron2's training geometry: shortest-edge resize with PIL's bilinear filter, then a flip.
+"""Training geometry as Detectron2's: a resize with PIL's bilinear filter, a flip, perhaps a crop.
 
 Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
 points (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
@@ -159,3 +159,41 @@ class Augmentation:
         old = (height, width)
         new = shortest_edge_size(height, width, short_edge, self.max_size) if short_edge else old
         return Geometry(old, new, flip=self.flip and rng.random() < 0.5)
+
+
+class RandomScale:
+    """Draws the `Geometry` of an image: its own size times a factor, and a flip half of the time.
+
+    Args:
+        smallest, largest: between which the factor is drawn uniformly.
+        flip: whether to flip left-right at all.
+    """
+
+    def __init__(self, smallest: float, largest: float, flip: bool = False):
+        self.smallest = smallest
+        self.largest = largest
+        self.flip = flip
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Geometry:
+        factor = self.smallest + (self.largest - self.smallest) * rng.random()
+        new = tuple(max(int(side * factor + 0.5), 1) for side in (height, width))
+        return Geometry((height, width), new, flip=self.flip and rng.random() < 0.5)
+
+
+class RandomCrop:
+    """Draws a window of `size` (height, width) at a uniform position; all of a shorter side.
+
+    Detectron2's RandomCrop of type "absolute".
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = tuple(size)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice]:
+        """What to index the last two axes of an image of that size with."""
+        crop_height, crop_width = (
+            min(wanted, side) for wanted, side in zip(self.size, (height, width), strict=True)
+        )
+        top = int(rng.integers(height - crop_height + 1))
+        left = int(rng.integers(width - crop_width + 1))
+        return slice(top, top + crop_height), slice(left, left + crop_width)

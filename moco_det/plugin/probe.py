@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from moco_det.plugin import load_config
-from moco_det.probe import EngineProbe, Quantities
+from moco_det.probe import EngineProbe, Quantities, recording
 
 
 class Probe(EngineProbe):
@@ -18,30 +18,25 @@ class Probe(EngineProbe):
     def __init__(self, config_file: str, opts: Sequence[str] = ()):
         cfg = load_config(config_file, opts)
         model = build_model(cfg)
-        model.proposal_generator.rpn_head.register_forward_hook(in_float32)
+        if hasattr(model, "proposal_generator"):
+            model.proposal_generator.rpn_head.register_forward_hook(in_float32)
         super().__init__(model, build_optimizer(cfg, model))
 
     def inputs(self, items: list[dict]) -> list[dict]:
-        return [
-            {
-                "image": item["image"],
-                "height": item["height"],
-                "width": item["width"],
-                "instances": Instances(
-                    tuple(item["image"].shape[1:]),
-                    gt_boxes=Boxes(item["gt_boxes"]),
-                    gt_classes=item["gt_classes"],
-                ),
-            }
-            for item in items
-        ]
+        return [detectron2_input(item) for item in items]
 
     def losses(self, items: list[dict]) -> dict[str, Tensor]:
         with EventStorage():  # Detectron2's losses log themselves
             return self.model(self.inputs(items))
 
     def outputs(self, items: list[dict]) -> Quantities:
-        model, rpn, batch = self.model, self.model.proposal_generator, self.inputs(items)
+        model, batch = self.model, self.inputs(items)
+        if hasattr(model, "sem_seg_head"):
+            with recording(model.backbone) as features, recording(model.sem_seg_head) as logits:
+                scores = [x["sem_seg"] for x in model(batch)]
+            found = {f"features {name}": [feature] for name, feature in features[0].items()}
+            return found | {"pixel logits": [logits[0][0]], "pixel scores": scores}
+        rpn = model.proposal_generator
         images = model.preprocess_image(batch)
         features = model.backbone(images.tensor)
         found = {f"features {name}": [feature] for name, feature in features.items()}
@@ -52,11 +47,39 @@ class Probe(EngineProbe):
         proposals, _ = rpn(images, features, None)
         found["proposal boxes"] = [x.proposal_boxes.tensor for x in proposals]
         found["proposal scores"] = [x.objectness_logits for x in proposals]
-        detections = [x["instances"] for x in model(batch)]
-        found["detection boxes"] = [x.pred_boxes.tensor for x in detections]
-        found["detection scores"] = [x.scores for x in detections]
-        found["detection classes"] = [x.pred_classes for x in detections]
+        return found | self._detections(batch)
+
+    def _detections(self, batch: list[dict]) -> Quantities:
+        with recording(self.model.roi_heads) as results:
+            detections = [x["instances"] for x in self.model(batch)]
+        ((in_boxes, _),) = results
+        found = {
+            "detection boxes": [x.pred_boxes.tensor for x in detections],
+            "detection scores": [x.scores for x in detections],
+            "detection classes": [x.pred_classes for x in detections],
+        }
+        if detections[0].has("pred_masks"):
+            found["mask probabilities"] = [x.pred_masks[:, 0] for x in in_boxes]
+            found["detection masks"] = [x.pred_masks for x in detections]
+        if detections[0].has("pred_keypoints"):
+            found["keypoint heatmaps"] = [x.pred_keypoint_heatmaps for x in in_boxes]
+            found["detection keypoints"] = [x.pred_keypoints[..., :2] for x in detections]
+            found["keypoint scores"] = [x.pred_keypoints[..., 2] for x in detections]
         return found
+
+
+def detectron2_input(item: dict) -> dict:
+    """What the native engine trains on -> what Detectron2 does."""
+    if "sem_seg" in item:
+        return item
+    size = tuple(item["image"].shape[1:])
+    instances = Instances(size, gt_boxes=Boxes(item["gt_boxes"]), gt_classes=item["gt_classes"])
+    if "gt_masks" in item:
+        masks = item["gt_masks"]
+        instances.gt_masks = (BitMasks if isinstance(masks, Tensor) else PolygonMasks)(masks)
+    if "gt_keypoints" in item:
+        instances.gt_keypoints = Keypoints(item["gt_keypoints"])
+    return {key: item[key] for key in ("image", "height", "width")} | {"instances": instances}
 
 
 def in_float32(head, inputs, outputs: tuple[list[Tensor], list[Tensor]]):

@@ -4,24 +4,21 @@ import os
 import weakref
 from argparse import Namespace
 
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_setup, hooks
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
 
 from moco_det.batch_plan import plan_batch
 from moco_det.errors import UserError
-from moco_det.evaluation.records import save_predictions
 from moco_det.plugin.accumulation import AccumulatingTrainer
 from moco_det.plugin.checkpoint import StrictCheckpointer
 from moco_det.plugin.configuration import load_config
 from moco_det.plugin.datasets import check_classes, register_datasets
+from moco_det.plugin.evaluators import build_evaluator
 from moco_det.plugin.hooks import SamePreciseBN
+from moco_det.plugin.semantic_mapper import build_semantic_mapper, build_semantic_test_loader
+from moco_det.tasks import check_input, is_semantic
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 
@@ -69,48 +66,17 @@ class Trainer(DefaultTrainer):
         """Detectron2's, in batches of one forward pass."""
         accumulation = cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
         images = cfg.SOLVER.IMS_PER_BATCH // accumulation
-        return build_detection_train_loader(cfg, total_batch_size=images)
+        mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
+        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name: str):
+        build = build_semantic_test_loader if is_semantic(cfg) else build_detection_test_loader
+        return build(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluators:
-        """Detectron2's evaluator of the data set, and the predictions as the native engine's."""
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind == "pascal_voc":
-            official = PascalVOCDetectionEvaluator(dataset_name)
-        elif kind == "coco":
-            official = COCOEvaluator(dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
-        else:
-            raise UserError(f"data set {dataset_name}: no evaluator for the kind {kind!r} yet")
-        return DatasetEvaluators([official, PredictionRecords(cfg.OUTPUT_DIR, dataset_name)])
-
-
-class PredictionRecords(DatasetEvaluator):
-    """Saves the detections in the form in which the native engine does."""
-
-    def __init__(self, output_dir: str, dataset_name: str):
-        self.output_dir = output_dir
-        self.dataset_name = dataset_name
-        self.reset()
-
-    def reset(self) -> None:
-        self.records = []
-
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        for item, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
-            self.records.append(
-                {
-                    "image_id": item["image_id"],
-                    "boxes": found.pred_boxes.tensor,
-                    "scores": found.scores,
-                    "classes": found.pred_classes,
-                }
-            )
-
-    def evaluate(self) -> None:
-        shares = comm.gather(self.records)
-        if comm.is_main_process():
-            save_predictions(self.output_dir, self.dataset_name, sum(shares, []))
+        return build_evaluator(cfg, dataset_name)
 
 
 def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
@@ -172,6 +138,7 @@ def prepare(cfg, eval_only: bool) -> None:
                 "use --engine native"
             )
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    check_input(cfg, crops_objects=True)
     register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     check_classes(cfg)
     try:

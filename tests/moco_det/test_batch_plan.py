@@ -47,6 +47,14 @@ def test_smaller_batches_and_the_linear_rule():
     assert plan(8, 1, 1).differences(0.02)[0] == wrong
 
 
+def test_semantic_segmentation_has_no_one_learning_rate():
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    cfg.MODEL.RESNETS.NORM = "SyncBN"
+    found = plan_batch(cfg, 8)
+    assert found.differences(0.003) == found.differences(0.01) == []
+
+
 @pytest.mark.parametrize("args", [(16, 3, 1), (16, 2, 3), (0, 1, 1), (16, 1, 0)])
 def test_what_does_not_divide_is_refused(args):
     with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH .* SOLVER.GRADIENT_ACCUMULATION"):

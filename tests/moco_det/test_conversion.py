@@ -71,7 +71,8 @@ def native_backbone(architecture: Architecture, stride_in_1x1=False):
         stride_in_1x1=stride_in_1x1,
         groups=architecture.groups,
         width_per_group=architecture.width_per_group,
-        res2_channels=256 if architecture.bottleneck else 64,
+        stem_channels=architecture.stem_channels,
+        res2_channels=architecture.res2_channels,
     )
 
 

@@ -6,10 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from moco_det.config import load_config
+from moco_det.config import get_cfg, load_config
 from moco_det.native.rcnn import build_model
-from moco_det.parity import SPREADS, Difference, compare, draw_items, enliven, table
+from moco_det.parity import (
+    SPREADS,
+    Difference,
+    build_items,
+    compare,
+    draw_items,
+    draw_keypoints,
+    draw_outlines,
+    enliven,
+    fill_outlines,
+    table,
+)
 
+ALL_HEADS = """MODEL.MASK_ON True MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.KEYPOINT_ON True
+MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,)"""
 ONE = {"loss": [torch.tensor(2.0)], "maps": [torch.tensor([1.0, -4.0]), torch.tensor([0.1, 0.2])]}
 
 
@@ -70,6 +83,19 @@ def test_any_difference_from_zero_or_between_indices_is_infinite():
     assert [x.relative for x in compare(reference, tiny)] == [math.inf, math.inf]
 
 
+def test_of_masks_the_share_of_pixels_that_differ_counts():
+    pixels = torch.zeros(2, 10, 50, dtype=torch.bool)
+    pixels[0] = True  # 500 of 1000
+    other = pixels.clone()
+    other[1, 0, 0] = other[1, 0, 1] = True
+    (difference,) = compare({"masks": [pixels]}, {"masks": [other]})
+    assert (difference.absolute, difference.relative, difference.values) == (2.0, 2 / 500, 1000)
+    (same,) = compare({"masks": [pixels]}, {"masks": [pixels.clone()]})
+    assert (same.absolute, same.relative) == (0.0, 0.0)
+    (one,) = compare({"masks": [~pixels[:1]]}, {"masks": [pixels[:1]]})
+    assert one.relative == math.inf  # the reference has none
+
+
 def test_table_has_a_verdict_in_every_line():
     differences = [Difference("good", 3, 1e-7, 1e-6), Difference("bad", 4, 0.5, 0.25)]
     lines = table(differences, 1e-4).splitlines()
@@ -98,13 +124,55 @@ def test_drawn_items():
     assert not torch.equal(items[0]["image"], other[0]["image"])
 
 
+def test_drawn_outlines_touch_the_sides_of_their_boxes():
+    boxes = torch.tensor([[3.0, 4.0, 43.0, 24.0], [10.0, 0.0, 20.0, 30.0]])
+    objects = draw_outlines(boxes, seed=0)
+    for box, (outline,) in zip(boxes, objects, strict=True):
+        points = torch.from_numpy(outline.reshape(-1, 2)).float()
+        assert torch.cat([points.amin(0), points.amax(0)]).tolist() == box.tolist()
+    filled = fill_outlines(objects, (40, 50))
+    assert filled.shape == (2, 40, 50)
+    for mask, (x0, y0, x1, y1) in zip(filled, boxes.int().tolist(), strict=True):
+        area = (x1 - x0) * (y1 - y0)
+        assert 0.4 * area < mask[y0:y1, x0:x1].sum() < 0.8 * area
+        assert mask[y0:y1, x0:x1].sum() > 0.95 * mask.sum()
+
+
+def test_drawn_keypoints_are_of_all_kinds():
+    boxes = torch.tensor([[3.0, 4.0, 43.0, 24.0], [10.0, 0.0, 20.0, 30.0]])
+    keypoints = draw_keypoints(boxes, 17, seed=0)
+    assert keypoints.shape == (2, 17, 3)
+    assert keypoints.dtype == torch.float32
+    labelled = keypoints[..., 2] > 0
+    assert keypoints[..., 2].unique().tolist() == [0, 1, 2]
+    assert keypoints[~labelled].abs().sum() == 0
+    inside = (keypoints[..., :2] >= boxes[:, None, :2]) & (keypoints[..., :2] <= boxes[:, None, 2:])
+    assert 0.5 < inside.all(2)[labelled].float().mean() < 1
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_items_have_the_ground_truth_that_the_config_asks_for(mask_format):
+    cfg = get_cfg()
+    expected = draw_items(64, 96, 2, num_classes=80, seed=3)
+    for a, b in zip(build_items(cfg, 64, 96, 2, seed=3), expected, strict=True):
+        assert a.keys() == b.keys()
+        assert torch.equal(a["image"], b["image"])
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
+    cfg.INPUT.MASK_FORMAT = mask_format
+    for item in build_items(cfg, 64, 96, 2, seed=3):
+        assert len(item["gt_masks"]) == len(item["gt_keypoints"]) == 3
+        if mask_format == "bitmask":
+            assert item["gt_masks"].shape == (3, *item["image"].shape[1:])
+
+
 @pytest.fixture(scope="module")
 def lively(request):
-    """A small detector after `enliven`, and what it was given."""
+    """A small detector with all heads after `enliven`, and what it was given."""
     path = request.path.parents[2] / "configs" / "quick" / "quickstart_R18_FPN.yaml"
     torch.manual_seed(0)
-    model = build_model(load_config(str(path), ["MODEL.DEVICE", "cpu"]))
-    items = draw_items(64, 96, 2, num_classes=8, seed=0)
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", *ALL_HEADS.split()])
+    model = build_model(cfg)
+    items = build_items(cfg, 64, 96, 2, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = {name for name in before if name.startswith("backbone.bottom_up.")}
     enliven(model, items, before.keys() - kept, seed=0)

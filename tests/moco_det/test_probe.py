@@ -65,8 +65,11 @@ def test_names_and_shapes_of_quantities(probe, items):
     weights = dict(zip(dict(probe.model.named_parameters()), after, strict=True))
     start = probe.model.state_dict()["backbone.bottom_up.stem.conv1.weight"]
     step = start - weights["backbone.bottom_up.stem.conv1.weight"]
-    torch.testing.assert_close(step, 0.001 * (gradient + 1e-4 * start), rtol=1e-3, atol=1e-7)
-    assert len(found["gradient of roi_heads.box_predictor.bbox_pred"]) == 2  # weight and bias
+    expected = 0.001 * (gradient.view_as(start) + 1e-4 * start)
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-7)
+    last = probe.model.roi_heads.box_predictor.bbox_pred
+    (gradient,) = found["gradient of roi_heads.box_predictor.bbox_pred"]
+    assert len(gradient) == last.weight.numel() + last.bias.numel()
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -5,8 +5,10 @@ Runs where `detectron2` can be imported (its compiled part is not needed).
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_tools
 
 pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
 
@@ -15,7 +17,6 @@ from detectron2.modeling import build_backbone as build_detectron2_backbone
 from detectron2.modeling import build_model as build_detectron2
 from detectron2.modeling import build_proposal_generator
 from detectron2.modeling import build_roi_heads as build_detectron2_roi_heads
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import moco_det.plugin  # noqa: F401 (registers what Detectron2 lacks)
@@ -23,7 +24,7 @@ from moco_det.native.rcnn import build_backbone, build_model
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
 from moco_det.parity import enliven
-from moco_det.plugin.probe import in_float32
+from moco_det.plugin.probe import detectron2_input, in_float32
 
 warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid
 
@@ -73,6 +74,26 @@ CASES = {
     MODEL.ROI_HEADS.IN_FEATURES ['c5'] MODEL.ROI_HEADS.NAME StandardROIHeads
     MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 2
     MODEL.ROI_BOX_HEAD.FC_DIM 64 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 7""",
+    "R50-C4-masks": MOCO_C4 + "MODEL.MASK_ON True MODEL.ROI_MASK_HEAD.CONV_DIM 32",
+    "R18-FPN-masks": FPN
+    + R18
+    + """MODEL.RESNETS.NORM BN MODEL.ROI_BOX_HEAD.NUM_FC 2 MODEL.MASK_ON True
+    MODEL.ROI_MASK_HEAD.NUM_CONV 2
+    MODEL.ROI_MASK_HEAD.CONV_DIM 32 MODEL.ROI_MASK_HEAD.NORM BN""",
+    "R18-FPN-bit-masks-and-keypoints": FPN
+    + R18
+    + """MODEL.RESNETS.NORM BN MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.MASK_ON True
+    MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK True INPUT.MASK_FORMAT bitmask
+    MODEL.ROI_MASK_HEAD.CONV_DIM 16 MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION 10
+    MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO 2
+    MODEL.KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,16)
+    MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 4 MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT 2.0
+    MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS False""",
+    "R18-FPN-keypoints": FPN
+    + R18
+    + """MODEL.RESNETS.NORM BN MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.KEYPOINT_ON True
+    MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,)
+    MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 4 MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION 8""",
 }
 
 
@@ -90,21 +111,53 @@ GT_CLASSES = [torch.tensor([0, 3, 4]), torch.tensor([2])]
 ORIGINAL = [(200, 260), (81, 120)]
 
 
-def detectron2_batch(images, gt_boxes=GT_BOXES, gt_classes=GT_CLASSES):
+POLYGONS = [
+    [
+        [np.array([10.0, 12.0, 60.0, 20.5, 55.25, 70.0, 22.0, 60.0])],
+        [np.array([40.5, 8.25, 80.0, 8.25, 60.0, 90.0]), np.array([90.0, 30, 120, 30, 120, 75.5])],
+        [np.array([2.0, 2.0, 30.0, 2.0, 30.0, 34.0, 2.0, 34.0])],
+    ],
+    [[np.array([5.0, 40.0, 60.0, 20.0, 110.0, 45.0, 60.0, 75.0])]],
+]
+
+
+def bit_masks(polygons, size):
+    """As tests/golden draws them: by the COCO API, at the size of the image."""
+    shapes = [mask_tools.merge(mask_tools.frPyObjects(parts, *size)) for parts in polygons]
+    masks = [torch.from_numpy(mask_tools.decode(shape)).bool() for shape in shapes]
+    return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool)
+
+
+def keypoints_in(boxes, image):
+    """Four for each box: visible, hidden, not labelled, and outside the box."""
+    generator = torch.Generator().manual_seed(image)
+    share = torch.rand((len(boxes), 4, 2), generator=generator)
+    share[:, 3] = torch.tensor([1.5, 0.5])
+    corner, opposite = boxes[:, None].split([2, 2], dim=2)
+    points = corner + share * (opposite - corner)
+    visibility = torch.tensor([2.0, 1.0, 0.0, 2.0])[:, None].expand(len(boxes), 4, 1)
+    return torch.cat([points, visibility], dim=2) * (visibility > 0)
+
+
+def native_batch(images, cfg, objects=True):
+    """Training inputs with all kinds of ground truth; without `objects`, with none of any."""
     batch = []
-    for image, boxes, classes, (height, width) in zip(
-        images, gt_boxes, gt_classes, ORIGINAL, strict=True
-    ):
-        instances = Instances(image.shape[1:], gt_boxes=Boxes(boxes), gt_classes=classes)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    for index, (image, (height, width)) in enumerate(zip(images, ORIGINAL, strict=True)):
+        count = len(GT_BOXES[index]) if objects else 0
+        boxes, polygons = GT_BOXES[index][:count], POLYGONS[index][:count]
+        as_bits = cfg.INPUT.MASK_FORMAT == "bitmask"
+        batch.append(
+            {
+                "image": image,
+                "gt_boxes": boxes,
+                "gt_classes": GT_CLASSES[index][:count],
+                "gt_masks": bit_masks(polygons, image.shape[1:]) if as_bits else polygons,
+                "gt_keypoints": keypoints_in(boxes, index),
+                "height": height,
+                "width": width,
+            }
+        )
     return batch
-
-
-def native_batch(images, gt_boxes=GT_BOXES, gt_classes=GT_CLASSES):
-    return [
-        {"image": i, "gt_boxes": b, "gt_classes": c, "height": h, "width": w}
-        for i, b, c, (h, w) in zip(images, gt_boxes, gt_classes, ORIGINAL, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +168,21 @@ def images():
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request, images):
+def cfg(request):
+    return make_cfg(CASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def batch(images, cfg):
+    return native_batch(images, cfg)
+
+
+@pytest.fixture(scope="module")
+def pair(cfg, batch):
     """(Detectron2's model, the native one) with the same weights; both are left in train mode."""
-    cfg = make_cfg(CASES[request.param])
     torch.manual_seed(0)
     theirs, ours = build_detectron2(cfg), build_model(cfg)
-    enliven(ours, native_batch(images), ours.state_dict(), seed=1)
+    enliven(ours, batch, ours.state_dict(), seed=1)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     theirs.proposal_generator.rpn_head.register_forward_hook(in_float32)
     return theirs, ours
@@ -132,6 +194,10 @@ def assert_close(ours, theirs, what: str) -> None:
     if theirs.numel():
         error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
         assert error < 1e-4, f"{what}: relative error {error:.2g}"
+
+
+def as_detectron2(batch):
+    return [detectron2_input(item) for item in batch]
 
 
 def run_training(model, batch, seed=0):
@@ -162,10 +228,10 @@ def test_trainable_parameters(pair):
     assert ours == theirs
 
 
-def test_features_rpn_outputs_and_proposals(pair, images):
+def test_features_rpn_outputs_and_proposals(pair, images, batch):
     theirs, ours = (m.eval() for m in pair)
     with torch.no_grad():
-        image_list = theirs.preprocess_image(detectron2_batch(images))
+        image_list = theirs.preprocess_image(as_detectron2(batch))
         padded, sizes = ours.preprocess(images)
         assert_close(padded, image_list.tensor, "normalised images")
         expected, features = theirs.backbone(image_list.tensor), ours.backbone(padded)
@@ -186,10 +252,10 @@ def test_features_rpn_outputs_and_proposals(pair, images):
         assert_close(found, instance.proposal_boxes.tensor, "proposals")
 
 
-def test_losses_gradients_and_running_statistics(pair, images):
+def test_losses_gradients_and_running_statistics(pair, batch):
     theirs, ours = pair
-    expected, expected_grads, expected_state = run_training(theirs, detectron2_batch(images))
-    losses, grads, state = run_training(ours, native_batch(images))
+    expected, expected_grads, expected_state = run_training(theirs, as_detectron2(batch))
+    losses, grads, state = run_training(ours, batch)
     assert list(losses) == list(expected)
     for name in expected:
         assert expected[name] > 1e-3
@@ -202,21 +268,24 @@ def test_losses_gradients_and_running_statistics(pair, images):
             assert_close(state[name], expected_state[name], name)
 
 
-def test_losses_without_ground_truth(pair, images):
-    none = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
-    expected, _, _ = run_training(pair[0], detectron2_batch(images, *none))
-    losses, grads, _ = run_training(pair[1], native_batch(images, *none))
+def test_losses_without_ground_truth(pair, images, cfg):
+    none = native_batch(images, cfg, objects=False)
+    expected, _, _ = run_training(pair[0], as_detectron2(none))
+    losses, grads, _ = run_training(pair[1], none)
     for name in expected:
         assert_close(losses[name], expected[name], name)
-    assert losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
+    of_objects = {"loss_box_reg", "loss_rpn_loc", "loss_mask", "loss_keypoint"} & losses.keys()
+    assert all(losses[name] == 0 for name in of_objects)
+    trained = {name for name, p in pair[1].named_parameters() if p.requires_grad}
+    assert grads.keys() == trained  # all of them: DistributedDataParallel waits for each
     assert all(g.isfinite().all() for g in grads.values())
 
 
-def test_detections(pair, images):
+def test_detections(pair, batch):
     theirs, ours = (m.eval() for m in pair)
     with torch.no_grad():
-        expected = [x["instances"] for x in theirs(detectron2_batch(images))]
-        detections = ours(native_batch(images))
+        expected = [x["instances"] for x in theirs(as_detectron2(batch))]
+        detections = ours(batch)
     for found, instances in zip(detections, expected, strict=True):
         assert len(instances) > 3
         boxes, scores = instances.pred_boxes.tensor, instances.scores
@@ -226,9 +295,22 @@ def test_detections(pair, images):
         ours = torch.cat([found["boxes"], found["classes"][:, None]], dim=1)
         partner = torch.cdist(rows, ours).argmin(dim=1)
         assert partner.unique().numel() == len(rows)
-        assert_close(found["boxes"][partner], boxes, "boxes")
-        assert_close(found["scores"][partner], scores, "scores")
-        assert torch.equal(found["classes"][partner], instances.pred_classes)
+        found = {key: value[partner] for key, value in found.items()}
+        assert_close(found["boxes"], boxes, "boxes")
+        assert_close(found["scores"], scores, "scores")
+        assert torch.equal(found["classes"], instances.pred_classes)
+        assert ("masks" in found) == instances.has("pred_masks")
+        assert ("keypoints" in found) == instances.has("pred_keypoints")
+        if "masks" in found:
+            assert found["masks"].shape == instances.pred_masks.shape
+            different = found["masks"] != instances.pred_masks
+            # Rounding decides where the probability is a half.
+            assert different.sum() <= 1e-4 * instances.pred_masks.sum()
+            assert 0 < instances.pred_masks.float().mean() < 1
+        if "keypoints" in found:
+            points, keypoint_scores = instances.pred_keypoints.split([2, 1], dim=2)
+            assert_close(found["keypoints"][..., :2], points, "keypoints")
+            assert_close(found["keypoints"][..., 2:], keypoint_scores, "keypoint scores")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -220,6 +220,11 @@ def _sync_batch_norm_process(process: int, folder: str) -> None:
     results["norm"] = [b.clone() for b in norm.buffers()]
     # A process without any region takes part all the same.
     results["empty"] = norm(x.detach()[: 1 - process]).detach()
+    before = [b.clone() for b in norm.buffers()]
+    norm.zero_grad()
+    norm(x.detach()[:0]).sum().backward()  # and where no process has one, nothing is learnt
+    results["nothing learnt"] = all(map(torch.equal, before, norm.buffers()))
+    results["gradients"] = [p.grad for p in norm.parameters()]
     torch.save(results, f"{folder}/{process}.pt")
     torch.distributed.destroy_process_group()
 
@@ -240,6 +245,8 @@ def test_sync_batch_norm_of_two_processes_is_batch_norm_over_the_union(tmp_path)
             torch.testing.assert_close(processes[p][step][0].double(), y, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(processes[p][step][1].double(), x.grad, rtol=1e-4, atol=1e-4)
     for result in processes:
+        assert result["nothing learnt"]
+        assert [g.abs().sum() for g in result["gradients"]] == [0, 0]
         mean, var, steps = result["norm"]
         torch.testing.assert_close(mean.double(), reference.running_mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(var.double(), reference.running_var, rtol=1e-4, atol=1e-4)

@@ -52,12 +52,17 @@ def test_both_engines_read_the_same_from_a_config(name):
 
 
 def test_a_plain_detectron2_script_reads_every_config():
-    """Without the keys that the plugin adds: a user's own train_net.py has none of them."""
+    """Without the keys that the plugin adds: a user's own train_net.py has none of them.
+
+    All but semantic segmentation, whose INPUT.RANDOM_SCALE Detectron2 cannot honour by itself.
+    """
     for name in RUNS:
+        if "FCN16" in name:
+            continue
         cfg = detectron2_cfg()
         cfg.merge_from_file(str(CONFIGS / name))
         cfg.MODEL.DEVICE = "cpu"
-        if "C4" in name:
+        if name == "voc_R50_C4_24k_moco.yaml":
             assert cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeadsExtraNorm"
             assert "roi_heads.res5.norm.weight" in build_model(cfg).state_dict()
 

@@ -1,0 +1,95 @@
+"""The doctor on Cityscapes and on VOC's semantic segmentation: healthy, then broken."""
+
+import numpy as np
+import pytest
+from examined import doctor, problems
+from PIL import Image
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """Two photographs with maps of labels and instances."""
+    for number in (0, 1):
+        stem = f"aachen_{number:06d}_000019"
+        values = np.zeros((8, 16), np.int32)
+        values[:4] = 26001
+        for folder, ending, pixels in (
+            ("leftImg8bit", "leftImg8bit", np.zeros((8, 16, 3), np.uint8)),
+            ("gtFine", "gtFine_instanceIds", values.astype(np.uint16)),
+            ("gtFine", "gtFine_labelIds", np.full((8, 16), 26, np.uint8)),
+        ):
+            path = tmp_path / folder / "train" / "aachen" / f"{stem}_{ending}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path
+
+
+KINDS = {
+    "cityscapes": ("cityscapes_R50_FPN_instance_moco", "instanceIds"),
+    "cityscapes_sem_seg": ("cityscapes_R50_FCN16_90k_moco", "labelIds"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cityscapes(kind, cityscapes):
+    config, ending = KINDS[kind]
+    name = f"{kind}:{cityscapes}:train"
+    report = doctor(name, config=config)[name]
+    assert problems(report) == []
+    assert (report.images, report.decoded) == (2, 2)
+    labels = cityscapes / "gtFine/train/aachen"
+    Image.new("RGB", (16, 8)).save(labels / f"aachen_000000_000019_gtFine_{ending}.png")
+    (labels / f"aachen_000001_000019_gtFine_{ending}.png").unlink()
+    (cityscapes / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png").unlink()
+    found = problems(doctor(name, config=config)[name])
+    assert [check for check, _ in found] == ["labels", "labels", "image"]
+    assert f"aachen_000001_000019_gtFine_{ending}.png does not exist" in found[0][1]
+    assert "Pillow's mode RGB" in found[1][1]
+    assert "aachen_000000_000019_leftImg8bit.png does not exist" in found[2][1]
+
+
+def test_cityscapes_map_of_another_size_and_with_unknown_labels(cityscapes):
+    path = cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
+    Image.fromarray(np.full((8, 10), 40001, np.uint16)).save(path)
+    name = f"cityscapes:{cityscapes}:train"
+    found = problems(doctor(name, config="cityscapes_R50_FPN_instance_moco")[name])
+    assert [text for _, text in found] == [
+        f"{path} is 10x8 pixels, its photograph 16x8",
+        f"{path} holds the label 40; Cityscapes' labels are 0 to 33",
+    ]
+
+
+@pytest.fixture
+def semantic_voc(tmp_path):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in "ab":
+        Image.new("RGB", (16, 8)).save(tmp_path / f"JPEGImages/{name}.jpg")
+        Image.fromarray(np.full((8, 16), 20, np.uint8)).save(
+            tmp_path / f"SegmentationClass/{name}.png"
+        )
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+def test_semantic_voc(semantic_voc):
+    name = f"voc_sem_seg:{semantic_voc}:val"
+    report = doctor(name, config="voc_R50_FCN16_30k_moco")[name]
+    assert problems(report) == []
+    assert (report.images, report.classes, report.decoded) == (2, 21, 2)
+    Image.fromarray(np.full((8, 16), 21, np.uint8)).save(semantic_voc / "SegmentationClass/a.png")
+    (semantic_voc / "SegmentationClass/b.png").unlink()
+    found = problems(doctor(name, config="voc_R50_FCN16_30k_moco")[name])
+    assert [check for check, _ in found] == ["labels", "labels"]
+    assert "b.png does not exist" in found[0][1]
+    assert "a.png holds the label 21, but there are 21 classes" in found[1][1]
+
+
+def test_real_label_maps(shared_data):
+    root = shared_data("cityscapes_sample")
+    for kind, (config, _) in KINDS.items():
+        name = f"{kind}:{root}:train"
+        assert problems(doctor(name, config=config)[name]) == []
+    root = shared_data("voc2012_seg10") / "VOC2012"
+    name = f"voc_sem_seg:{root}:val"
+    assert problems(doctor(name, config="voc_R50_FCN16_30k_moco")[name]) == []

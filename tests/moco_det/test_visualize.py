@@ -1,0 +1,210 @@
+"""Drawings: pixels by hand, and predictions that were made of known shapes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from moco_det import visualize
+from moco_det.datasets import get_dataset
+from moco_det.errors import UserError
+from moco_det.evaluation.records import prediction_record
+
+CLASSES = ("cat", "dog")
+
+
+def record(*annotations, height=40, width=60):
+    return {"height": height, "width": width, "annotations": list(annotations)}
+
+
+def annotation(box, category=0, **fields):
+    return {"bbox": box, "category_id": category, "iscrowd": 0, **fields}
+
+
+def test_annotated_boxes_and_their_labels():
+    found = visualize.annotated_objects(
+        record(
+            annotation([1, 2, 3, 4]),
+            annotation([5, 6, 7, 8], 1, iscrowd=1),
+            annotation([5, 6, 7, 9], 1, difficult=1),
+        ),
+        CLASSES,
+    )
+    assert found.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 9]]
+    assert found.labels == ["cat", "dog (crowd)", "dog (difficult)"]
+    assert found.colours[0] != found.colours[1] == found.colours[2]  # one for each class
+    assert found.masks is found.keypoints is None
+
+
+def test_annotated_masks_of_polygons_and_runs():
+    square = [10, 10, 20, 10, 20, 20, 10, 20]
+    runs = {"size": [40, 60], "counts": [0, 40, 40 * 59]}  # the first column
+    shapes = [[square], coco_mask.frPyObjects(runs, 40, 60)]
+    annotations = [annotation([0, 0, 5, 5], segmentation=shape) for shape in shapes]
+    found = visualize.annotated_objects(record(*annotations, annotation([0, 0, 5, 5])), CLASSES)
+    assert found.masks.shape == (3, 40, 60)
+    assert found.masks[0].nonzero().min(0)[0].tolist() == [10, 10]
+    assert found.masks[0].sum() == 100
+    assert found.masks[1, :, 0].all()
+    assert found.masks.sum(dim=(1, 2)).tolist() == [100, 40, 0]
+    assert len(set(found.colours)) == 3  # one for each object
+
+
+def test_annotated_keypoints():
+    points = [10.5, 11.5, 2, 20.5, 21.5, 1, 0.5, 0.5, 0]
+    found = visualize.annotated_objects(
+        record(annotation([0, 0, 9, 9], keypoints=points), annotation([0, 0, 9, 9])), CLASSES
+    )
+    assert found.keypoints.shape == (2, 3, 2)
+    assert found.keypoints[0, 1].tolist() == [20.5, 21.5]
+    assert found.visible.tolist() == [[True, True, False], [False] * 3]
+
+
+def test_image_without_objects():
+    found = visualize.annotated_objects(record(), CLASSES)
+    image = torch.full((3, 40, 60), 7, dtype=torch.uint8)
+    assert torch.equal(visualize.draw_objects(image, found), image)
+
+
+def test_predicted_objects_above_the_threshold_with_the_surest_last():
+    masks = torch.zeros(3, 40, 60, dtype=torch.bool)
+    masks[0, :4, :5], masks[2, :6, :7] = True, True
+    keypoints = torch.zeros(3, 2, 3)
+    keypoints[2] = torch.tensor([[8.0, 9.0, 0.9], [3.0, 4.0, 0.01]])
+    output = {
+        "boxes": torch.arange(12.0).reshape(3, 4),
+        "scores": torch.tensor([0.9, 0.2, 0.5]),
+        "classes": torch.tensor([1, 1, 0]),
+        "masks": masks,
+        "keypoints": keypoints,
+    }
+    found = visualize.predicted_objects(prediction_record(7, output), (40, 60), CLASSES, 0.5)
+    assert found.labels == ["cat 50%", "dog 90%"]
+    assert found.boxes.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert torch.equal(found.masks, masks[[2, 0]])
+    assert found.keypoints[0].tolist() == [[8, 9], [3, 4]]
+    assert found.visible.tolist() == [[True, False], [False, False]]
+
+
+def test_no_prediction_above_the_threshold():
+    output = {
+        "boxes": torch.zeros(1, 4),
+        "scores": torch.tensor([0.1]),
+        "classes": torch.tensor([0]),
+        "masks": torch.zeros(1, 40, 60, dtype=torch.bool),
+        "keypoints": torch.zeros(1, 2, 3),
+    }
+    found = visualize.predicted_objects(prediction_record(7, output), (40, 60), CLASSES, 0.5)
+    assert (len(found.boxes), found.labels) == (0, [])
+
+
+def test_box_mask_and_keypoint_are_drawn_where_they_are():
+    height, width = 120, 160
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    mask = torch.zeros(1, height, width, dtype=torch.bool)
+    mask[0, 60:80, 50:100] = True
+    shade = (200, 100, 50)
+    objects = visualize.Objects(
+        boxes=torch.tensor([[40.0, 50.0, 110.0, 90.0]]),
+        labels=["cat"],
+        colours=[shade],
+        masks=mask,
+        keypoints=torch.tensor([[[60.0, 70.0], [90.0, 70.0], [75.0, 85.0]]]),
+        visible=torch.tensor([[True, True, False]]),
+    )
+    picture = visualize.draw_objects(image, objects, skeleton=[(0, 1), (1, 2)])
+    at = {
+        "edge": picture[:, 70, 40],
+        "keypoint": picture[:, 67, 60],
+        "mask": picture[:, 62, 52],
+        "line": picture[:, 70, 75],
+        "hidden": picture[:, 85, 75],
+        "outside": picture[:, 110, 140],
+        "plate": picture[:, 48, 42],
+    }
+    assert at["edge"].tolist() == at["plate"].tolist() == list(shade)
+    assert at["keypoint"].tolist() == [255 - channel for channel in shade]
+    blend = [round(channel * visualize.MASK_OPACITY) for channel in shade]
+    assert np.abs(np.subtract(at["mask"].tolist(), blend)).max() <= 1
+    assert at["line"].sum() > sum(shade)  # the skeleton, white
+    assert at["hidden"].tolist() == at["outside"].tolist() == [0, 0, 0]
+    assert image.sum() == 0  # the photograph itself is left alone
+
+
+def test_label_map_leaves_void_and_background():
+    classes = ("background", "cat", "dog")
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    labels = np.full((100, 100), 255, np.uint8)
+    labels[:, 40:70], labels[:, 70:] = 0, 2
+    picture = visualize.draw_labels(image, labels, classes)
+    assert picture[:, :, :65].sum() == 0
+    blend = [round(channel * visualize.LABEL_MAP_OPACITY) for channel in visualize.colour(2)]
+    assert np.abs(np.subtract(picture[:, 99, 99].tolist(), blend)).max() <= 1
+    empty = np.full((100, 100), 255, np.uint8)
+    assert torch.equal(visualize.draw_labels(image, empty, classes), image)
+
+
+def test_label_map_of_a_prediction():
+    scores = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
+    prediction = prediction_record("a", {"sem_seg": scores})
+    found = visualize.predicted_labels(prediction, (20, 30))
+    assert np.array_equal(found, scores.argmax(0).numpy())
+    del prediction["sem_seg"][1]
+    found = visualize.predicted_labels(prediction, (20, 30))
+    assert set(np.unique(found)) == {0, 2, 255}
+
+
+def test_skeleton_of_the_annotation_file(tmp_path):
+    category = {
+        "id": 1,
+        "name": "person",
+        "keypoints": ["a", "b", "c"],
+        "skeleton": [[1, 2], [3, 1]],
+    }
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": [category]}))
+    dataset = get_dataset(f"coco:{path}:{tmp_path}")
+    assert visualize.skeleton_of(dataset) == [(0, 1), (2, 0)]
+    path.write_text(
+        json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]})
+    )
+    assert visualize.skeleton_of(get_dataset(f"coco:{path}:{tmp_path}")) == []
+
+
+def test_photograph_is_upright(tmp_path):
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = visualize.read_photograph({"file_name": str(tmp_path / "a.png")})
+    assert image.shape == (3, 20, 10)
+    assert image[:, :10].min() == 255
+    assert image[:, 10:].max() == 0
+
+
+def test_unreadable_photograph(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot read image .*a.jpg"):
+        visualize.read_photograph({"file_name": str(tmp_path / "a.jpg")})
+
+
+def test_contact_sheet():
+    wide = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    tall = torch.full((3, 100, 50), 9, dtype=torch.uint8)
+    sheet = visualize.contact_sheet([wide, tall, wide, tall], cell=100)
+    # Cells of 100 x 100, in two columns, with 4 pixels around each.
+    assert sheet.shape == (3, 212, 212)
+    assert sheet[0, 10, 10] == 0
+    assert sheet[0, 10, 115] == 9
+    assert sheet[0, 10, 180] == 255  # beside the tall one
+    assert visualize.contact_sheet([tall]).shape[1:] == (100, 50)
+
+
+def test_neighbouring_colours_differ():
+    colours = [np.array(visualize.colour(index)) for index in range(20)]
+    for one, other in zip(colours, colours[1:], strict=False):
+        assert np.abs(one - other).sum() > 150

@@ -1,0 +1,56 @@
+"""tools/check_data.py as a user meets it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tiny_voc import write_tiny_config, write_tiny_voc
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_data.py"
+
+
+def load_tool():
+    """By path: Detectron2's checkout has a package `tools` as well."""
+    spec = importlib.util.spec_from_file_location("check_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Function: arguments -> exit code, stdout and stderr of the command on a tiny data set."""
+    config = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
+    tool = load_tool()
+
+    def finish(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(["--config-file", str(config), *arguments])
+        return int(stop.value.code), *capsys.readouterr()
+
+    return finish
+
+
+def test_healthy_set(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    header, _, *rows = out.splitlines()
+    assert header.split("|")[1].strip() == "data set"
+    assert [row.split("|")[-2].strip() for row in rows] == ["none", "none"]
+
+
+def test_problems_of_all_sets_and_one_table_at_the_end(run, tmp_path):
+    for name in ("000", "011"):  # the first is of train, the second of test
+        (tmp_path / "voc" / "JPEGImages" / f"{name}.jpg").write_bytes(b"")
+    code, out, _ = run("--images", "all")
+    assert code == 1
+    assert out.count("cannot be decoded") == 2
+    last = out.strip().split("\n\n")[-1].splitlines()
+    assert [row.split("|")[-2].strip() for row in last[2:]] == ["1", "1"]
+
+
+def test_mistakes_of_the_command_line(run):
+    assert run("--images", "many")[0] == 2
+    code, _, err = run("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
+    assert code == 1
+    assert err.startswith("error: DATASETS.TRAIN and DATASETS.TEST are empty")

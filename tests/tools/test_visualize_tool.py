@@ -1,0 +1,123 @@
+"""tools/visualize.py as a user meets it: which files it writes, and what it refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_voc import write_tiny_config, write_tiny_voc
+
+from moco_det.evaluation.records import encode_masks
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
+
+
+def load_tool():
+    """By path: Detectron2's checkout has a package `tools` as well."""
+    spec = importlib.util.spec_from_file_location("visualize_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_tiny_voc(tmp_path / "voc")
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """Function: arguments -> name of each file that is written -> its pixels."""
+    tool = load_tool()
+
+    def run(*arguments):
+        out = tmp_path / "pictures"
+        tool.main([*map(str, arguments), "--output", str(out)])
+        return {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
+
+    return run
+
+
+def test_ground_truth_of_a_data_set(voc, draw):
+    pictures = draw("--dataset", f"voc:{voc}:test")
+    assert list(pictures) == ["008.png", "009.png", "010.png", "011.png"]
+    photograph = np.asarray(Image.open(voc / "JPEGImages/008.jpg"))
+    assert pictures["008.png"].shape == photograph.shape
+    assert 0 < (pictures["008.png"] != photograph).any(axis=2).mean() < 0.9
+
+
+def test_config_limit_ids_and_sheet(voc, draw, tmp_path):
+    config = write_tiny_config(tmp_path / "tiny.yaml", voc)
+    assert list(draw("--config-file", config, "--limit", 1)) == ["008.png"]
+    assert "001.png" in draw("--config-file", config, "--train", "--ids", "001", "003")
+    sheet = draw("--config-file", config, "--sheet")["sheet.png"]
+    assert min(sheet.shape[:2]) > 2 * 48
+    assert "000.png" not in draw(
+        "--config-file", config, "--opts", "DATASETS.TEST", f"voc:{voc}:test", "--limit", 2
+    )
+
+
+def test_predictions_alone_and_beside_the_truth(voc, draw, tmp_path):
+    path = tmp_path / "found.json"
+    found = {"image_id": "008", "boxes": [[4, 4, 40, 40]], "scores": [0.6], "classes": [1]}
+    path.write_text(json.dumps([found]))
+    arguments = ("--dataset", f"voc:{voc}:test", "--predictions", path, "--limit", 2)
+    photographs = [np.asarray(Image.open(voc / f"JPEGImages/{n}.jpg")) for n in ("008", "009")]
+    one, other = draw(*arguments).values()
+    assert (one != photographs[0]).any()
+    assert np.array_equal(other, photographs[1])  # of which nothing is predicted
+    one, _ = draw(*arguments, "--score-threshold", 0.7).values()
+    assert np.array_equal(one, photographs[0])
+    one, _ = draw(*arguments, "--beside").values()
+    assert one.shape[1] == 2 * photographs[0].shape[1]
+
+
+def test_semantic_predictions(shared_data, draw, tmp_path):
+    root = shared_data("voc2012_seg10") / "VOC2012"
+    with Image.open(root / "JPEGImages/2007_000039.jpg") as image:
+        photograph = np.asarray(image)
+    left = torch.zeros(photograph.shape[:2], dtype=torch.bool)
+    left[:, :100] = True
+    (shape,) = encode_masks(left[None])
+    found = {"image_id": "2007_000039", "sem_seg": [{"category_id": 20, "segmentation": shape}]}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps([found]))
+    arguments = ("--dataset", f"voc_sem_seg:{root}:val", "--predictions", path)
+    picture = draw(*arguments, "--ids", "2007_000039")["2007_000039.png"]
+    changed = (picture != photograph).any(axis=2)
+    assert changed[:, :100].mean() > 0.9
+    assert not changed[:, 200:].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "cannot read predictions"),
+        ('[{"image_id": "008", "boxes": []}]', "does not hold predicted objects"),
+        (
+            '[{"image_id": "008", "boxes": [[0,0,1,1]], "scores": [1.0], "classes": [7]}]',
+            "a class is outside",
+        ),
+    ],
+)
+def test_wrong_predictions(voc, draw, tmp_path, capsys, content, message):
+    path = tmp_path / "found.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        draw("--dataset", f"voc:{voc}:test", "--predictions", path)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert str(path) in error
+
+
+def test_unknown_image_and_data_set(voc, draw, capsys):
+    with pytest.raises(SystemExit):
+        draw("--dataset", f"voc:{voc}:test", "--ids", "999")
+    assert "has no image 999; its ids are 008" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        draw("--dataset", "voc_2006_test")
+    assert "the nearest name is voc_2007_test" in capsys.readouterr().err
