@@ -55,7 +55,8 @@ def build_backbone(architecture: Architecture) -> nn.Module:
         stride_in_1x1=False,
         groups=architecture.groups,
         width_per_group=architecture.width_per_group,
-        res2_channels=256 if architecture.bottleneck else 64,
+        stem_channels=architecture.stem_channels,
+        res2_channels=architecture.res2_channels,
     )
 
 

@@ -1,0 +1,69 @@
+"""What was found in one data set, and how it is said."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tabulate import tabulate
+
+
+class Problem(NamedTuple):
+    """`check`: the kind of it, one word; `text`: names the file, and what is wrong with it."""
+
+    check: str
+    text: str
+
+
+@dataclass
+class Report:
+    """`images` and `objects`: how many are listed; None where that could not be found out.
+
+    `expected`: how many images the official set has. `notes` say what is no problem but good to
+    know; `remedy` what to download and where to put it, where that is known.
+    """
+
+    name: str
+    images: int | None = None
+    objects: int | None = None
+    classes: int | None = None
+    expected: int | None = None
+    decoded: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    remedy: str = ""
+
+    def problem(self, check: str, text: object) -> None:
+        self.problems.append(Problem(check, str(text)))
+
+    def lacks(self, paths: Iterable[Path]) -> bool:
+        """Report each of `paths` that does not exist; whether there is one."""
+        missing = [path for path in paths if not path.exists()]
+        for path in missing:
+            self.problem("layout", f"{path} does not exist")
+        return bool(missing)
+
+
+def describe(report: Report, listed: int) -> str:
+    """The problems by kind, at most `listed` of each kind (0: all), the remedy and the notes."""
+    lines = [f"{report.name}: {len(report.problems)} problem(s)"]
+    for check in dict.fromkeys(problem.check for problem in report.problems):
+        texts = [problem.text for problem in report.problems if problem.check == check]
+        shown = texts[: listed or None]
+        lines += [f"  {check}: {text}" for text in shown]
+        if len(texts) > len(shown):
+            lines.append(f"  {check}: and {len(texts) - len(shown)} more")
+    if report.problems and report.remedy:
+        lines.append(f"  remedy: {report.remedy}")
+    lines += [f"  note: {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def table(reports: Sequence[Report]) -> str:
+    """One row for each data set; - for what could not be found out or has no official number."""
+    headers = ["data set", "images", "official", "objects", "classes", "decoded", "problems"]
+    rows = [
+        (r.name, r.images, r.expected, r.objects, r.classes, r.decoded, len(r.problems) or "none")
+        for r in reports
+    ]
+    return tabulate(rows, headers, "pipe", missingval="-", colalign=("left",) + ("right",) * 6)

@@ -1,0 +1,265 @@
+"""Annotations and predictions of every task, drawn on their photographs.
+
+N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
+"""
+
+import colorsys
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import (
+    draw_bounding_boxes,
+    draw_keypoints,
+    draw_segmentation_masks,
+    make_grid,
+)
+
+from moco_det.datasets import CocoDataset, Dataset, Record
+from moco_det.datasets.coco import read_categories
+from moco_det.datasets.semantic import IGNORED
+from moco_det.errors import UserError
+
+MASK_OPACITY = 0.45
+LABEL_MAP_OPACITY = 0.6
+KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
+_GOLDEN_ANGLE = 0.381966  # of the colour circle: neighbours in number are far apart in colour
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What is drawn of N objects, the last on top.
+
+    `boxes` (N, 4) XYXY; `labels` N texts; `colours` N; `masks` bool (N, H, W); `keypoints`
+    (N, K, 2), x and y, of which those are drawn that `visible` bool (N, K) says.
+    """
+
+    boxes: Tensor
+    labels: list[str]
+    colours: list[Colour]
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+    visible: Tensor | None = None
+
+
+def colour(index: int) -> Colour:
+    """A bright colour, another one for each index."""
+    hue = index * _GOLDEN_ANGLE % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (index % 2), 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def read_photograph(record: Record) -> Tensor:
+    """The photograph of a record, upright by its EXIF tag, as its boxes are.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = record["file_name"]
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
+    """The ground truth of a record; crowds and VOC's difficult objects say so in their label."""
+    annotations = record["annotations"]
+    flags = [[key for key in ("crowd", "difficult") if _flag(a, key)] for a in annotations]
+    labels = [
+        " ".join([classes[annotation["category_id"]], *(f"({flag})" for flag in found)])
+        for annotation, found in zip(annotations, flags, strict=True)
+    ]
+    size = record["height"], record["width"]
+    masks = keypoints = None
+    if any("segmentation" in annotation for annotation in annotations):
+        masks = _stack([_mask(a.get("segmentation"), size) for a in annotations], size)
+    if any("keypoints" in annotation for annotation in annotations):
+        most = max(len(annotation.get("keypoints", ())) for annotation in annotations)
+        keypoints = torch.tensor([a.get("keypoints") or [0] * most for a in annotations])
+        keypoints = keypoints.reshape(len(annotations), -1, 3).float()
+    return _objects(
+        torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
+        [annotation["category_id"] for annotation in annotations],
+        labels,
+        masks,
+        keypoints,
+        0.5,  # 0 is a keypoint that is not labelled, 1 one that is hidden, 2 one that is seen
+    )
+
+
+def predicted_objects(
+    prediction: Mapping[str, Any], size: tuple[int, int], classes: Sequence[str], threshold: float
+) -> Objects:
+    """The objects of a prediction with a score of at least `threshold`, the surest last.
+
+    Args:
+        prediction: "boxes", "scores", "classes", and where there are, "segmentations" and
+            "keypoints"; see `moco_det.evaluation`.
+        size: height and width of the image.
+    """
+    scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
+    order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
+    found = torch.as_tensor(prediction["classes"])[order].tolist()
+    masks = keypoints = None
+    if "segmentations" in prediction:
+        masks = _stack([_mask(prediction["segmentations"][i], size) for i in order], size)
+    if "keypoints" in prediction and order:
+        keypoints = torch.as_tensor(prediction["keypoints"], dtype=torch.float32)[order]
+    return _objects(
+        torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order],
+        found,
+        [f"{classes[c]} {scores[i]:.0%}" for c, i in zip(found, order, strict=True)],
+        masks,
+        keypoints,
+        KEYPOINT_SHOWN,
+    )
+
+
+def _objects(
+    boxes: Tensor,
+    classes: list[int],
+    labels: list[str],
+    masks: Tensor | None,
+    keypoints: Tensor | None,
+    shown: float,
+) -> Objects:
+    # Where shapes overlap, objects of one class must be told apart too.
+    each = masks is not None or keypoints is not None
+    colours = [colour(index) for index in (range(len(boxes)) if each else classes)]
+    if keypoints is None:
+        return Objects(boxes, labels, colours, masks)
+    visible = keypoints[..., 2] >= shown
+    return Objects(boxes, labels, colours, masks, keypoints[..., :2], visible)
+
+
+def _flag(annotation: Mapping[str, Any], key: str) -> bool:
+    return bool(annotation.get("iscrowd" if key == "crowd" else key, 0))
+
+
+def _mask(shape: list | Mapping[str, Any] | None, size: tuple[int, int]) -> Tensor:
+    """Polygons or an RLE as bool (H, W); nothing for None."""
+    if not shape:
+        return torch.zeros(size, dtype=torch.bool)
+    if isinstance(shape, list):
+        shape = coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+    return torch.from_numpy(coco_mask.decode(shape)).bool()
+
+
+def _stack(masks: list[Tensor], size: tuple[int, int]) -> Tensor:
+    return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool)
+
+
+def predicted_labels(prediction: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """The label map uint8 (H, W) of a semantic prediction; `IGNORED` where it has no class."""
+    labels = np.full(size, IGNORED, dtype=np.uint8)
+    for segment in prediction["sem_seg"]:
+        labels[_mask(segment["segmentation"], size).numpy()] = segment["category_id"]
+    return labels
+
+
+def skeleton_of(dataset: Dataset) -> list[tuple[int, int]]:
+    """The pairs of keypoints that are joined by a line, by their number; [] where none are given.
+
+    They are COCO's `skeleton`, which the annotation file holds beside the keypoints' names.
+    """
+    if not isinstance(dataset, CocoDataset) or not dataset.keypoint_names:
+        return []
+    pairs = [c.get("skeleton", ()) for c in read_categories(dataset.json_file)]
+    return [(a - 1, b - 1) for a, b in next(filter(None, pairs), ())]
+
+
+def draw_objects(
+    image: Tensor, objects: Objects, skeleton: Sequence[tuple[int, int]] = ()
+) -> Tensor:
+    """The image with masks, keypoints, boxes and labels over it."""
+    if not len(objects.boxes):
+        return image
+    width = _stroke(image)
+    if objects.masks is not None:
+        image = draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
+    if objects.keypoints is not None:
+        for points, visible, shade in zip(
+            objects.keypoints, objects.visible, objects.colours, strict=True
+        ):
+            image = draw_keypoints(
+                image,
+                points[None],
+                connectivity=list(skeleton) or None,
+                colors=tuple(255 - channel for channel in shade),  # seen on its own mask
+                radius=2 * width,
+                width=width,
+                visibility=visible[None],
+            )
+    image = draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
+    corners = objects.boxes[:, :2].tolist()
+    return _write(image, zip(corners, objects.labels, objects.colours, strict=True))
+
+
+def draw_labels(image: Tensor, labels: np.ndarray, classes: Sequence[str]) -> Tensor:
+    """The image with the classes of a label map over it, and each class's name on its largest part.
+
+    A class called background, and what is `IGNORED`, is left as it is.
+    """
+    found = [c for c in np.unique(labels).tolist() if c != IGNORED and classes[c] != "background"]
+    if not found:
+        return image
+    masks = torch.from_numpy(np.stack([labels == index for index in found]))
+    colours = [colour(index) for index in found]
+    image = draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
+    places = [_inside(mask.numpy()) for mask in masks]
+    return _write(image, zip(places, [classes[c] for c in found], colours, strict=True))
+
+
+def _inside(mask: np.ndarray) -> tuple[float, float]:
+    """(x, y) of a pixel of the mask near its middle."""
+    rows, columns = np.nonzero(mask)
+    middle = np.median(rows), np.median(columns)
+    nearest = np.argmin((rows - middle[0]) ** 2 + (columns - middle[1]) ** 2)
+    return float(columns[nearest]), float(rows[nearest])
+
+
+def _stroke(image: Tensor) -> int:
+    return max(2, round(max(image.shape[1:]) / 400))
+
+
+def _write(image: Tensor, texts: Iterable[tuple[Sequence[float], str, Colour]]) -> Tensor:
+    """Write each ((x, y), text, colour) on a plate above that point, and within the image."""
+    picture = to_pil_image(image)
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(11, round(max(picture.size) / 75)))
+    for (x, y), text, shade in texts:
+        _, _, right, bottom = font.getbbox(text)
+        width, height = right + 4, bottom + 3
+        x = min(max(x, 0), max(picture.width - width, 0))
+        y = min(max(y - height, 0), max(picture.height - height, 0))
+        pen.rectangle((x, y, x + width, y + height), fill=shade)
+        ink = (0, 0, 0) if sum(shade) > 330 else (255, 255, 255)
+        pen.text((x + 2, y), text, fill=ink, font=font)
+    return pil_to_tensor(picture)
+
+
+def contact_sheet(pictures: Sequence[Tensor], cell: int = 480) -> Tensor:
+    """All pictures on one, each at most `cell` pixels long and high, in a grid about square."""
+    shrunk = []
+    for picture in pictures:
+        small = to_pil_image(picture)
+        small.thumbnail((cell, cell))
+        shrunk.append(pil_to_tensor(small))
+    height = max(picture.shape[1] for picture in shrunk)
+    width = max(picture.shape[2] for picture in shrunk)
+    padded = torch.full((len(shrunk), 3, height, width), 255, dtype=torch.uint8)
+    for canvas, picture in zip(padded, shrunk, strict=True):
+        canvas[:, : picture.shape[1], : picture.shape[2]] = picture
+    columns = math.ceil(math.sqrt(len(shrunk) * height / width))
+    return make_grid(padded, nrow=columns, padding=4, pad_value=255)

@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Look through the data sets of a YAML before training on them: a dataset doctor.
+
+python tools/check_data.py --config-file configs/X.yaml
+python tools/check_data.py --config-file configs/X.yaml --images all
+python tools/check_data.py --config-file configs/X.yaml DATASETS.TRAIN voc:DIR:train
+
+Reports every problem of every set: files that are missing, and where they are handed out; counts
+against the official ones; images that cannot be decoded or have another size than annotated; boxes
+of zero area; missing masks and keypoints; classes that do not fit the model; wrong versions.
+"""
+
+import argparse
+import sys
+
+from moco_det.config import load_config
+from moco_det.dataset_doctor import describe, examine, table
+from moco_det.errors import exit_cleanly
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with exit_cleanly():
+        reports = examine(load_config(args.config_file, args.opts), args.images)
+    for report in reports:
+        if report.problems or report.notes:
+            print(describe(report, args.list), end="\n\n")
+    print(table(reports))
+    sys.exit(any(report.problems for report in reports))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 no problem; 1 problems, or an error",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--images",
+        type=_count,
+        default=100,
+        metavar="N",
+        help="photographs and label maps to decode of each set, or 'all' (default 100)",
+    )
+    parser.add_argument(
+        "--list",
+        type=int,
+        default=10,
+        metavar="N",
+        help="problems of one kind to print for each set; 0 for all (default 10)",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int | None:
+    """The number, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

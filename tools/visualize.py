@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""Draw the annotations or the predictions of a data set on its photographs, for every task.
+
+python tools/visualize.py --dataset coco_2017_val --limit 12 --sheet
+python tools/visualize.py --config-file configs/X.yaml --ids 139 285
+python tools/visualize.py --config-file configs/X.yaml
+    --predictions output/inference/coco_2017_val.json --beside
+
+Boxes with class and score, masks, keypoints with their skeleton, semantic label maps.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from moco_det import visualize
+from moco_det.config import load_config
+from moco_det.datasets import Dataset, Record, get_dataset, read_labels
+from moco_det.errors import UserError, exit_cleanly
+from moco_det.evaluation.predictions import checked
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    with exit_cleanly():
+        dataset = get_dataset(args.dataset or configured_dataset(args))
+        records = chosen_records(dataset, args.ids, args.limit)
+        predictions = read_predictions(args.predictions, dataset) if args.predictions else None
+        pictures = {}
+        for record in records:
+            picture = draw(record, dataset, predictions, args)
+            if args.sheet:
+                pictures[record["image_id"]] = picture
+            else:
+                save(picture, args.output, str(record["image_id"]))
+        if args.sheet:
+            save(visualize.contact_sheet(list(pictures.values())), args.output, "sheet")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", metavar="NAME", help="as in DATASETS.TEST")
+    source.add_argument("--config-file", metavar="FILE", help="YAML config: its first test set")
+    parser.add_argument("--train", action="store_true", help="the config's first training set")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run"
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, metavar="S", help="of objects (default 0.5)"
+    )
+    parser.add_argument(
+        "--beside", action="store_true", help="with --predictions: the annotations to the left"
+    )
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="images; 0: all")
+    parser.add_argument("--ids", nargs="+", metavar="ID", help="image ids")
+    parser.add_argument("--sheet", action="store_true", help="all on one picture, sheet.png")
+    parser.add_argument("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
+    return parser.parse_args(arguments)
+
+
+def configured_dataset(args: argparse.Namespace) -> str:
+    """The name of the config's first data set."""
+    datasets = load_config(args.config_file, args.opts).DATASETS
+    names, key = (datasets.TRAIN, "TRAIN") if args.train else (datasets.TEST, "TEST")
+    if not names:
+        raise UserError(f"{args.config_file}: DATASETS.{key} names no data set")
+    return names[0]
+
+
+def chosen_records(dataset: Dataset, ids: list[str] | None, limit: int) -> list[Record]:
+    """The records of those image ids, or the first `limit`; all where it is 0."""
+    records = dataset.records()
+    if not ids:
+        return records[: limit or None]
+    record_of = {str(record["image_id"]): record for record in records}
+    unknown = [image_id for image_id in ids if image_id not in record_of]
+    if unknown:
+        some = ", ".join(list(record_of)[:3])
+        raise UserError(
+            f"{dataset.name} has no image {', '.join(unknown)}; its ids are {some}, ..."
+        )
+    return [record_of[image_id] for image_id in ids]
+
+
+def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Image id, as text -> prediction.
+
+    Raises:
+        UserError: the file cannot be read, is none of predictions, or is of other classes.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if dataset.evaluator == "sem_seg":
+            return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
+        return {str(r["image_id"]): checked(r, len(dataset.classes)) for r in found}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read predictions {path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
+        raise UserError(
+            f"{path} does not hold predicted {kind} for {dataset.name}: no {error}"
+        ) from error
+
+
+def draw(
+    record: Record,
+    dataset: Dataset,
+    predictions: dict[str, dict[str, Any]] | None,
+    args: argparse.Namespace,
+) -> Tensor:
+    """The picture of one image; an image without a prediction is drawn without objects."""
+    image = visualize.read_photograph(record)
+    if predictions is None:
+        return draw_truth(image, record, dataset)
+    picture, prediction = image, predictions.get(str(record["image_id"]))
+    if prediction is not None:
+        picture = draw_prediction(image, prediction, dataset, args.score_threshold)
+    if args.beside:
+        picture = torch.cat([draw_truth(image, record, dataset), picture], dim=2)
+    return picture
+
+
+def draw_truth(image: Tensor, record: Record, dataset: Dataset) -> Tensor:
+    if dataset.evaluator == "sem_seg":
+        labels = read_labels(record, len(dataset.classes))
+        return visualize.draw_labels(image, labels, dataset.classes)
+    objects = visualize.annotated_objects(record, dataset.classes)
+    return visualize.draw_objects(image, objects, visualize.skeleton_of(dataset))
+
+
+def draw_prediction(
+    image: Tensor, prediction: dict[str, Any], dataset: Dataset, threshold: float
+) -> Tensor:
+    size = tuple(image.shape[1:])
+    if dataset.evaluator == "sem_seg":
+        labels = visualize.predicted_labels(prediction, size)
+        return visualize.draw_labels(image, labels, dataset.classes)
+    objects = visualize.predicted_objects(prediction, size, dataset.classes, threshold)
+    return visualize.draw_objects(image, objects, visualize.skeleton_of(dataset))
+
+
+def save(picture: Tensor, folder: Path, name: str) -> None:
+    path = folder / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(picture).save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
