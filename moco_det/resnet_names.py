@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet
 
 VOCABULARIES = ("torchvision", "detectron2", "caffe2")
@@ -103,7 +103,7 @@ MOCO = Layout(
     "MOCO",
     "torchvision",
     ("module.encoder_q.", "encoder_q."),
-    r"(module\.)?(encoder_k\..+|encoder_q\.fc\..+|queue|queue_ptr)",
+    r"(module\.)?(encoder_k\..+|encoder_q\.fc\..+|queue|queue_ptr|bank)",
 )
 TORCHVISION = Layout(
     "torchvision state_dict", "torchvision", "torchvision", ("module.", ""), r"(module\.)?fc\..+"
@@ -135,29 +135,61 @@ BLOCKS = {
 }
 
 
+class WidenedResNet(resnet.ResNet):
+    """torchvision's ResNet with `factor` times the channels in every layer, the stem included."""
+
+    def __init__(self, factor: int, block: type, layers: list[int], **options):
+        self.factor = factor
+        super().__init__(block, layers, **options)
+        self.conv1 = nn.Conv2d(3, 64 * factor, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * factor)
+        self.fc = nn.Linear(factor * self.fc.in_features, self.fc.out_features)
+
+    def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
+        if planes == 64:  # the first stage reads the stem
+            self.inplanes *= self.factor
+        return super()._make_layer(block, planes * self.factor, *args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """A ResNet as torchvision and Detectron2 both parametrise it."""
+    """A ResNet as torchvision and Detectron2 both parametrise it.
+
+    `width_per_group` is Detectron2's, of res2's 3x3 convolutions. `widening` is the factor of all
+    other channels, the stem's and the stages': the MoCo paper's R50w2x is (50, 1, 128, 2), where
+    torchvision's wide_resnet50_2 is (50, 1, 128, 1).
+    """
 
     depth: int
     groups: int = 1
     width_per_group: int = 64
+    widening: int = 1
 
     def __str__(self) -> str:
-        special = (self.groups, self.width_per_group) != (1, 64)
+        name = f"ResNet-{self.depth}" + (f"w{self.widening}x" if self.widening > 1 else "")
+        special = (self.groups, self.width_per_group) != (1, 64 * self.widening)
         extra = f" with {self.groups} groups of width {self.width_per_group}" if special else ""
-        return f"ResNet-{self.depth}{extra}"
+        return name + extra
 
     @property
     def bottleneck(self) -> bool:
         return self.depth >= 50
 
+    @property
+    def stem_channels(self) -> int:
+        return 64 * self.widening
+
+    @property
+    def res2_channels(self) -> int:
+        return (256 if self.bottleneck else 64) * self.widening
+
     def build(self) -> resnet.ResNet:
         """The network of torchvision, with an `fc` layer and random weights."""
         block = resnet.Bottleneck if self.bottleneck else resnet.BasicBlock
         layers = list(BLOCKS[self.depth])
-        return resnet.ResNet(
-            block, layers, groups=self.groups, width_per_group=self.width_per_group
+        width = self.width_per_group // self.widening  # torchvision's: of 64 planes
+        return WidenedResNet(
+            self.widening, block, layers, groups=self.groups, width_per_group=width
         )
 
     def config(self) -> dict[str, object]:
@@ -169,7 +201,8 @@ class Architecture:
             "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
             "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
             "MODEL.RESNETS.DEPTH": self.depth,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if self.bottleneck else 64,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": self.stem_channels,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": self.res2_channels,
         }
         if self.bottleneck:
             needs["MODEL.RESNETS.NUM_GROUPS"] = self.groups
@@ -192,9 +225,16 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture | None:
     for depth, expected in BLOCKS.items():
         same = all(n in (0, m) for n, m in zip(found, expected, strict=True))
         if any(found) and same and bottleneck == (depth >= 50):
-            conv = weights.get("layer1.0.conv2.weight")
-            if not bottleneck or conv is None or conv.dim() != 4:
+            if not bottleneck:
                 return Architecture(depth)
-            width, width_per_group = conv.shape[:2]  # the grouped 3x3 of a stage with 64 planes
-            return Architecture(depth, max(width // width_per_group, 1), width_per_group)
+            width, width_per_group = _conv_shape(weights, "layer1.0.conv2.weight", (64, 64))
+            out_channels, _ = _conv_shape(weights, "layer1.0.conv3.weight", (256, 64))
+            groups, widening = max(width // width_per_group, 1), max(out_channels // 256, 1)
+            return Architecture(depth, groups, width_per_group, widening)
     return None
+
+
+def _conv_shape(weights: Mapping[str, Tensor], name: str, usual: tuple[int, int]):
+    """Output channels and input channels of a group; `usual` where there is no such array."""
+    conv = weights.get(name)
+    return usual if conv is None or conv.dim() != 4 else tuple(conv.shape[:2])

@@ -4,9 +4,12 @@ Schema (a plain dict, loadable with `weights_only=True`); the first four entries
 facebookresearch/moco, so its tools read our files and this file reads its released ones:
     epoch        epochs completed
     arch         torchvision's name of the encoder
-    state_dict   "module.encoder_q...", "module.encoder_k...", "module.queue", "module.queue_ptr"
+    state_dict   "module.encoder_q...", "module.encoder_k...", "module.queue", "module.queue_ptr";
+                 a memory bank has "module.bank" for the last three, end-to-end nothing
     optimizer    SGD's state
     step         steps taken in all
+    step_in_epoch  steps taken beyond the completed epochs
+    loss         state of the loss: NCE's constant
     scaler       state of the fp16 gradient scaler
     rng          one entry per process: states of torch, CUDA, Python and NumPy
     config       the flags of the run
@@ -21,8 +24,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pretrain.collectives import world_size
 from pretrain.errors import UserError
-from pretrain.momentum_contrast import world_size
 
 LAST = "checkpoint_last.pth.tar"
 

@@ -35,3 +35,41 @@ def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
             layer.__class__ = GroupedBatchNorm2d
             layer.groups = groups
     return model
+
+
+def choose_bn_groups(
+    batch_size: int, processes: int, wanted: int | None = None, shuffled: bool = True
+) -> int:
+    """Groups per process: `wanted`, or such that a group holds as nearly 32 samples as it can.
+
+    Args:
+        shuffled: whether keys are to be shuffled across groups, which takes two of them at least.
+
+    Raises ValueError, with the reason, for a batch that cannot be split so.
+    """
+    if batch_size % processes:
+        raise ValueError(
+            f"the global batch of {batch_size} cannot be shared equally by {processes} processes"
+        )
+    local = batch_size // processes
+    if wanted is None:
+        least = 2 if shuffled and processes == 1 else 1
+        fitting = [g for g in range(least, local // 2 + 1) if local % g == 0]
+        if not fitting:
+            raise ValueError(
+                f"a batch of {batch_size} on {processes} process(es) cannot be split into two or "
+                "more BN groups of equal size with at least 2 samples each"
+            )
+        return min(fitting, key=lambda g: abs(local / g - 32))
+    if shuffled and wanted * processes < 2:
+        raise ValueError(
+            "shuffled BN needs at least two BN groups over all processes: with a single group a "
+            "query and its key share their batch statistics, and the pretext task can be solved "
+            "by that leak instead of by content (MoCo, Sec. 3.3); pass --bn-groups 2 or more"
+        )
+    if wanted < 1 or local % wanted or local // wanted < 2:
+        raise ValueError(
+            f"{local} samples per process cannot be split into {wanted} BN groups of equal size "
+            "with at least 2 samples each"
+        )
+    return wanted

@@ -76,23 +76,26 @@ def _is_truncated(data: bytes) -> bool:
 
 
 class TwoViews(Dataset):
-    """(epoch, index) -> two random views of image `index`, decoded once.
+    """(epoch, index) -> two random views of image `index`, decoded once; one without `keys`.
 
     The draws are a function of (seed, epoch, index) alone. An unreadable image is replaced by the
     next readable one, so that the replacement, too, does not depend on who loads it.
     """
 
-    def __init__(self, folder: Path, paths: np.ndarray, view: RandomView, seed: int):
+    def __init__(
+        self, folder: Path, paths: np.ndarray, view: RandomView, seed: int, keys: bool = True
+    ):
         self.folder = os.fsencode(folder)
         self.paths = paths
         self.view = view
         self.seed = seed
+        self.keys = keys
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]):
-        """query (S, S, 3) uint8, key (S, S, 3) uint8, list of messages on unreadable files."""
+        """query (S, S, 3) uint8, key (S, S, 3) uint8 or None, messages on unreadable files."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         unreadable = []
@@ -105,12 +108,13 @@ class TwoViews(Dataset):
                 if len(unreadable) == 100:
                     break
                 continue
-            return self.view(image, rng), self.view(image, rng), unreadable
+            query = self.view(image, rng)
+            return query, self.view(image, rng) if self.keys else None, unreadable
         return None, None, unreadable
 
 
 def collate_views(samples: list):
-    """Stack to query (N, S, S, 3), key (N, S, S, 3), and all messages.
+    """Stack to query (N, S, S, 3), key (N, S, S, 3) or None, and all messages.
 
     NHWC uint8 is a quarter of the floats' traffic, and its NCHW view is channels_last for nothing.
     """
@@ -118,8 +122,8 @@ def collate_views(samples: list):
     if any(q is None for q, _, _ in samples):
         return None, None, unreadable
     queries = torch.from_numpy(np.stack([q for q, _, _ in samples]))
-    keys = torch.from_numpy(np.stack([k for _, k, _ in samples]))
-    return queries, keys, unreadable
+    keys = [k for _, k, _ in samples if k is not None]
+    return queries, torch.from_numpy(np.stack(keys)) if keys else None, unreadable
 
 
 class GlobalBatches(Sampler):
@@ -135,13 +139,17 @@ class GlobalBatches(Sampler):
         self.local = batch_size // world_size
         self.rank = rank
         self.seed = seed
-        self.epoch = 0
-        self.first_step = 0
+        self.start(0)
 
     def start(self, epoch: int, step: int = 0) -> None:
         """The next iteration begins at batch `step` of `epoch`."""
         self.epoch = epoch
         self.first_step = step
+        self.order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """The indices of batch `step` of the epoch, those of all processes."""
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,10 +159,9 @@ class GlobalBatches(Sampler):
         return self.steps_per_epoch - self.first_step
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        mine = slice(self.rank * self.local, (self.rank + 1) * self.local)
         for step in range(self.first_step, self.steps_per_epoch):
-            begin = step * self.batch_size + self.rank * self.local
-            yield [(self.epoch, int(i)) for i in order[begin : begin + self.local]]
+            yield [(self.epoch, int(i)) for i in self.global_batch(step)[mine]]
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

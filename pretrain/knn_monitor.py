@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+from pretrain.collectives import gather, rank, world_size
 from pretrain.errors import UserError
 from pretrain.images import UnreadableImage, build_loader, find_images, read_image
-from pretrain.momentum_contrast import PIXEL_MEAN, PIXEL_STD, gather, rank, world_size
+from pretrain.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 from pretrain.views import resize_and_center_crop
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a ResNet with MoCo v1 or v2 on unlabelled images.
+"""Pretrain a ResNet with MoCo v1 or v2, or the mechanisms beside it, on unlabelled images.
 
     python pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml
     torchrun --nproc_per_node 8 pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml
@@ -16,6 +16,8 @@ from pathlib import Path
 import yaml
 
 from pretrain.errors import UserError
+from pretrain.losses import LOSSES
+from pretrain.mechanisms import MECHANISMS
 from pretrain.processes import launch
 from pretrain.training import AMP_DTYPES, train
 
@@ -31,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("data", metavar="DATA", help="ImageFolder root (train/, optionally val/) or any folder")
     add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
     add("--output", default="output", metavar="DIR", help="where everything is written")
-    add("-a", "--arch", default="resnet50", help="a torchvision ResNet")
+    add("-a", "--arch", default="resnet50", help="a ResNet; see encoders.py for all")
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
     add("--epochs", default=200, type=int)
@@ -57,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     moco = parser.add_argument_group("MoCo")
     add = moco.add_argument
     add("--moco-dim", default=128, type=int, help="feature dimension")
-    add("--moco-k", default=65536, type=int, help="queue length; any")
+    add("--moco-k", default=65536, type=int, help="length of the queue, or draws from the bank")
     add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
     add("--moco-t", default=0.07, type=float, help="temperature")
     add("--mlp", action=switch, default=False, help="v2: MLP head")
@@ -65,6 +67,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cos", action=switch, default=False, help="v2: cosine schedule")
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
+
+    ablations = parser.add_argument_group("ablations of the papers")
+    add = ablations.add_argument
+    add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
+    add("--loss", default="infonce", choices=LOSSES)
+    add("--shuffle-bn", action=switch, default=True, help="encode keys in shuffled order")
+    add("--bank-momentum", default=0.5, type=float, help="of the memory bank's rows, in [0, 1)")
+    add("--color-strength", default=0.5, type=float,
+        help="of the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
+    add("--iterations", default=None, type=int, help="length of the run, instead of --epochs")
+    add("--lr-decay", default=0.9, type=float, help="factor of --lr-decay-every")
+    add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
 
     ours = parser.add_argument_group("beyond the official code")
     add = ours.add_argument
@@ -87,14 +101,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
         recipe = vars(parser.parse_args([*recipe_flags(args.recipe, parser), "--", args.data]))
         parser.set_defaults(**recipe)
         args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"):
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for values that argparse cannot tell from good ones."""
+    counts = ["epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"]
+    counts += [name for name in ("iterations", "lr_decay_every") if getattr(args, name) is not None]
+    for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.moco_m < 1:
-        raise UserError("--moco-m must be in [0, 1)")
-    if args.moco_t <= 0:
-        raise UserError("--moco-t must be above 0")
-    return args
+    for name in ("moco_m", "bank_momentum"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)")
+    for name in ("moco_t", "lr_decay"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if args.cos and args.lr_decay_every:
+        raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
+    if args.color_strength != 0.5 and not args.aug_plus:
+        raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
 
 
 def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.momentum_contrast import rank, world_size
+from pretrain.collectives import rank, world_size
 
 PRETEXT = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
 
@@ -110,14 +110,15 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def progress_line(epoch: int, epochs: int, step: int, steps: int, values: dict) -> str:
-    """One line of at most 140 characters about `steps` steps per epoch."""
-    left = (epochs - epoch) * steps - step
+def progress_line(epoch: int, epochs: int, step: int, steps: int, left: int, values: dict) -> str:
+    """One line of at most 140 characters about `steps` steps per epoch, `left` until the end."""
+    fills = (name for name in values if name.endswith("_fill"))
+    fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
     eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
     return (
         f"epoch {epoch + 1}/{epochs} [{step}/{steps}]  "
         f"loss {values['loss']:.4f} (chance {values['chance_loss']:.2f})  "
         f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  "
-        f"queue {values['queue_fill']:.0%}  {values['images_per_second']:.0f} img/s  "
+        f"{fill}{values['images_per_second']:.0f} img/s  "
         f"data {values['data_wait']:.0%}  ETA {eta}"
     )

@@ -22,9 +22,12 @@ from torchvision import transforms
 
 from pretrain.encoders import build_encoder
 from pretrain.errors import UserError
+from pretrain.grouped_batchnorm import choose_bn_groups
 from pretrain.images import UnreadableImage, find_images, read_image
-from pretrain.momentum_contrast import PIXEL_MEAN, PIXEL_STD, MoCo, choose_bn_groups, key_order
-from pretrain.training import build_optimizer, moco_step
+from pretrain.instance_discrimination import PIXEL_MEAN, PIXEL_STD, key_order
+from pretrain.losses import InfoNCE
+from pretrain.momentum_contrast import MoCo
+from pretrain.training import build_optimizer, contrastive_step
 from pretrain.views import RandomView
 
 
@@ -113,8 +116,8 @@ def _our_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor, precision: str)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, 0.03, 0.9, 1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    order = key_order(0, 0, len(im_q)).to(device)
-    return lambda: moco_step(model, optimizer, scaler, im_q, im_k, order, precision)
+    inputs, loss = (im_q, im_k, key_order(0, 0, len(im_q)).to(device)), InfoNCE()
+    return lambda: contrastive_step(model, loss, optimizer, scaler, inputs, precision)
 
 
 def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import checkpoints
-from pretrain.encoders import build_encoder
+from pretrain.collectives import rank, world_size
 from pretrain.errors import EXIT_INTERRUPTED, UserError
 from pretrain.images import (
     GlobalBatches,
@@ -23,8 +23,11 @@ from pretrain.images import (
     find_images,
     training_folder,
 )
+from pretrain.instance_discrimination import InstanceDiscrimination
 from pretrain.knn_monitor import KnnMonitor
-from pretrain.momentum_contrast import MoCo, choose_bn_groups, key_order, rank, world_size
+from pretrain.learning_rate import build_schedule
+from pretrain.losses import LOSSES
+from pretrain.mechanisms import MECHANISMS, build_mechanism
 from pretrain.processes import StopRequest
 from pretrain.progress import RunLog, Window, pretext_metrics, progress_line
 from pretrain.views import RandomView
@@ -36,12 +39,12 @@ def train(args, device: torch.device) -> None:
     """Pretrain from the flags `args` on `device`; one of the run's processes."""
     trainer = Trainer(args, device)
     if trainer.step == 0:
-        trainer.monitor(0)
-    for epoch in range(trainer.epoch, args.epochs):
+        trainer.monitor()
+    for epoch in range(trainer.epoch, trainer.epochs):
         trainer.train_epoch(epoch)
-        trainer.save()
-        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            trainer.monitor(epoch + 1)
+        trainer.save(numbered=trainer.step_in_epoch == 0)
+        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == trainer.epochs):
+            trainer.monitor()
 
 
 class Trainer:
@@ -60,13 +63,17 @@ class Trainer:
         torch.backends.cudnn.benchmark = args.seed is None
         torch.backends.cudnn.deterministic = args.seed is not None
 
-        self.model = self._build_model()
         self.loader, self.batches = self._build_data()
+        self.model = build_mechanism(args, len(self.loader.dataset))
+        self.model = self.model.to(device, memory_format=torch.channels_last)
+        self.loss = LOSSES[args.loss]().to(device)
         self.optimizer = build_optimizer(self.model, args.lr, args.momentum, args.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.learning_rate = build_schedule(args)
         self.epoch, self.step_in_epoch, self.step = args.start_epoch, 0, 0
         if state is not None:
             self._resume(state, resumed_from)
+        self.epochs = self._count_epochs()
         self.parallel = parallelize(self.model)
         self.unreadable: set[str] = set()
         self.log = RunLog(self.output, self.step)
@@ -77,40 +84,61 @@ class Trainer:
             self.knn = KnnMonitor(data, args.image_size, self.workers, device)
         self._describe(resumed_from)
 
+    def steps_left(self) -> int:
+        """From the run's position to its end, which `--iterations` may put within an epoch."""
+        if self.args.iterations:
+            return max(0, self.args.iterations - self.step)
+        epochs = self.args.epochs - self.epoch
+        return max(0, epochs * self.batches.steps_per_epoch - self.step_in_epoch)
+
+    def _count_epochs(self) -> int:
+        """The number of the epoch that the run ends with or in, counted from 1.
+
+        An epoch that was left after its last step, before it was closed, is still to come.
+        """
+        steps = self.batches.steps_per_epoch
+        if not self.steps_left() and self.step_in_epoch < steps:
+            return self.epoch
+        return self.epoch + math.ceil((self.step_in_epoch + self.steps_left()) / steps)
+
     def train_epoch(self, epoch: int) -> None:
         """The rest of epoch `epoch` from where the run stands."""
         self.epoch = epoch
         self.batches.start(epoch, self.step_in_epoch)
         self.loader.generator.manual_seed(self.seed + epoch)  # the workers' seeds
-        self.set_learning_rate(epoch)
         self.model.train()
         self.window.reset()
         batches = iter(self.loader)
-        while self.step_in_epoch < self.batches.steps_per_epoch:
+        steps = min(self.batches.steps_per_epoch, self.step_in_epoch + self.steps_left())
+        while self.step_in_epoch < steps:
             begun = time.perf_counter()
             im_q, im_k, unreadable = next(batches)
             waited = time.perf_counter() - begun
             self.check_images(unreadable, im_q)
-            self.train_step(im_q, im_k, waited)
+            self.train_step([view for view in (im_q, im_k) if view is not None], waited)
             self.step_in_epoch += 1
             self.step += 1
             self.report_and_save()
-        self.epoch, self.step_in_epoch = epoch + 1, 0
+        if self.step_in_epoch == self.batches.steps_per_epoch:
+            self.epoch, self.step_in_epoch = epoch + 1, 0
 
-    def train_step(self, im_q: torch.Tensor, im_k: torch.Tensor, waited: float) -> None:
-        """One step of Algorithm 1 on this process's views (N, S, S, 3), uint8."""
-        im_q = im_q.to(self.device, non_blocking=True)
-        im_k = im_k.to(self.device, non_blocking=True)
-        order = key_order(self.seed, self.step, self.args.batch_size).to(self.device)
-        loss, logits, queries = moco_step(
-            self.parallel, self.optimizer, self.scaler, im_q, im_k, order, self.args.amp
+    def train_step(self, views: list[torch.Tensor], waited: float) -> None:
+        """One step on this process's views (N, S, S, 3), uint8."""
+        self.set_learning_rate()
+        views = [view.to(self.device, non_blocking=True) for view in views]
+        indices = torch.from_numpy(self.batches.global_batch(self.step_in_epoch))
+        inputs = self.model.inputs(views, indices, self.seed, self.step)
+        loss, logits, queries = contrastive_step(
+            self.parallel, self.loss, self.optimizer, self.scaler, inputs, self.args.amp
         )
+        self.negatives = logits.shape[1] - 1
         self.window.add(pretext_metrics(loss, logits, queries, self.args.moco_t), waited)
 
     def report_and_save(self) -> None:
         """What happens between two steps: the log, a checkpoint that is due, a request to stop."""
         steps, frequency = self.batches.steps_per_epoch, self.args.print_freq
         due = self.step_in_epoch % frequency == 0 or self.step_in_epoch == steps
+        due = due or not self.steps_left()
         saving = self.args.save_steps and self.step % self.args.save_steps == 0
         if due or saving or self.step == 1:  # before any save: a NaN must not reach a checkpoint
             self.report()
@@ -130,28 +158,29 @@ class Trainer:
         values = {"epoch": self.epoch + self.step_in_epoch / steps}
         values |= self.window.means(args.batch_size) | {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "queue_fill": min(1.0, self.step * args.batch_size / args.moco_k),
-            "chance_loss": math.log(args.moco_k + 1),
+            "chance_loss": self.loss.chance(self.negatives),
         }
+        values |= self.model.memory_fill(self.step * args.batch_size)
         self.window.reset()
         if not math.isfinite(values["loss"]):
             last = self.output / checkpoints.LAST
             good = f"the last good checkpoint is {last}" if last.exists() else "none is saved yet"
             raise UserError(f"the loss is {values['loss']} at step {self.step}; {good}. Lower --lr")
         self.log.write(self.step, values)
-        line = progress_line(self.epoch, args.epochs, self.step_in_epoch, steps, values)
-        self.log.message(line)
+        position = (self.epoch, self.epochs, self.step_in_epoch, steps, self.steps_left())
+        self.log.message(progress_line(*position, values))
 
-    def monitor(self, epochs: int) -> None:
-        """Log the kNN accuracy after `epochs` epochs, where the data has labels for it."""
+    def monitor(self) -> None:
+        """Log the kNN accuracy, where the data has labels for it."""
         if self.knn is None:
             return
         if world_size() > 1:
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
         top1 = self.knn.top1(self.model.encoder_q)
+        epochs = self.epoch + self.step_in_epoch / self.batches.steps_per_epoch
         self.log.write(self.step, {"epoch": epochs, "knn_top1": top1})
-        self.log.message(f"epoch {epochs}/{self.args.epochs}  kNN top-1 {top1:.2f} %")
+        self.log.message(f"epoch {epochs:g}/{self.epochs}  kNN top-1 {top1:.2f} %")
 
     def save(self, numbered: bool = True) -> None:
         """Write the last checkpoint, at the end of an epoch a `numbered` one too. Collective."""
@@ -163,6 +192,7 @@ class Trainer:
             "step": self.step,
             "step_in_epoch": self.step_in_epoch,
             "scaler": self.scaler.state_dict(),
+            "loss": self.loss.state_dict(),
             "rng": checkpoints.rng_states(),
             "config": vars(self.args) | {"seed": self.seed},
         }
@@ -173,15 +203,9 @@ class Trainer:
         else:
             checkpoints.save(state, self.output / checkpoints.LAST)
 
-    def set_learning_rate(self, epoch: int) -> None:
-        """Per epoch as in the official code: cosine over all epochs, or 0.1 at each milestone."""
-        args = self.args
-        if args.cos:
-            factor = 0.5 * (1.0 + math.cos(math.pi * epoch / args.epochs))
-        else:
-            factor = 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+    def set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * factor
+            group["lr"] = self.args.lr * self.learning_rate(self.epoch, self.step)
 
     def check_images(self, unreadable: list[str], images: torch.Tensor | None) -> None:
         """Warn of each unreadable file once. Raises UserError beyond --max-unreadable."""
@@ -195,21 +219,12 @@ class Trainer:
                 f"--max-unreadable {self.args.max_unreadable} allows; the last: {unreadable[-1]}"
             )
 
-    def _build_model(self) -> MoCo:
-        args = self.args
-        try:
-            groups = choose_bn_groups(args.batch_size, world_size(), args.bn_groups)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        encoder = build_encoder(args.arch, args.moco_dim, args.mlp, args.small_stem)
-        model = MoCo(encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, groups)
-        return model.to(self.device, memory_format=torch.channels_last)
-
     def _build_data(self):
         args = self.args
         folder = training_folder(Path(args.data))
-        view = RandomView(args.image_size, args.aug_plus)
-        dataset = TwoViews(folder, find_images(folder), view, self.seed)
+        view = RandomView(args.image_size, args.aug_plus, args.color_strength)
+        keys = MECHANISMS[args.mechanism].view_count == 2
+        dataset = TwoViews(folder, find_images(folder), view, self.seed, keys)
         if len(dataset) < args.batch_size:
             raise UserError(
                 f"{len(dataset)} images below {folder} are fewer than the global batch of "
@@ -229,7 +244,9 @@ class Trainer:
 
     def _resume(self, state: dict, path: Path) -> None:
         """Continue where `state` stopped; a state of the official code continues at its epoch."""
+        check_method(self.args, state, path)
         checkpoints.load_model(self.model, state, path, self.args.arch)
+        self.loss.load_state_dict(state.get("loss", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = max(self.epoch, state["epoch"])
         self.step_in_epoch = state.get("step_in_epoch", 0)
@@ -253,54 +270,59 @@ class Trainer:
             f"global batch {args.batch_size} = {world_size()} process(es) x {groups} BN group(s) "
             f"x {local // groups}; {self.device}, seed {self.seed}, output {self.output}"
         )
+        shuffled = args.shuffle_bn and self.model.view_count == 2
+        self.log.message(
+            f"{args.mechanism}, {args.loss}, {'with' if shuffled else 'without'} shuffled BN"
+        )
         if resumed_from:
             self.log.message(f"resumed {resumed_from} at epoch {self.epoch}, step {self.step}")
         if args.knn_every and self.knn is None:
             self.log.message(f"no kNN monitor: {args.data} lacks class folders in train/ and val/")
 
 
-def moco_step(
-    model: MoCo | DistributedDataParallel,
+def contrastive_step(
+    model: InstanceDiscrimination | DistributedDataParallel,
+    loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    im_q: torch.Tensor,
-    im_k: torch.Tensor,
-    order: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
     amp: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One iteration of Algorithm 1: loss, SGD on the query encoder, keys into the queue.
+    """One iteration of Algorithm 1: loss, SGD on the encoder, keys into the memory.
 
-    Args: see MoCo.forward; `amp` is a key of AMP_DTYPES.
+    Args:
+        loss: one of LOSSES, logits -> mean over this process's queries.
+        inputs: the arguments of the model's forward pass.
+        amp: a key of AMP_DTYPES.
     Returns:
-        loss: mean over this process's queries; logits N x (1+K) and queries N x C for the log.
+        the loss, and for the log logits N x (1+K) and queries N x C.
     """
     dtype = AMP_DTYPES[amp]
-    with torch.autocast(im_q.device.type, dtype, enabled=dtype is not None):
-        logits, keys, queries = model(im_q, im_k, order)
-    positives = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    loss = F.cross_entropy(logits, positives)
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None):
+        logits, keys, queries = model(*inputs)
+    value = loss(logits)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    scaler.scale(value).backward()
     scaler.step(optimizer)
     scaler.update()
-    getattr(model, "module", model).enqueue(keys)
-    return loss, logits, queries
+    getattr(model, "module", model).remember(keys)
+    return value, logits, queries
 
 
-def parallelize(model: MoCo) -> MoCo | DistributedDataParallel:
+def parallelize(model: InstanceDiscrimination) -> InstanceDiscrimination | DistributedDataParallel:
     """Average gradients over the processes, where there are several.
 
-    Buffers are not broadcast: the queue is equal everywhere by construction, and running
-    statistics are read from rank 0 only.
+    Buffers are not broadcast: the queue and the bank are equal everywhere by construction, and
+    running statistics are read from rank 0 only.
     """
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def build_optimizer(model: MoCo, lr: float, momentum: float, weight_decay: float):
-    """SGD with decay on all parameters; the key encoder's come along without gradients, as in the
-    official code, so that optimizer states can be exchanged."""
+def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float):
+    """SGD with decay on all parameters; MoCo's key encoder's come along without gradients, as in
+    the official code, so that optimizer states can be exchanged."""
     return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
 
 
@@ -317,6 +339,15 @@ def find_checkpoint(resume: str, output: Path) -> tuple[Path | None, dict | None
     if not resume or (resume == "auto" and not path.exists()):
         return None, None
     return path, checkpoints.load(path)
+
+
+def check_method(args, state: dict, path: Path) -> None:
+    """Raises UserError where the checkpoint is that of another mechanism or loss."""
+    config = state.get("config", {})  # the official code writes none
+    for flag, official in (("mechanism", "moco"), ("loss", "infonce")):
+        before = config.get(flag, official)
+        if before != getattr(args, flag):
+            raise UserError(f"{path} was trained with --{flag} {before}; resume it with that")
 
 
 def agree_on_seed(seed: int | None, state: dict | None, device: torch.device) -> int:

@@ -85,20 +85,25 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 class RandomView:
     """One random view of an image: MoCo v2's augmentation with `aug_plus`, else MoCo v1's.
 
+    `color_strength` s belongs to `aug_plus`: its colour jitter is (0.8 s, 0.8 s, 0.8 s, 0.2 s) as
+    in SimCLR (arXiv:2002.05709, A), where s is 1; MoCo v2 has half of it.
+
     v1 (Sec. 3.3): crop, grayscale 0.2, colour jitter (0.4, 0.4, 0.4, 0.4), flip.
     v2 (Sec. 3):   crop, colour jitter (0.4, 0.4, 0.4, 0.1) with 0.8, grayscale 0.2, blur 0.5, flip.
     """
 
-    def __init__(self, size: int, aug_plus: bool):
+    def __init__(self, size: int, aug_plus: bool, color_strength: float = 0.5):
         self.size = size
         self.aug_plus = aug_plus
+        self.color_strength = color_strength
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) -> (size, size, 3); every draw comes from `rng`."""
         image = resized_crop(image, *draw_crop(image.shape[0], image.shape[1], rng), self.size)
         if self.aug_plus:
             if rng.random() < 0.8:
-                image = color_jitter(image, 0.4, 0.4, 0.4, 0.1, rng)
+                amount, hue = 0.8 * self.color_strength, 0.2 * self.color_strength
+                image = color_jitter(image, amount, amount, amount, hue, rng)
             if rng.random() < 0.2:
                 image = to_grayscale(image)
             if rng.random() < 0.5:

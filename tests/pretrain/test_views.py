@@ -126,6 +126,22 @@ def test_a_view_depends_on_its_generator_alone(aug_plus):
     assert np.array_equal(image, before)
 
 
+@pytest.mark.parametrize(("strength", "hue"), [(0.5, 0.1), (1.0, 0.2)])
+def test_color_strength_is_simclrs(monkeypatch, strength, hue):
+    """SimCLR's jitter is (0.8 s, 0.8 s, 0.8 s, 0.2 s), MoCo v2's that of s = 1/2."""
+    seen = set()
+
+    def jitter(image, *amounts):
+        seen.add(amounts[:-1])  # the last argument is the generator
+        return image
+
+    monkeypatch.setattr(views, "color_jitter", jitter)
+    view = views.RandomView(8, aug_plus=True, color_strength=strength)
+    for seed in range(5):
+        view(synthetic_photograph(), np.random.default_rng(seed))
+    assert seen == {(0.8 * strength, 0.8 * strength, 0.8 * strength, hue)}
+
+
 def test_v2_applies_its_operations_as_often_as_the_paper_says(monkeypatch):
     calls = {"color_jitter": 0, "to_grayscale": 0, "gaussian_blur": 0, "horizontal_flip": 0}
 

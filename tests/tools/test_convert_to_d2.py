@@ -1,11 +1,19 @@
 """The command: what it prints, what it leaves, how it fails."""
 
 import pickle
+import runpy
 import subprocess
 import sys
 
+import pytest
 import torch
 import torchvision
+
+from moco_det.resnet_names import infer_architecture, rename
+from pretrain.encoders import build_encoder
+
+ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"]
+ENCODERS += ["resnext50_32x8d", "resnet50w2x", "resnet50w4x"]
 
 
 def run(repository, *arguments):
@@ -47,3 +55,40 @@ def test_failure_is_one_line_and_leaves_no_file(repository, tmp_path):
     assert line.startswith("error: ")
     assert "--small-stem" in line
     assert not (tmp_path / "weights.pkl").exists()
+
+
+def shapes(state) -> dict:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def pretrained_shapes(arch: str):
+    """Architecture of an encoder of `pretrain`, and its arrays' shapes under Detectron2's names."""
+    with torch.device("meta"):
+        state = build_encoder(arch).state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    return infer_architecture(state), shapes(rename(state, "torchvision", "detectron2"))
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_every_encoder_of_the_paper_fits_the_native_engine(repository, arch):
+    tool = runpy.run_path(str(repository / "tools" / "convert_to_d2.py"))
+    architecture, converted = pretrained_shapes(arch)
+    with torch.device("meta"):
+        assert shapes(tool["build_backbone"](architecture).state_dict()) == converted
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_every_encoder_of_the_paper_fits_detectron2(arch):
+    """Under the config that the converted file asks for, where Detectron2 is installed."""
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    architecture, converted = pretrained_shapes(arch)
+    cfg = get_cfg()
+    cfg.merge_from_list([item for pair in architecture.config().items() for item in pair])
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    with torch.device("meta"):
+        assert shapes(build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()) == converted

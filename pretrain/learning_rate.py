@@ -1,0 +1,25 @@
+"""Learning rates over a run: by epochs as in the official code, or by iterations."""
+
+import math
+
+
+def build_schedule(args):
+    """(epoch, step) -> factor of `args.lr`; both count from 0, the step over the whole run.
+
+    - `--lr-decay-every S`: `--lr-decay` to the power of step // S (IG-1B: 0.9 and 62,500).
+    - `--cos`: half a cosine over all epochs, constant within one as in the official code; over
+      `--iterations`, where that is the length of the run.
+    - otherwise 0.1 at each epoch of `--schedule`.
+    """
+    if args.lr_decay_every:
+        return lambda epoch, step: args.lr_decay ** (step // args.lr_decay_every)
+    if args.cos and args.iterations:
+        return lambda epoch, step: half_cosine(step / args.iterations)
+    if args.cos:
+        return lambda epoch, step: half_cosine(epoch / args.epochs)
+    return lambda epoch, step: 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def half_cosine(done: float) -> float:
+    """1 at the beginning (done = 0), 0 at the end (done = 1)."""
+    return 0.5 * (1.0 + math.cos(math.pi * done))
