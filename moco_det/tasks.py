@@ -68,7 +68,9 @@ def _check_semantic_input(cfg) -> None:
         raise UserError(f"INPUT.RANDOM_SCALE is {scale}: set it to () or (smallest, largest)")
     if crop.ENABLED and crop.TYPE != "absolute":
         raise UserError(f"INPUT.CROP.TYPE is {crop.TYPE!r}: {SEMANTIC} takes 'absolute' crops only")
-    if crop.ENABLED and not (len(crop.SIZE) == 2 and all(_is_count(side) for side in crop.SIZE)):
+    if crop.ENABLED and not (
+        len(crop.SIZE) == 2 and all(isinstance(side, int) and side > 0 for side in crop.SIZE)
+    ):
         raise UserError(f"INPUT.CROP.SIZE is {crop.SIZE}: set it to [height, width] in pixels")
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise UserError(
@@ -80,10 +82,6 @@ def _check_semantic_input(cfg) -> None:
             f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}: label maps "
             f"are read with {IGNORED} for what is ignored"
         )
-
-
-def _is_count(side: float) -> bool:
-    return side > 0 and side == int(side)
 
 
 def semantic_feature(cfg, strides: Mapping[str, int]) -> str:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import record_semantic
+import record_semantic_model
 import torch
 import torch.nn.functional as F
 from record_model import fill
@@ -23,7 +23,7 @@ from moco_det.native.semantic_segmentor import (
 
 def small_cfg(*options):
     cfg = get_cfg()
-    cfg.merge_from_list([*record_semantic.OPTIONS.split(), *options])
+    cfg.merge_from_list([*record_semantic_model.OPTIONS.split(), *options])
     return cfg
 
 
@@ -187,11 +187,11 @@ def test_scores_are_resized_to_the_original(segmentor):
 def test_numbers_recorded_from_detectron2():
     model = build_model(small_cfg())
     fill(model)
-    batch = record_semantic.batch()
+    batch = record_semantic_model.batch()
     with torch.no_grad():
         found = model.eval()(batch)
-        result = record_semantic.summarise(model.train()(batch), found)
-    expected = read("semantic")["model"]
+        result = record_semantic_model.summarise(model.train()(batch), found)
+    expected = read("semantic_model")["segmentor"]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert result["shapes"] == expected["shapes"] == [[4, 192, 256], [4, 45, 35]]
     for ours, theirs in zip(result["scores"], expected["scores"], strict=True):
