@@ -27,6 +27,6 @@ setup(
     extras_require={
         "lvis": LVIS,
         "cityscapes": CITYSCAPES,
-        "test": ["pytest", "ruff", "scipy", "scikit-learn", *LVIS, *CITYSCAPES],
+        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "scikit-learn", *LVIS, *CITYSCAPES],
     },
 )
