@@ -28,15 +28,15 @@ OPTS = [text for pair in SMALL.items() for text in pair]
 QUICKSTART = "quick/quickstart_R18_FPN.yaml"
 
 
-def distinct_detectors():
-    """One YAML for each detector: of those that differ in schedule, data or weights, the first."""
+def distinct_models(architecture):
+    """One YAML for each model: of those that differ in schedule, data or weights, the first."""
     found = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         if "Base-" in path.name or path.parent.name == "pretrain":
             continue
         cfg = load_config(str(path))
         model = [x for x in leaves(cfg.MODEL) if x[0] != "WEIGHTS"]
-        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        if architecture == cfg.MODEL.META_ARCHITECTURE:
             found.setdefault(repr((model, cfg.INPUT.MASK_FORMAT)), str(path.relative_to(CONFIGS)))
     return [
         pytest.param(name, marks=pytest.mark.slow if "supervised" in name else ())
@@ -75,7 +75,7 @@ def detectron2():
     pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
 
 
-@pytest.mark.parametrize("config", distinct_detectors())
+@pytest.mark.parametrize("config", distinct_models("GeneralizedRCNN"))
 def test_engines_agree(config, detectron2, capsys):
     assert run(config) == 0
     printed = capsys.readouterr().out
@@ -95,6 +95,18 @@ def test_engines_agree(config, detectron2, capsys):
     assert len(gradients) == 2
     assert gradients[0].endswith("stem.conv1")
     assert sum(name.startswith("features") for name in values) == (5 if "FPN" in config else 1)
+
+
+@pytest.mark.parametrize("config", distinct_models("SemanticSegmentor"))
+def test_engines_agree_on_label_maps(config, detectron2, capsys):
+    assert run(config) == 0
+    printed = capsys.readouterr().out
+    values = rows(printed)
+    assert f"all {len(values)} quantities agree to 0.0001" in printed
+    assert {"features res5", "pixel logits", "pixel scores", "loss_sem_seg"} < values.keys()
+    assert values["pixel scores"] > 10**5
+    gradients = [name.removeprefix("gradient of ") for name in values if "gradient" in name]
+    assert gradients == ["backbone.stem.conv1", "sem_seg_head.predictor"]
 
 
 def test_weights_from_a_file(detectron2, capsys, tmp_path):
