@@ -17,7 +17,12 @@ def build_schedule(args):
         return lambda epoch, step: half_cosine(step / args.iterations)
     if args.cos:
         return lambda epoch, step: half_cosine(epoch / args.epochs)
-    return lambda epoch, step: 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+    return lambda epoch, step: drops(epoch, args.schedule)
+
+
+def drops(epoch: int, milestones: list[int]) -> float:
+    """0.1 at each of the `milestones`, epochs counted from 0."""
+    return 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
 def half_cosine(done: float) -> float:

@@ -18,7 +18,7 @@ import yaml
 from pretrain.errors import UserError
 from pretrain.losses import LOSSES
 from pretrain.mechanisms import MECHANISMS
-from pretrain.processes import launch
+from pretrain.processes import add_launch_flags, launch
 from pretrain.training import AMP_DTYPES, train
 
 
@@ -47,14 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
     add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
 
-    launching = parser.add_argument_group("launch, as in the official code; or use torchrun")
-    add = launching.add_argument
-    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
-    add("--rank", default=-1, type=int, help="of this node, or process")
-    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
-    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
-    add("--gpu", default=None, type=int, help="the one GPU to use")
-    add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
+    add_launch_flags(parser)
 
     moco = parser.add_argument_group("MoCo")
     add = moco.add_argument

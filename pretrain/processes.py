@@ -1,5 +1,6 @@
 """From a command to its processes: one, torchrun's, or those of the official code's flags."""
 
+import argparse
 import os
 import signal
 import socket
@@ -10,6 +11,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pretrain.errors import UserError
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `launch` reads."""
+    launching = parser.add_argument_group("launch, as in the official code; or use torchrun")
+    add = launching.add_argument
+    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
+    add("--rank", default=-1, type=int, help="of this node, or process")
+    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
+    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
+    add("--gpu", default=None, type=int, help="the one GPU to use")
+    add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
 
 
 def launch(run: Callable, args) -> None:
@@ -82,6 +95,12 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
+
+
+def workers_per_process(workers: int) -> int:
+    """A process's share of the node's data loading processes, rounded up."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return -(-workers // _env("LOCAL_WORLD_SIZE", world))
 
 
 class StopRequest:

@@ -39,14 +39,15 @@ def pretext_metrics(
 
 
 class Window:
-    """Means over the steps since the last report, and where the time went."""
+    """Means of the named values over the steps since the last report, and where the time went."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, names: tuple[str, ...] = PRETEXT):
         self.device = device
+        self.names = names
         self.reset()
 
     def reset(self) -> None:
-        self.sums = torch.zeros(len(PRETEXT), device=self.device)
+        self.sums = torch.zeros(len(self.names), device=self.device)
         self.steps = 0
         self.waiting = 0.0
         self.begun = time.perf_counter()
@@ -63,7 +64,7 @@ class Window:
             dist.all_reduce(sums)
         values = [v / self.steps for v in sums.tolist()]  # waits for the device
         seconds = time.perf_counter() - self.begun
-        return dict(zip(PRETEXT, values, strict=True)) | {
+        return dict(zip(self.names, values, strict=True)) | {
             "images_per_second": self.steps * batch_size / seconds,
             "data_wait": self.waiting / seconds,
             "seconds_per_step": seconds / self.steps,
@@ -98,8 +99,7 @@ class RunLog:
             self.board.add_scalar(name, value, step)
 
     def message(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
+        say(text)
 
 
 def _step_of(line: str) -> float:
@@ -114,11 +114,22 @@ def progress_line(epoch: int, epochs: int, step: int, steps: int, left: int, val
     """One line of at most 140 characters about `steps` steps per epoch, `left` until the end."""
     fills = (name for name in values if name.endswith("_fill"))
     fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
-    eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
     return (
         f"epoch {epoch + 1}/{epochs} [{step}/{steps}]  "
         f"loss {values['loss']:.4f} (chance {values['chance_loss']:.2f})  "
         f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  "
-        f"{fill}{values['images_per_second']:.0f} img/s  "
-        f"data {values['data_wait']:.0%}  ETA {eta}"
+        f"{fill}{pace(left, values)}"
     )
+
+
+def say(text: str) -> None:
+    """Print a line; the main process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def pace(left: int, values: dict) -> str:
+    """The end of a progress line with `left` steps to go, of the values of `Window.means`."""
+    eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
+    speed = f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}"
+    return f"{speed}  ETA {eta}"

@@ -1,7 +1,6 @@
 """The training loop: batches in, checkpoints and metrics out."""
 
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from pretrain.knn_monitor import KnnMonitor
 from pretrain.learning_rate import build_schedule
 from pretrain.losses import LOSSES
 from pretrain.mechanisms import MECHANISMS, build_mechanism
-from pretrain.processes import StopRequest
+from pretrain.processes import StopRequest, workers_per_process
 from pretrain.progress import RunLog, Window, pretext_metrics, progress_line
 from pretrain.views import RandomView
 
@@ -231,8 +230,7 @@ class Trainer:
                 f"{args.batch_size}; pass a smaller --batch-size"
             )
         batches = GlobalBatches(len(dataset), args.batch_size, rank(), world_size(), self.seed)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-        self.workers = -(-args.workers // local)
+        self.workers = workers_per_process(args.workers)
         loader = build_loader(
             dataset,
             self.workers,

@@ -7,7 +7,8 @@ from PIL import Image
 
 from pretrain.encoders import build_encoder
 from pretrain.errors import UserError
-from pretrain.knn_monitor import KnnMonitor, pooled, weighted_knn
+from pretrain.frozen_features import pooled
+from pretrain.knn_monitor import KnnMonitor, weighted_knn
 
 
 def test_votes_are_weighted_by_similarity():
@@ -21,7 +22,13 @@ def test_votes_are_weighted_by_similarity():
         nearest = sorted(range(30), key=lambda j, c=cosines: -c[j])[:5]
         for c in range(3):
             slow = sum(math.exp(cosines[j] / 0.1) for j in nearest if labels[j] == c)
+            slow /= math.exp(max(cosines) / 0.1)
             assert float(scores[i, c]) == pytest.approx(slow, rel=1e-4, abs=1e-6)
+
+
+def test_a_low_temperature_does_not_overflow():
+    scores = weighted_knn(torch.eye(2), torch.arange(2), torch.eye(2), 2, temperature=1e-4)
+    assert scores.tolist() == [[1, 0], [0, 1]]
 
 
 def test_fewer_images_than_neighbours():

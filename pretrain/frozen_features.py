@@ -1,0 +1,144 @@
+"""Features of a frozen encoder: what the kNN classifier and the linear protocol work on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain import checkpoints
+from pretrain.collectives import gather, rank, world_size
+from pretrain.encoders import build_encoder
+from pretrain.errors import UserError
+from pretrain.images import UnreadableImage, build_loader, find_images, read_image
+from pretrain.instance_discrimination import PIXEL_MEAN, PIXEL_STD
+
+RANDOM = "random"  # in place of a checkpoint's path: the encoder as it is initialised
+
+
+def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False) -> nn.Module:
+    """The query encoder of a checkpoint, frozen, in evaluation mode, its head replaced.
+
+    Args:
+        pretrained: path of a checkpoint of pretraining, ours or the official code's, or RANDOM.
+        dim: outputs of the new last layer `fc`.
+    Raises:
+        UserError: the file holds no query encoder, or one that does not fit.
+    """
+    encoder = build_encoder(arch, dim, small_stem=small_stem)
+    if pretrained != RANDOM:
+        path = Path(pretrained)
+        weights = query_encoder(checkpoints.load(path), path, arch)
+        try:
+            missing, unexpected = encoder.load_state_dict(weights, strict=False)
+        except RuntimeError as error:  # equal names, other shapes
+            missing, unexpected = [str(error).splitlines()[-1].strip()], []
+        wrong = sorted({*missing, *unexpected} - {"fc.weight", "fc.bias"})
+        if wrong:
+            raise UserError(f"{path} does not fit: check -a {arch} and --small-stem; {wrong[0]}")
+    return encoder.eval().requires_grad_(False)
+
+
+def query_encoder(state: dict, path: Path, arch: str) -> dict[str, torch.Tensor]:
+    """The weights below the head of f_q. Raises UserError where there are none."""
+    if state.get("arch", arch) != arch:
+        raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
+    names = {name.removeprefix("module."): name for name in state["state_dict"]}
+    weights = {
+        short.removeprefix("encoder_q."): state["state_dict"][name]
+        for short, name in names.items()
+        if short.startswith("encoder_q.") and not short.startswith("encoder_q.fc.")
+    }
+    if not weights:
+        raise UserError(f"{path} has no encoder_q: it is not a checkpoint of pretraining")
+    return weights
+
+
+def pooled(encoder: nn.Module) -> nn.Module:
+    """The encoder up to its global average pooling: images -> (N, D)."""
+    return nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
+
+
+@torch.no_grad()
+def extract(
+    backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """uint8 N x H x W x 3 -> features N x D, fp32; `dtype` is that of mixed precision, if any."""
+    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
+    pixels = images.permute(0, 3, 1, 2).float()
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return backbone((pixels - mean) / std).float()
+
+
+def extract_all(
+    backbone: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features M x D and labels M of a whole `share_loader`, in its data set's order. Collective.
+
+    Every process gets all of them. Labels are negative for unreadable images.
+    """
+    features, labels = [], []
+    for images, targets in loader:
+        images = images.to(device, non_blocking=True)
+        features.append(extract(backbone, images, dtype))
+        labels.append(targets.to(device))
+    total = len(loader.dataset)
+    missing = -(-total // world_size()) - sum(map(len, labels))  # shares differ by one at most
+    features = gather(F.pad(torch.cat(features), (0, 0, 0, missing)))
+    labels = gather(F.pad(torch.cat(labels), (0, missing)))
+    # Process r had images r, r + W, r + 2W and so on; the gather put one share after the other.
+    order = torch.arange(len(labels), device=device).view(world_size(), -1).T.flatten()[:total]
+    return features[order], labels[order]
+
+
+class LabelledImages(Dataset):
+    """index -> view (S, S, 3) uint8 and class index; -1 - index for an unreadable image.
+
+    Args:
+        folder: CLASS/IMAGE files.
+        classes: names of the class folders, in the order of the class indices.
+        image_size: S.
+        view: image (H, W, 3), uint8 -> (S, S, 3).
+    """
+
+    def __init__(self, folder: Path, classes: list[str], image_size: int, view: Callable):
+        self.folder = folder
+        self.image_size = image_size
+        self.view = view
+        names = [path.decode(errors="surrogateescape") for path in find_images(folder)]
+        labels = {name: i for i, name in enumerate(classes)}
+        unknown = {n.split("/")[0] for n in names} - set(labels)
+        if unknown:
+            raise UserError(
+                f"{folder} has class folder(s) that the other part lacks: {sorted(unknown)[:5]}; "
+                "make train and val agree (pretraining goes without labels at --knn-every 0)"
+            )
+        self.paths = names
+        self.labels = np.array([labels[name.split("/")[0]] for name in names])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        try:
+            image = read_image(str(self.folder / self.paths[index]))
+        except UnreadableImage:
+            return np.zeros((self.image_size, self.image_size, 3), np.uint8), -1 - index
+        return self.view(image), self.labels[index]
+
+
+def class_folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+
+
+def share_loader(dataset: Dataset, workers: int, device: torch.device) -> DataLoader:
+    """This process's share of `dataset`, each image once."""
+    share = range(rank(), len(dataset), world_size())
+    return build_loader(dataset, workers, device.type == "cuda", batch_size=128, sampler=share)

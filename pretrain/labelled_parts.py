@@ -1,0 +1,172 @@
+"""Train and val of an ImageFolder root as frozen features, augmented or computed once.
+
+Shape legend:
+    N: images of this process in a step     M: images of a part     D: pooled features
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from pretrain.collectives import rank, world_size
+from pretrain.errors import UserError
+from pretrain.frozen_features import (
+    LabelledImages,
+    class_folders,
+    extract,
+    extract_all,
+    share_loader,
+)
+from pretrain.images import GlobalBatches, build_loader
+from pretrain.processes import workers_per_process
+from pretrain.progress import say
+from pretrain.training import AMP_DTYPES
+
+
+class LabelledParts:
+    """DATA/train in steps and DATA/val at once, in features of a frozen backbone.
+
+    Raises UserError where a part is missing, too small, or more than --max-unreadable corrupt.
+    """
+
+    def __init__(self, args, device: torch.device, seed: int):
+        self.args = args
+        self.device = device
+        self.seed = seed
+        self.folder = Path(args.data)
+        self.classes = find_classes(self.folder)
+        self.centre = EvaluationView(args.image_size)
+        self.workers = workers_per_process(args.workers)
+        self.dtype = AMP_DTYPES[args.amp]
+        self.unreadable: set[str] = set()
+
+    def validation(self, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features M x D and labels M of DATA/val: once, as the backbone does not change."""
+        return self._table("val", backbone)
+
+    def prepare_training(self, backbone: nn.Module) -> None:
+        """Read DATA/train's list, with --cache-features its images as well."""
+        args = self.args
+        self.backbone = backbone
+        if args.cache_features:
+            self.table = self._table("train", backbone)
+            samples = len(self.table[1])
+        else:
+            part = self.folder / "train"
+            images = RandomCrops(part, self.classes, args.image_size, self.seed)
+            samples = len(images)
+        if samples < args.batch_size or args.batch_size % world_size():
+            raise UserError(
+                f"--batch-size {args.batch_size} must be a multiple of the {world_size()} "
+                f"process(es) and at most the {samples} images of {self.folder / 'train'}"
+            )
+        self.batches = GlobalBatches(samples, args.batch_size, rank(), world_size(), self.seed)
+        if not args.cache_features:
+            pin = self.device.type == "cuda"
+            self.loader = build_loader(images, self.workers, pin, batch_sampler=self.batches)
+        say(
+            f"{samples} images of {len(self.classes)} classes, {self.batches.steps_per_epoch} "
+            f"steps an epoch of batches of {args.batch_size}; {world_size()} process(es), "
+            f"{self.device}, seed {self.seed}, output {args.output}"
+        )
+
+    def training(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Features N x D, labels N, -1 if unreadable, and the seconds waited for images.
+
+        From where `batches` was started to the end of its epoch.
+        """
+        if self.args.cache_features:
+            for keys in self.batches:
+                indices = torch.tensor([index for _, index in keys], device=self.device)
+                yield *(part[indices] for part in self.table), 0.0
+            return
+        begun = time.perf_counter()
+        for images, labels in self.loader:
+            waited = time.perf_counter() - begun
+            self._check_images(self.loader.dataset, labels, warn=True)
+            images = images.to(self.device, non_blocking=True)
+            features = extract(self.backbone, images, self.dtype)
+            yield features, labels.clamp(min=-1).to(self.device), waited
+            begun = time.perf_counter()
+
+    def _table(self, part: str, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features M x D and labels M of the readable images of a part. Collective."""
+        size = self.args.image_size
+        dataset = LabelledImages(self.folder / part, self.classes, size, self.centre)
+        say(f"features of {len(dataset)} images of {self.folder / part}")
+        loader = share_loader(dataset, self.workers, self.device)
+        features, labels = extract_all(backbone, loader, self.device, self.dtype)
+        self._check_images(dataset, labels, warn=rank() == 0)
+        return features[labels >= 0], labels[labels >= 0]
+
+    def _check_images(self, dataset: LabelledImages, labels: torch.Tensor, warn: bool) -> None:
+        """Note the unreadable files among `labels`, and warn of each once."""
+        indices = (-1 - labels[labels < 0]).tolist()
+        files = {str(dataset.folder / dataset.paths[index]) for index in indices}
+        for file in sorted(files - self.unreadable) if warn else ():
+            print(f"warning: unreadable image, left out: {file}", flush=True)
+        self.unreadable |= files
+        bad = [file for file in self.unreadable if Path(file).is_relative_to(dataset.folder)]
+        if len(bad) > self.args.max_unreadable * len(dataset):
+            raise UserError(
+                f"{len(bad)} of {len(dataset)} images are unreadable, more than --max-unreadable "
+                f"{self.args.max_unreadable} allows; one of them: {min(bad)}"
+            )
+
+
+class RandomCrops(LabelledImages):
+    """(epoch, index) -> a random crop (S, S, 3) uint8, flipped or not, and its label.
+
+    The draws are torchvision's, seeded by (seed, epoch, index) alone.
+    """
+
+    def __init__(self, folder: Path, classes: list[str], image_size: int, seed: int):
+        view = transforms.Compose(
+            [
+                Image.fromarray,
+                transforms.RandomResizedCrop(image_size),
+                transforms.RandomHorizontalFlip(),
+                np.array,
+            ]
+        )
+        super().__init__(folder, classes, image_size, view)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[0]))
+            return super().__getitem__(index)
+
+
+class EvaluationView:
+    """Short side to 256/224 of `size`, then the central `size` x `size`, by torchvision.
+
+    An image whose short side is `size` already (CIFAR at 32) is not enlarged first, as is usual.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.resize = transforms.Resize(round(size * 256 / 224))
+        self.crop = transforms.CenterCrop(size)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(image)
+        if min(picture.size) != self.size:
+            picture = self.resize(picture)
+        return np.array(self.crop(picture))
+
+
+def find_classes(data: Path) -> list[str]:
+    """Class folders of DATA/train. Raises UserError where one of the parts is missing."""
+    for part in (data / "train", data / "val"):
+        if not part.is_dir() or not class_folders(part):
+            raise UserError(f"{part} has no class folders: DATA needs train/CLASS and val/CLASS")
+    return class_folders(data / "train")

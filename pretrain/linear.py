@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Train a linear classifier on the frozen features of a pretrained encoder.
+
+    python pretrain/linear.py DATA --pretrained output/checkpoint_last.pth.tar
+    torchrun --nproc_per_node 8 pretrain/linear.py DATA --pretrained CHECKPOINT
+    python pretrain/linear.py DATA --resume output/linear/checkpoint_best.pth.tar --evaluate
+
+Flags are those of facebookresearch/moco's main_lincls.py, with a few more. The learning rate is
+that of a global batch of 256, whatever the launch, and is not scaled by itself: at another
+--batch-size B pass 30 * B / 256. An epoch's last, incomplete batch is dropped.
+
+Every process holds the features of all validation images, with --cache-features of all training
+images as well: 10 GB for ImageNet and a ResNet-50.
+"""
+
+import argparse
+import os
+import sys
+
+from pretrain.errors import UserError
+from pretrain.linear_probe import probe
+from pretrain.processes import add_launch_flags, launch
+from pretrain.training import AMP_DTYPES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", help="ImageFolder root: train/CLASS and val/CLASS")
+    add("--pretrained", default="", metavar="PATH|random", help="checkpoint of pretraining")
+    add("--output", default="output/linear", metavar="DIR", help="where everything is written")
+    add("-a", "--arch", default="resnet50", help="that of the checkpoint")
+    add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
+        help="data loading processes on this node")  # fmt: skip
+    add("--epochs", default=100, type=int)
+    add("--start-epoch", default=0, type=int)
+    add("-b", "--batch-size", default=256, type=int, help="global, whatever the launch")
+    add("--lr", "--learning-rate", default=30.0, type=float, dest="lr",
+        help="for a global batch of 256; not scaled by itself")  # fmt: skip
+    add("--schedule", default=[60, 80], nargs="*", type=int, help="epochs of a drop by 10")
+    add("--momentum", default=0.9, type=float, help="of SGD")
+    add("--wd", "--weight-decay", default=0.0, type=float, dest="weight_decay")
+    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
+    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
+    add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
+    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
+    add_launch_flags(parser)
+
+    add = parser.add_argument_group("beyond the official code").add_argument
+    add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--amp", default="none", choices=AMP_DTYPES, help="precision of the frozen backbone")
+    add("--cache-features", action="store_true",
+        help="train on features of centre crops, computed once")  # fmt: skip
+    add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
+    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
+    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = build_parser().parse_args(argv)
+    for name in ("epochs", "batch_size", "print_freq", "image_size", "eval_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    try:
+        launch(probe, args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

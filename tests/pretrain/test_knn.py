@@ -1,0 +1,65 @@
+"""The kNN classifier as a command."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from noisy_colours import slow_features, write_checkpoint, write_images
+from sklearn.neighbors import KNeighborsClassifier
+
+from pretrain.errors import UserError
+from pretrain.knn import classify, parse
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint.pth.tar")
+
+
+def flags(images, pretrained, *more):
+    data = [str(images), "--pretrained", str(pretrained), "-a", "resnet18", "-j", "0"]
+    return [*data, "--image-size", "32", *more]
+
+
+@pytest.mark.parametrize(
+    ("k", "sigma"), [(1, 0.07), (7, 0.07), (7, 10.0), (20, 10.0), (200, 0.002)]
+)
+def test_the_accuracy_is_scikit_learns(images, pretrained, capsys, k, sigma):
+    x, y = slow_features(pretrained, images / "train")
+    queries, truth = slow_features(pretrained, images / "val")
+    official = KNeighborsClassifier(
+        min(k, len(x)), metric="cosine", weights=lambda d: np.exp((1 - d) / sigma - 1 / sigma)
+    )
+    expected = 100 * official.fit(x, y).score(queries, truth)
+    argv = flags(images, pretrained, "-k", str(k), "--sigma", str(sigma))
+    classify(parse(argv), torch.device("cpu"))
+    assert f"kNN top-1 {expected:.2f} %" in capsys.readouterr().out
+
+
+def test_bad_input_is_named(images, pretrained):
+    for more, message in (
+        (["-a", "resnet34"], "pass -a resnet18"),
+        (["--sigma", "0"], "--temperature must be above 0"),
+        (["-k", "0"], "-k and --image-size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            classify(parse(flags(images, pretrained, *more)), torch.device("cpu"))
+
+
+def test_a_missing_val_is_one_line_without_traceback(repository, images, pretrained):
+    script = str(repository / "pretrain" / "knn.py")
+    done = subprocess.run(
+        [sys.executable, script, *flags(images / "train", pretrained)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "train/CLASS and val/CLASS" in done.stderr

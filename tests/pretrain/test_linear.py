@@ -1,0 +1,295 @@
+"""The linear protocol as a user runs it: oracle, launches, resumes, bad input."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from noisy_colours import slow_features, write_checkpoint, write_images
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torchvision import transforms
+from torchvision.models import resnet18
+
+from pretrain.checkpoints import LAST
+from pretrain.errors import EXIT_INTERRUPTED, UserError
+from pretrain.labelled_parts import EvaluationView, RandomCrops
+from pretrain.linear import parse
+from pretrain.linear_probe import BEST, check_frozen, correct_within, frozen_state, probe
+
+CPU = torch.device("cpu")
+FLAGS = [
+    "-a", "resnet18", "--image-size", "32", "-b", "16", "--epochs", "3", "--schedule", "2",
+    "-j", "0", "--seed", "7", "-p", "1", "--lr", "0.1",
+]  # fmt: skip
+STEPS = 9  # 3 epochs of 3 steps: 50 images in batches of 16
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar")
+
+
+@pytest.fixture
+def one_thread():
+    """Thousands of tiny steps: threads that wait for a busy core would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(images, pretrained, output, *flags):
+    argv = [str(images), *FLAGS, "--pretrained", str(pretrained), "--output", str(output), *flags]
+    probe(parse(argv), CPU)
+
+
+def command(images, pretrained, output, *flags, launcher=()):
+    script = str(REPOSITORY / "pretrain" / "linear.py")
+    data = [str(images), "--pretrained", str(pretrained), "--output", str(output)]
+    return [sys.executable, *launcher, script, *data, *FLAGS, *flags]
+
+
+def run(*args, **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def checkpoint(output, name=LAST) -> dict:
+    return torch.load(output / name, weights_only=True)
+
+
+def lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(output, name) -> list[float]:
+    return [line[name] for line in lines(output) if name in line]
+
+
+@pytest.fixture(scope="module")
+def whole_run(images, pretrained, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    train(images, pretrained, output)
+    return output
+
+
+def test_a_run_writes_what_a_person_and_a_program_want(whole_run, pretrained):
+    state = checkpoint(whole_run)
+    assert (state["epoch"], state["step"], state["arch"]) == (3, STEPS, "resnet18")
+    encoder = torch.load(pretrained, weights_only=True)["state_dict"]
+    for name, value in state["state_dict"].items():
+        if ".fc." not in name:  # frozen, the batch statistics included
+            assert torch.equal(value, encoder[name.replace("module.", "module.encoder_q.")]), name
+    assert state["state_dict"]["module.fc.weight"].shape == (2, 512)
+    assert list(whole_run.glob("events.out.tfevents.*"))
+    assert values(whole_run, "lr")[::3] == pytest.approx([0.1, 0.1, 0.01])
+    accuracies = values(whole_run, "val_acc1")
+    assert len(accuracies) == 3
+    assert state["best_acc1"] == max(accuracies)
+    best = checkpoint(whole_run, BEST)
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_probe_reaches_the_optimum_of_logistic_regression(images, pretrained, tmp_path):
+    """To 1e-4 of the objective and 1 % in every logit; scikit-learn's penalty is 1 / (C M).
+
+    Our weight decay, as SGD's, holds for the bias as well: a column of ones, no intercept.
+    """
+    decay, x, y = 0.1, *slow_features(pretrained, images / "train")
+    flags = "--cache-features -b 50 --epochs 1500 --schedule --lr 0.03 --eval-every 1500 -p 500"
+    train(images, pretrained, tmp_path, *flags.split(), "--wd", str(decay))
+    state = checkpoint(tmp_path)["state_dict"]
+    weight, bias = (state[f"module.fc.{name}"].double().numpy() for name in ("weight", "bias"))
+
+    ones = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    # Of two classes scikit-learn learns one vector w, ours are w / 2 and -w / 2: half the penalty.
+    optimum = LogisticRegression(
+        C=2 / (decay * len(x)), fit_intercept=False, tol=1e-8, max_iter=9999
+    )
+    expected = ones @ optimum.fit(ones, y).coef_[0]
+    ours = x @ (weight[1] - weight[0]) + bias[1] - bias[0]
+
+    def objective(margins, squares):
+        return np.log1p(np.exp(-np.where(y, margins, -margins))).mean() + decay / 2 * squares
+
+    reached = objective(ours, (weight**2).sum() + (bias**2).sum())
+    best = objective(expected, (optimum.coef_**2).sum() / 2)
+    assert reached == pytest.approx(best, rel=1e-4)
+    assert best < 0.9 * np.log(2)  # there is something to learn
+    np.testing.assert_allclose(ours, expected, atol=0.01 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("cache", [(), ("--cache-features",)], ids=["crops", "cached"])
+def test_two_processes_train_as_one_does(images, pretrained, tmp_path, cache):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(images, pretrained, tmp_path / "two", "-j", "2", *cache, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    train(images, pretrained, tmp_path / "one", *cache)
+    one, two = (checkpoint(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name in ("loss", "acc1", "val_loss", "val_acc1"):
+        one, two = (values(tmp_path / output, name) for output in ("one", "two"))
+        np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cache", "by", "code"),
+    [
+        ((), signal.SIGKILL, -signal.SIGKILL),
+        ((), signal.SIGTERM, EXIT_INTERRUPTED),
+        (("--cache-features",), signal.SIGKILL, -signal.SIGKILL),
+    ],
+    ids=["crops", "sigterm", "cached"],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(images, pretrained, tmp_path, cache, by, code):
+    flags = ("--save-steps", "2", "--epochs", "6", *cache)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(images, pretrained, whole, *flags)
+    process = subprocess.Popen(
+        command(images, pretrained, killed, *flags),
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    steps = (line for line in process.stdout if "loss" in line)
+    assert len(list(itertools.islice(steps, 3))) == 3
+    process.send_signal(by)
+    process.stdout.read()
+    assert process.wait() == code
+    assert checkpoint(killed)["step"] >= 2
+    train(images, pretrained, killed, *flags, "--resume", "auto")
+    for name in (LAST, BEST):
+        one, two = checkpoint(whole, name), checkpoint(killed, name)
+        momentum = [state["optimizer"]["state"][0]["momentum_buffer"] for state in (one, two)]
+        assert torch.equal(*momentum)
+        for key in one["state_dict"]:
+            assert torch.equal(one["state_dict"][key], two["state_dict"][key]), (name, key)
+        assert (one["step"], one["best_acc1"]) == (two["step"], two["best_acc1"])
+    assert values(killed, "loss") == values(whole, "loss")
+    assert values(killed, "val_acc1") == values(whole, "val_acc1")
+
+
+def test_evaluation_alone_repeats_the_accuracy(images, whole_run, capsys):
+    log = (whole_run / "metrics.jsonl").read_text()
+    best = str(whole_run / BEST)
+    probe(parse([str(images), *FLAGS, "--output", str(whole_run), "-e", "--resume", best]), CPU)
+    assert f"val top-1 {max(values(whole_run, 'val_acc1')):.2f} %" in capsys.readouterr().out
+    assert (whole_run / "metrics.jsonl").read_text() == log
+
+
+def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(images):
+    crops = RandomCrops(images / "train", ["a", "b"], 32, seed=5)
+    before = torch.get_rng_state()
+    view, label = crops[(2, 30)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert label == 1
+    assert np.array_equal(crops[(2, 30)][0], view)
+    assert not np.array_equal(crops[(3, 30)][0], view)
+    seed = np.random.SeedSequence((5, 2, 30)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed))
+    official = [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()]
+    picture = Image.open(images / "train" / crops.paths[30]).convert("RGB")
+    assert np.array_equal(transforms.Compose(official)(picture), view)
+
+
+def test_small_images_are_evaluated_whole():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(EvaluationView(32)(image), image)
+
+
+def test_hits_among_the_first_and_the_first_five():
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
+    assert correct_within(logits, torch.tensor([0, 4, 5])).tolist() == [1, 2]
+    assert correct_within(logits[:, :3], torch.tensor([0, 2, -1])).tolist() == [1, 2]
+
+
+def test_a_backbone_that_changed_is_noticed():
+    encoder = resnet18(num_classes=2)
+    frozen = frozen_state(encoder)
+    torch.nn.init.ones_(encoder.fc.weight)
+    check_frozen(encoder, frozen)
+    encoder.train()(torch.randn(2, 3, 32, 32))  # moves batch statistics only
+    with pytest.raises(RuntimeError, match="bn1.running_mean"):
+        check_frozen(encoder, frozen)
+
+
+def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        for label in "ab":
+            (data / part / label).mkdir(parents=True)
+            for path in (images / part / label).iterdir():
+                (data / part / label / path.name).write_bytes(path.read_bytes())
+    (data / "train" / "a" / "03.png").write_bytes(b"broken")
+    flags = ("--epochs", "1", "-b", "50")
+    train(data, pretrained, tmp_path / "output", *flags, "--max-unreadable", "0.02")
+    printed = capsys.readouterr().out
+    assert printed.count("03.png") == 1
+    assert "warning: unreadable image, left out" in printed
+    with pytest.raises(UserError, match="1 of 50 images are unreadable.*03.png"):
+        train(data, pretrained, tmp_path / "output", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-a", "resnet34"], "holds a resnet18, not a resnet34: pass -a resnet18"),
+        (["--small-stem"], "does not fit: check -a resnet18 and --small-stem; .*conv1"),
+        (["--pretrained", "absent"], "no checkpoint at absent"),
+        (["--pretrained", ""], "pass --pretrained"),
+        (["-b", "64"], "at most the 50 images"),
+        (["-e"], "pass --resume"),
+        (["--resume", "PRETRAINED"], "not a linear classifier"),
+        (["--lr", "nan"], "the loss is nan at step"),
+    ],
+    ids=["arch", "stem", "absent", "none", "batch", "evaluate", "resume", "nan"],
+)
+def test_bad_input_is_named(images, pretrained, tmp_path, flags, message):
+    flags = [str(pretrained) if flag == "PRETRAINED" else flag for flag in flags]
+    with pytest.raises(UserError, match=message):
+        train(images, pretrained, tmp_path, *flags)
+
+
+def test_a_run_of_another_backbone_is_not_resumed(images, whole_run, tmp_path):
+    with pytest.raises(UserError, match="another backbone than --pretrained random"):
+        train(images, "random", tmp_path, "--resume", str(whole_run / LAST))
+
+
+def test_a_checkpoint_without_a_query_encoder_is_refused(images, tmp_path):
+    torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "supervised.pth")
+    with pytest.raises(UserError, match="has no encoder_q"):
+        train(images, tmp_path / "supervised.pth", tmp_path)
+
+
+def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_path):
+    done = run(images / "train", pretrained, tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "DATA needs train/CLASS and val/CLASS" in done.stderr
+
+
+def test_the_published_command_parses_and_the_defaults_are_the_papers():
+    published = (
+        "-a resnet50 --lr 30.0 --batch-size 256 --pretrained checkpoint_0199.pth.tar DATA "
+        "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
+    )
+    for argv in (published.split(), ["DATA"]):
+        args = parse(argv)
+        assert (args.lr, args.weight_decay, args.momentum, args.epochs) == (30, 0, 0.9, 100)
+        assert (args.schedule, args.batch_size, args.image_size) == ([60, 80], 256, 224)
