@@ -112,7 +112,7 @@ class Geometry:
         """A uint8 mask (old H, old W) as a contiguous one (H, W), by the nearest pixel."""
         if self.new != self.old:
             image = Image.fromarray(mask).resize(self.new[::-1], Image.Resampling.NEAREST)
-            mask = np.asarray(image)
+            mask = np.array(image)  # writable, as tensors have to be
         return np.ascontiguousarray(mask[:, ::-1] if self.flip else mask)
 
     def apply_keypoints(self, keypoints: np.ndarray, mirrored: Sequence[int]) -> np.ndarray:
