@@ -65,13 +65,5 @@ def classify(args, device: torch.device) -> None:
     say(f"kNN top-1 {knn.top1(encoder):.2f} %  (k {args.k}, temperature {args.temperature:g})")
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
-    try:
-        launch(classify, args)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    launch(classify, parse(sys.argv[1:]))

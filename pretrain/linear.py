@@ -71,13 +71,5 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
-    try:
-        launch(probe, args)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    launch(probe, parse(sys.argv[1:]))

@@ -144,13 +144,5 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return flags
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
-    try:
-        launch(train, args)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    launch(train, parse(sys.argv[1:]))

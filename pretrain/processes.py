@@ -33,7 +33,16 @@ def launch(run: Callable, args) -> None:
       `--world-size` counts nodes and `--rank` is this node's, as in facebookresearch/moco.
     - `--world-size N --rank R`: this is process R of N.
     - otherwise a single process.
+
+    Ctrl-C ends it with code 130 and no traceback.
     """
+    try:
+        _launch(run, args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _launch(run: Callable, args) -> None:
     if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
         _join(run, args, "env://", _env("RANK", 0), _env("WORLD_SIZE", 1), _env("LOCAL_RANK", 0))
     elif args.multiprocessing_distributed:
