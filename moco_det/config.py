@@ -7,9 +7,9 @@ strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, l
 - honoured: it is in `get_cfg()`;
 - limited: it is in `get_cfg()` too, but the native engine knows only the values in `SUPPORTED`, and
   any other value is refused;
-- inert (`INERT`): it belongs to a part that `SUPPORTED` keeps switched off. It has no effect in
-  Detectron2 either while that part is off, so it is accepted and dropped, and Detectron2's own
-  YAMLs load unchanged.
+- inert (`INERT`, `DENSEPOSE_INERT`): it belongs to a part that `SUPPORTED` keeps switched off. It
+  has no effect in Detectron2 either while that part is off, so it is accepted and dropped, and
+  Detectron2's own YAMLs load unchanged.
 
 Anything else is an error that names the key and the nearest known one.
 """
@@ -23,7 +23,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from moco_det.config_keys import DEFAULTS, INERT, SUPPORTED
+from moco_det.config_keys import DEFAULTS, DENSEPOSE_INERT, INERT, SUPPORTED
 from moco_det.errors import UserError
 
 
@@ -117,7 +117,7 @@ def _pairs(opts: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one known leaf of `cfg`, drop an inert one, refuse anything else."""
-    if any(key == name or key.startswith(f"{name}.") for name in INERT):
+    if any(key == name or key.startswith(f"{name}.") for name in (*INERT, *DENSEPOSE_INERT)):
         return
     known = dict(leaves(DEFAULTS))
     if key not in known:

@@ -5,10 +5,14 @@ from typing import Any
 # Keys that Detectron2 does not have (dotted names); the plugin adds them to its config.
 OUR_KEYS = ("SOLVER.GRADIENT_ACCUMULATION_STEPS", "INPUT.RANDOM_SCALE")
 
+# Keys and sections of Detectron2's DensePose project, which Detectron2 itself does not have either.
+DENSEPOSE_KEYS = ("MODEL.DENSEPOSE_ON", "MODEL.ROI_DENSEPOSE_HEAD", "INPUT.ROTATION_ANGLES")
+
 _MODEL = {
     "META_ARCHITECTURE": "GeneralizedRCNN",
     "MASK_ON": False,
     "KEYPOINT_ON": False,
+    "DENSEPOSE_ON": False,  # True in the DensePose project, all of whose models have it
     "LOAD_PROPOSALS": False,
     "DEVICE": "cuda",
     "WEIGHTS": "",
@@ -107,6 +111,30 @@ _MODEL = {
         "NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": True,
         "LOSS_WEIGHT": 1.0,
     },
+    "ROI_DENSEPOSE_HEAD": {
+        "NAME": "",
+        "NUM_STACKED_CONVS": 8,
+        "NUM_PATCHES": 24,  # charts of the body's surface
+        "DECONV_KERNEL": 4,
+        "CONV_HEAD_DIM": 512,
+        "CONV_HEAD_KERNEL": 3,
+        "UP_SCALE": 2,
+        "HEATMAP_SIZE": 112,  # side of what is predicted for a region
+        "POOLER_TYPE": "ROIAlignV2",
+        "POOLER_RESOLUTION": 28,
+        "POOLER_SAMPLING_RATIO": 2,
+        "NUM_COARSE_SEGM_CHANNELS": 2,  # person or not; 15: 14 parts of the body or not
+        "FG_IOU_THRESHOLD": 0.7,  # overlap above which a region is trained on
+        "INDEX_WEIGHTS": 5.0,  # of the loss of the coarse segmentation
+        "PART_WEIGHTS": 1.0,  # of the charts'
+        "POINT_REGRESSION_WEIGHTS": 0.01,  # of those of U and V
+        "COARSE_SEGM_TRAINED_BY_MASKS": False,
+        "DECODER_ON": True,  # the native engine has none, and wants False
+        "PREDICTOR_NAME": "DensePoseChartWithConfidencePredictor",
+        "LOSS_NAME": "DensePoseChartWithConfidenceLoss",
+        "UV_CONFIDENCE": {"ENABLED": False},
+        "SEGM_CONFIDENCE": {"ENABLED": False},
+    },
     "SEM_SEG_HEAD": {
         "NAME": "SemSegFPNHead",  # the native engine has FCN16Head only
         "IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -132,6 +160,7 @@ _INPUT = {
     "CROP": {"ENABLED": False, "TYPE": "relative_range", "SIZE": [0.9, 0.9]},
     "FORMAT": "BGR",
     "MASK_FORMAT": "polygon",
+    "ROTATION_ANGLES": [0],  # the DensePose project's
 }
 
 _DATASETS = {"TRAIN": (), "TEST": ()}
@@ -219,17 +248,39 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "MODEL.RPN.BOUNDARY_THRESH": (-1,),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
     "MODEL.RPN.CONV_DIMS": ([-1],),
-    "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", "Res5ROIHeadsExtraNorm", "StandardROIHeads"),
+    "MODEL.ROI_HEADS.NAME": (
+        "Res5ROIHeads",
+        "Res5ROIHeadsExtraNorm",
+        "StandardROIHeads",
+        "DensePoseROIHeads",
+    ),
     "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead"),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2",),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
     "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
     "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
-    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2",),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
     "MODEL.ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
-    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ("ROIAlignV2",),
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    # The first is the DensePose project's default, which nothing builds without DENSEPOSE_ON.
+    "MODEL.ROI_DENSEPOSE_HEAD.NAME": ("", "DensePoseV1ConvXHead"),
+    "MODEL.ROI_DENSEPOSE_HEAD.NUM_PATCHES": (24,),
+    "MODEL.ROI_DENSEPOSE_HEAD.NUM_COARSE_SEGM_CHANNELS": (2, 15),
+    "MODEL.ROI_DENSEPOSE_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "MODEL.ROI_DENSEPOSE_HEAD.COARSE_SEGM_TRAINED_BY_MASKS": (False,),
+    # Without confidences both names of a pair mean the same.
+    "MODEL.ROI_DENSEPOSE_HEAD.PREDICTOR_NAME": (
+        "DensePoseChartWithConfidencePredictor",
+        "DensePoseChartPredictor",
+    ),
+    "MODEL.ROI_DENSEPOSE_HEAD.LOSS_NAME": (
+        "DensePoseChartWithConfidenceLoss",
+        "DensePoseChartLoss",
+    ),
+    "MODEL.ROI_DENSEPOSE_HEAD.UV_CONFIDENCE.ENABLED": (False,),
+    "MODEL.ROI_DENSEPOSE_HEAD.SEGM_CONFIDENCE.ENABLED": (False,),
     # The first is Detectron2's default, which nothing builds unless SemanticSegmentor is asked for.
     "MODEL.SEM_SEG_HEAD.NAME": ("SemSegFPNHead", "FCN16Head"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
@@ -237,6 +288,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "INPUT.CROP.TYPE": ("relative_range", "absolute"),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.ROTATION_ANGLES": ([0],),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.RESCALE_INTERVAL": (False,),
@@ -264,4 +316,20 @@ INERT = (
     "TEST.AUG.MAX_SIZE",
     "TEST.AUG.FLIP",
     "GLOBAL",
+)
+
+# Likewise of the DensePose project.
+DENSEPOSE_INERT = (
+    "MODEL.ROI_DENSEPOSE_HEAD.CSE",
+    "MODEL.ROI_DENSEPOSE_HEAD.DEEPLAB",
+    "MODEL.ROI_DENSEPOSE_HEAD.DECODER_NUM_CLASSES",
+    "MODEL.ROI_DENSEPOSE_HEAD.DECODER_CONV_DIMS",
+    "MODEL.ROI_DENSEPOSE_HEAD.DECODER_NORM",
+    "MODEL.ROI_DENSEPOSE_HEAD.DECODER_COMMON_STRIDE",
+    "MODEL.ROI_DENSEPOSE_HEAD.UV_CONFIDENCE.EPSILON",
+    "MODEL.ROI_DENSEPOSE_HEAD.UV_CONFIDENCE.TYPE",
+    "MODEL.ROI_DENSEPOSE_HEAD.SEGM_CONFIDENCE.EPSILON",
+    "MODEL.HRNET",
+    "TEST.AUG.ROTATION_ANGLES",
+    "BOOTSTRAP_MODEL",
 )

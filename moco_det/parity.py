@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from moco_det.datasets.semantic import IGNORED
+from moco_det.densepose_points import BOX_SIDE, NUM_CHARTS, NUM_PARTS, DensePosePoints
 from moco_det.tasks import is_semantic, num_classes
 
 # Standard deviations of the predictors' outputs with which every part of a detector has something
@@ -23,6 +24,10 @@ SPREADS = {
     "bbox_pred": 1.0,
     "predictor": 2.0,  # of masks, and of labels of pixels
     "score_lowres": 3.0,  # of keypoints
+    "ann_index_lowres": 3.0,  # of dense pose, and the next three
+    "index_uv_lowres": 3.0,
+    "u_lowres": 0.5,
+    "v_lowres": 0.5,
 }
 
 
@@ -118,6 +123,8 @@ def build_items(cfg, height: int, width: int, count: int, seed: int) -> list[dic
         if model.KEYPOINT_ON:
             keypoints = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             item["gt_keypoints"] = draw_keypoints(item["gt_boxes"], keypoints, seed + index)
+        if model.DENSEPOSE_ON:
+            item["gt_densepose"] = draw_dense_pose(len(item["gt_boxes"]), seed + index)
     return items
 
 
@@ -197,6 +204,20 @@ def draw_keypoints(boxes: Tensor, count: int, seed: int) -> Tensor:
     visibility = torch.randint(3, (len(boxes), count, 1), generator=generator)
     points = corner + share * (opposite - corner)
     return torch.cat([points, visibility], dim=2) * (visibility > 0)
+
+
+def draw_dense_pose(objects: int, seed: int) -> list[DensePosePoints | None]:
+    """Points all over the boxes, some on background, on parts in squares; none of every third."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index in range(objects):
+        x, y, u, v = torch.rand((4, 40), generator=generator)
+        charts = torch.randint(NUM_CHARTS + 1, (40,), generator=generator)
+        parts = torch.randint(NUM_PARTS + 1, (8, 8), generator=generator, dtype=torch.uint8)
+        parts = parts.repeat_interleave(BOX_SIDE // 8, 0).repeat_interleave(BOX_SIDE // 8, 1)
+        points = DensePosePoints(x * BOX_SIDE, y * BOX_SIDE, charts, u, v, parts)
+        found.append(None if index % 3 == 2 else points)
+    return found
 
 
 def enliven(model: nn.Module, items: list[dict], names: Collection[str], seed: int) -> None:

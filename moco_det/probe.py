@@ -25,8 +25,8 @@ class EngineProbe(ABC):
 
     An item, the input of all methods, is what the native engine trains on: a dict with "image"
     (3, H, W), "gt_boxes" (G, 4) in its pixels, "gt_classes" (G,), with a mask head "gt_masks", with
-    a keypoint head "gt_keypoints", and the "height" and "width" of the original image. For semantic
-    segmentation "sem_seg" (H, W) instead of objects.
+    a keypoint head "gt_keypoints", for dense pose "gt_densepose", and the "height" and "width" of
+    the original image. For semantic segmentation "sem_seg" (H, W) instead of objects.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
@@ -50,7 +50,8 @@ class EngineProbe(ABC):
         "detection boxes" (D, 4), "detection scores" (D,), "detection classes" (D,); with a mask
         head "mask probabilities" (D, M, M) in the boxes, "detection masks" bool (D, H, W); with a
         keypoint head "keypoint heatmaps" (D, P, S, S), "detection keypoints" (D, P, 2) and
-        "keypoint scores" (D, P). Detections are on the original image.
+        "keypoint scores" (D, P); of dense pose "charts coarse", "charts fine", "charts u" and
+        "charts v" (D, C, S, S), and `of_surfaces`. Detections are on the original image.
 
         Of semantic segmentation, after the features: "pixel logits" (N, K, H, W) of the batch, and
         "pixel scores" (K, height, width) of each original image.
@@ -121,6 +122,25 @@ class EngineProbe(ABC):
         """bfloat16, on any device: unlike float16 it needs no loss scaling."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=amp)
+
+
+def of_surfaces(surfaces: list[list[Tensor]]) -> Quantities:
+    """What becomes comparable of dense pose, uint8 (3, h, w) for each detection of each image.
+
+    Of the pixels of all boxes of an image together "detection charts", bool (25, pixels), and
+    "mean U and V" (2,). Of a single one U and V are not: about U * 255 rounding decides.
+    """
+    numbers = torch.arange(25)[:, None]
+    pixels = [
+        torch.cat([torch.zeros(3, 0), *(s.flatten(1).cpu() for s in of_image)], dim=1)
+        for of_image in surfaces
+    ]
+    return {
+        "detection charts": [of_image[0] == numbers for of_image in pixels],
+        "mean U and V": [
+            of_image[1:].sum(1) / 255 / max(1, of_image.shape[1]) for of_image in pixels
+        ],
+    }
 
 
 @contextmanager

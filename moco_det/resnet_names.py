@@ -138,17 +138,18 @@ BLOCKS = {
 class WidenedResNet(resnet.ResNet):
     """torchvision's ResNet with `factor` times the channels in every layer, the stem included."""
 
-    def __init__(self, factor: int, block: type, layers: list[int], **options):
+    def __init__(self, factor: float, block: type, layers: list[int], **options):
         self.factor = factor
         super().__init__(block, layers, **options)
-        self.conv1 = nn.Conv2d(3, 64 * factor, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64 * factor)
-        self.fc = nn.Linear(factor * self.fc.in_features, self.fc.out_features)
+        stem = int(64 * factor)
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.fc = nn.Linear(self.inplanes, self.fc.out_features)
 
     def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
         if planes == 64:  # the first stage reads the stem
-            self.inplanes *= self.factor
-        return super()._make_layer(block, planes * self.factor, *args, **kwargs)
+            self.inplanes = int(self.inplanes * self.factor)
+        return super()._make_layer(block, int(planes * self.factor), *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,16 @@ class Architecture:
 
     `width_per_group` is Detectron2's, of res2's 3x3 convolutions. `widening` is the factor of all
     other channels, the stem's and the stages': the MoCo paper's R50w2x is (50, 1, 128, 2), where
-    torchvision's wide_resnet50_2 is (50, 1, 128, 1).
+    torchvision's wide_resnet50_2 is (50, 1, 128, 1). Below 1 it narrows.
     """
 
     depth: int
     groups: int = 1
     width_per_group: int = 64
-    widening: int = 1
+    widening: float = 1
 
     def __str__(self) -> str:
-        name = f"ResNet-{self.depth}" + (f"w{self.widening}x" if self.widening > 1 else "")
+        name = f"ResNet-{self.depth}" + (f"w{self.widening:g}x" if self.widening != 1 else "")
         special = (self.groups, self.width_per_group) != (1, 64 * self.widening)
         extra = f" with {self.groups} groups of width {self.width_per_group}" if special else ""
         return name + extra
@@ -177,17 +178,17 @@ class Architecture:
 
     @property
     def stem_channels(self) -> int:
-        return 64 * self.widening
+        return int(64 * self.widening)
 
     @property
     def res2_channels(self) -> int:
-        return (256 if self.bottleneck else 64) * self.widening
+        return int((256 if self.bottleneck else 64) * self.widening)
 
     def build(self) -> resnet.ResNet:
         """The network of torchvision, with an `fc` layer and random weights."""
         block = resnet.Bottleneck if self.bottleneck else resnet.BasicBlock
         layers = list(BLOCKS[self.depth])
-        width = self.width_per_group // self.widening  # torchvision's: of 64 planes
+        width = int(self.width_per_group / self.widening)  # torchvision's: of 64 planes
         return WidenedResNet(
             self.widening, block, layers, groups=self.groups, width_per_group=width
         )
@@ -229,8 +230,8 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture | None:
                 return Architecture(depth)
             width, width_per_group = _conv_shape(weights, "layer1.0.conv2.weight", (64, 64))
             out_channels, _ = _conv_shape(weights, "layer1.0.conv3.weight", (256, 64))
-            groups, widening = max(width // width_per_group, 1), max(out_channels // 256, 1)
-            return Architecture(depth, groups, width_per_group, widening)
+            groups = max(width // width_per_group, 1)
+            return Architecture(depth, groups, width_per_group, out_channels / 256 or 1)
     return None
 
 

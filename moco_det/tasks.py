@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from moco_det.datasets import Dataset
+from moco_det import densepose_files
+from moco_det.datasets import Dataset, get_dataset
 from moco_det.datasets.semantic import IGNORED
 from moco_det.errors import UserError
 
@@ -33,12 +34,24 @@ def check_dataset(cfg, dataset: Dataset) -> None:
             f"dataset {dataset.name} has {has}, but MODEL.META_ARCHITECTURE "
             f"{cfg.MODEL.META_ARCHITECTURE} learns from {learns}"
         )
+    if cfg.MODEL.DENSEPOSE_ON and dataset.evaluator != "densepose":
+        raise UserError(
+            f"dataset {dataset.name} has no dense pose, but MODEL.DENSEPOSE_ON is True: take "
+            "densepose_coco_2014_*, densepose:ANNOTATIONS.json:IMAGE_DIR, or set it to False"
+        )
     classes = dataset.classes
     if len(classes) != num_classes(cfg):
         raise UserError(
             f"{num_classes_key(cfg)} is {num_classes(cfg)}, but {dataset.name} has {len(classes)} "
             f"classes ({', '.join(classes[:30])}): set it to {len(classes)}"
         )
+
+
+def check_metric_files(cfg) -> None:
+    """UserError where files lack that scoring DATASETS.TEST needs: before the hours of a run."""
+    for name in cfg.DATASETS.TEST if cfg.MODEL.DENSEPOSE_ON else ():
+        if get_dataset(name).evaluator == "densepose":
+            densepose_files.require(densepose_files.GEODESICS, f"the metric of {name}")
 
 
 def check_input(cfg, crops_objects: bool) -> None:

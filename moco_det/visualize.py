@@ -25,10 +25,13 @@ from torchvision.utils import (
 from moco_det.datasets import CocoDataset, Dataset, Record
 from moco_det.datasets.coco import read_categories
 from moco_det.datasets.semantic import IGNORED
+from moco_det.densepose_points import BOX_SIDE, has_points, read_points
 from moco_det.errors import UserError
+from moco_det.iuv import decode_iuv
 
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
+SURFACE_OPACITY = 0.8
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
 _GOLDEN_ANGLE = 0.381966  # of the colour circle: neighbours in number are far apart in colour
 
@@ -40,7 +43,9 @@ class Objects:
     """What is drawn of N objects, the last on top.
 
     `boxes` (N, 4) XYXY; `labels` N texts; `colours` N; `masks` bool (N, H, W); `keypoints`
-    (N, K, 2), x and y, of which those are drawn that `visible` bool (N, K) says.
+    (N, K, 2), x and y, of which those are drawn that `visible` bool (N, K) says. Of dense pose
+    `points`, N of (P, 5): x, y, chart, U, V; and `surfaces`, N of uint8 (3, h, w), the chart,
+    U * 255 and V * 255 of the pixels of each box.
     """
 
     boxes: Tensor
@@ -49,6 +54,8 @@ class Objects:
     masks: Tensor | None = None
     keypoints: Tensor | None = None
     visible: Tensor | None = None
+    points: list[Tensor] | None = None
+    surfaces: list[Tensor] | None = None
 
 
 def colour(index: int) -> Colour:
@@ -72,6 +79,17 @@ def read_photograph(record: Record) -> Tensor:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
+def surface_colours(charts: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Places on the body's surface (...) -> their colours, uint8 (3, ...).
+
+    The chart is the hue; the brightness grows with U and the saturation with V, both in [0, 1].
+    """
+    thirds = torch.tensor([0.0, 4.0, 2.0]).reshape(3, *[1] * charts.ndim)
+    hue = ((charts * _GOLDEN_ANGLE % 1 * 6 + thirds) % 6 - 3).abs().sub(1).clamp(0, 1)
+    saturation, brightness = 0.4 + 0.6 * v, 0.45 + 0.55 * u
+    return (255 * brightness * (1 - saturation * (1 - hue))).round().to(torch.uint8)
+
+
 def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
     """The ground truth of a record; crowds and VOC's difficult objects say so in their label."""
     annotations = record["annotations"]
@@ -81,7 +99,9 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         for annotation, found in zip(annotations, flags, strict=True)
     ]
     size = record["height"], record["width"]
-    masks = keypoints = None
+    masks = keypoints = points = None
+    if any(map(has_points, annotations)):
+        points = [_surface_points(annotation) for annotation in annotations]
     if any("segmentation" in annotation for annotation in annotations):
         masks = _stack([_mask(a.get("segmentation"), size) for a in annotations], size)
     if any("keypoints" in annotation for annotation in annotations):
@@ -95,7 +115,19 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         masks,
         keypoints,
         0.5,  # 0 is a keypoint that is not labelled, 1 one that is hidden, 2 one that is seen
+        points=points,
     )
+
+
+def _surface_points(annotation: Mapping[str, Any]) -> Tensor:
+    """(P, 5): x and y on the image, chart, U, V; P is 0 without any."""
+    if not has_points(annotation):
+        return torch.zeros(0, 5)
+    found = read_points(annotation)
+    x0, y0, x1, y1 = annotation["bbox"]
+    x = x0 + found.x * (x1 - x0) / BOX_SIDE
+    y = y0 + found.y * (y1 - y0) / BOX_SIDE
+    return torch.stack([x, y, found.charts.float(), found.u, found.v], dim=1)
 
 
 def predicted_objects(
@@ -104,14 +136,16 @@ def predicted_objects(
     """The objects of a prediction with a score of at least `threshold`, the surest last.
 
     Args:
-        prediction: "boxes", "scores", "classes", and where there are, "segmentations" and
-            "keypoints"; see `moco_det.evaluation`.
+        prediction: "boxes", "scores", "classes", and where there are, "segmentations",
+            "keypoints" and "densepose"; see `moco_det.evaluation`.
         size: height and width of the image.
     """
     scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
     order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
     found = torch.as_tensor(prediction["classes"])[order].tolist()
-    masks = keypoints = None
+    masks = keypoints = surfaces = None
+    if "densepose" in prediction:
+        surfaces = [torch.from_numpy(decode_iuv(prediction["densepose"][i])) for i in order]
     if "segmentations" in prediction:
         masks = _stack([_mask(prediction["segmentations"][i], size) for i in order], size)
     if "keypoints" in prediction and order:
@@ -123,6 +157,7 @@ def predicted_objects(
         masks,
         keypoints,
         KEYPOINT_SHOWN,
+        surfaces=surfaces,
     )
 
 
@@ -133,14 +168,15 @@ def _objects(
     masks: Tensor | None,
     keypoints: Tensor | None,
     shown: float,
+    **dense_pose: list[Tensor] | None,
 ) -> Objects:
     # Where shapes overlap, objects of one class must be told apart too.
     each = masks is not None or keypoints is not None
     colours = [colour(index) for index in (range(len(boxes)) if each else classes)]
     if keypoints is None:
-        return Objects(boxes, labels, colours, masks)
+        return Objects(boxes, labels, colours, masks, **dense_pose)
     visible = keypoints[..., 2] >= shown
-    return Objects(boxes, labels, colours, masks, keypoints[..., :2], visible)
+    return Objects(boxes, labels, colours, masks, keypoints[..., :2], visible, **dense_pose)
 
 
 def _flag(annotation: Mapping[str, Any], key: str) -> bool:
@@ -182,12 +218,17 @@ def skeleton_of(dataset: Dataset) -> list[tuple[int, int]]:
 def draw_objects(
     image: Tensor, objects: Objects, skeleton: Sequence[tuple[int, int]] = ()
 ) -> Tensor:
-    """The image with masks, keypoints, boxes and labels over it."""
+    """The image with masks, surfaces, points, keypoints, boxes and labels over it."""
     if not len(objects.boxes):
         return image
     width = _stroke(image)
     if objects.masks is not None:
         image = draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
+    if objects.surfaces is not None:
+        for surface, box in zip(objects.surfaces, objects.boxes, strict=True):
+            image = _draw_surface(image, surface, box)
+    if objects.points is not None:
+        image = _draw_points(image, torch.cat(objects.points))
     if objects.keypoints is not None:
         for points, visible, shade in zip(
             objects.keypoints, objects.visible, objects.colours, strict=True
@@ -204,6 +245,30 @@ def draw_objects(
     image = draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
     corners = objects.boxes[:, :2].tolist()
     return _write(image, zip(corners, objects.labels, objects.colours, strict=True))
+
+
+def _draw_surface(image: Tensor, surface: Tensor, box: Tensor) -> Tensor:
+    """The image with a box's surface (3, h, w) over it, from the pixel of the box's corner on."""
+    drawn = image.clone()
+    x, y = box[:2].long().tolist()
+    place = drawn[:, y : y + surface.shape[1], x : x + surface.shape[2]]
+    charts, u, v = surface[:, : place.shape[1], : place.shape[2]].float()
+    over = SURFACE_OPACITY * surface_colours(charts, u / 255, v / 255)
+    blend = (over + (1 - SURFACE_OPACITY) * place).round().to(torch.uint8)
+    place[:] = torch.where(charts > 0, blend, place)
+    return drawn
+
+
+def _draw_points(image: Tensor, points: Tensor) -> Tensor:
+    """The image with a dot at each of the points (P, 5)."""
+    picture = to_pil_image(image)
+    pen = ImageDraw.Draw(picture)
+    radius = _stroke(image) + 0.5
+    shades = surface_colours(*points[:, 2:].unbind(1)).T.tolist()
+    for (x, y), shade in zip(points[:, :2].tolist(), shades, strict=True):
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        pen.ellipse(corners, fill=tuple(shade), outline=(0, 0, 0))
+    return pil_to_tensor(picture)
 
 
 def draw_labels(image: Tensor, labels: np.ndarray, classes: Sequence[str]) -> Tensor:

@@ -40,7 +40,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, obje
         UserError: no such file, an unsafe or a damaged one, or no arrays in it.
     """
     local = _local_path(str(path))
-    content = _read_pickle(local) if local.suffix == ".pkl" else _read_torch(local)
+    content = read_pickle(local) if local.suffix == ".pkl" else _read_torch(local)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of arrays")
     key = next((k for k in ("model", "state_dict", "blobs") if _is_mapping(content.get(k))), None)
@@ -98,7 +98,12 @@ def _read_torch(path: Path) -> object:
         raise UserError(f"{path} is damaged or no torch file: {_first_line(error)}") from error
 
 
-def _read_pickle(path: Path) -> object:
+def read_pickle(path: Path) -> object:
+    """A pickle of NumPy arrays and plain containers, read without running code it may hold.
+
+    Raises:
+        UserError: the file is unsafe or damaged.
+    """
     try:
         with open(path, "rb") as file:
             # latin1 is how arrays pickled by Python 2 (Caffe2's files) keep their bytes.

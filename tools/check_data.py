@@ -7,7 +7,8 @@ python tools/check_data.py --config-file configs/X.yaml DATASETS.TRAIN voc:DIR:t
 
 Reports every problem of every set: files that are missing, and where they are handed out; counts
 against the official ones; images that cannot be decoded or have another size than annotated; boxes
-of zero area; missing masks and keypoints; classes that do not fit the model; wrong versions.
+of zero area; missing masks and keypoints; broken dense pose, and files of the body model that it
+needs; classes that do not fit the model; wrong versions.
 """
 
 import argparse

@@ -6,7 +6,8 @@ python tools/visualize.py --config-file configs/X.yaml --ids 139 285
 python tools/visualize.py --config-file configs/X.yaml
     --predictions output/inference/coco_2017_val.json --beside
 
-Boxes with class and score, masks, keypoints with their skeleton, semantic label maps.
+Boxes with class and score, masks, keypoints with their skeleton, dense pose (points and surfaces,
+a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""COCO's instances format, and LVIS' variant of it: every image entry, every annotation."""
+"""COCO's instances format, with dense pose, and LVIS' variant: every image and annotation."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from moco_det.dataset_doctor.official import Place
 from moco_det.dataset_doctor.photographs import Photograph
 from moco_det.dataset_doctor.report import Problem, Report
 from moco_det.datasets import read_coco
+from moco_det.datasets.densepose import dense_pose
 from moco_det.errors import UserError
 
 
@@ -28,7 +29,7 @@ def check_coco(place: Place, report: Report, masks: bool) -> list[Photograph]:
         report.problem("annotation", error)
         return []
     images = _check_images(content["images"], place, report)
-    _check_annotations(content, images, report, masks)
+    _check_annotations(content, images, place, report, masks)
     return [
         Photograph(_path(image, image_dir, place.kind), _size(image)) for image in images.values()
     ]
@@ -64,21 +65,51 @@ def _size(image: dict) -> tuple[int, int] | None:
     return (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
 
 
-def _check_annotations(content: dict, images: dict, report: Report, masks: bool) -> None:
+def _check_annotations(
+    content: dict, images: dict, place: Place, report: Report, masks: bool
+) -> None:
     categories = {category["id"]: category for category in content["categories"]}
     report.objects = len(content["annotations"])
-    ids = Counter(annotation.get("id") for annotation in content["annotations"])
-    for annotation_id, times in ids.items():
-        if annotation_id is not None and times > 1:
-            report.problem("list", f"annotation {annotation_id} is listed {times} times")
+    _check_ids(content["annotations"], place, report)
+    if place.kind == "densepose":
+        _check_dense_poses(content["annotations"], report)
     for annotation in content["annotations"]:
-        label = f"annotation {annotation.get('id', '?')} of image {annotation.get('image_id', '?')}"
+        label = _label(annotation)
         try:
             found = list(_annotation_problems(annotation, images, categories, masks))
         except (KeyError, TypeError, ValueError) as error:
             found = [Problem("annotation", f"is malformed: {type(error).__name__} {error}")]
         for check, text in found:
             report.problem(check, f"{label} {text}")
+
+
+def _label(annotation: dict) -> str:
+    return f"annotation {annotation.get('id', '?')} of image {annotation.get('image_id', '?')}"
+
+
+def _check_ids(annotations: list[dict], place: Place, report: Report) -> None:
+    ids = Counter(annotation.get("id") for annotation in annotations)
+    repeated = {i: times for i, times in ids.items() if i is not None and times > 1}
+    if repeated and place.official and place.official.repeats:
+        report.notes.append(
+            f"{len(repeated)} annotations are listed more than once, as in the official file"
+        )
+        return
+    for annotation_id, times in repeated.items():
+        report.problem("list", f"annotation {annotation_id} is listed {times} times")
+
+
+def _check_dense_poses(annotations: list[dict], report: Report) -> None:
+    """Report those that are broken, and how many there are."""
+    count = 0
+    for annotation in annotations:
+        try:
+            count += bool(dense_pose(annotation))
+        except (TypeError, ValueError) as error:
+            report.problem("dense pose", f"{_label(annotation)} {error}")
+    report.notes.append(f"{count:,} of {len(annotations):,} objects have dense pose")
+    if not count:
+        report.problem("dense pose", "no object has dp_x, dp_y, dp_I, dp_U and dp_V")
 
 
 def _annotation_problems(

@@ -1,12 +1,13 @@
 """All checks of all data sets that a config names."""
 
+from moco_det import densepose_files
 from moco_det.dataset_doctor.coco import check_coco
 from moco_det.dataset_doctor.label_maps import (
     check_cityscapes,
     check_semantic_cityscapes,
     check_semantic_voc,
 )
-from moco_det.dataset_doctor.official import Official, Place, find_place, remedy
+from moco_det.dataset_doctor.official import COCO_KINDS, Official, Place, find_place, remedy
 from moco_det.dataset_doctor.photographs import Photograph, check_photographs
 from moco_det.dataset_doctor.report import Report
 from moco_det.dataset_doctor.voc import check_voc
@@ -52,6 +53,8 @@ def _examine_one(cfg, report: Report, limit: int | None) -> Dataset | None:
         report.expected, report.remedy = place.official.images, remedy(place.official)
     photographs = check_files(cfg, place, report, limit)
     check_photographs(report, photographs, limit)
+    if place.kind == "densepose" and cfg.MODEL.DENSEPOSE_ON:
+        _check_body_files(cfg, report)
     if place.official:
         _check_counts(place.official, report)
     if report.images is None:
@@ -63,9 +66,22 @@ def check_files(cfg, place: Place, report: Report, limit: int | None) -> list[Ph
     """The checks of the layout and the annotations; the photographs that these name."""
     if place.kind == "voc":
         return check_voc(place, report)
-    if place.kind in ("coco", "lvis"):
+    if place.kind in COCO_KINDS:
         return check_coco(place, report, masks=cfg.MODEL.MASK_ON)
     return _LABEL_MAPS[place.kind](place, report, limit)
+
+
+def _check_body_files(cfg, report: Report) -> None:
+    """The files of the template body that training and scoring on this set read."""
+    needed = []
+    if report.name in cfg.DATASETS.TRAIN and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        needed.append(densepose_files.SYMMETRIES)
+    if report.name in cfg.DATASETS.TEST:
+        needed += densepose_files.GEODESICS
+    for path in densepose_files.missing(needed):
+        report.problem(
+            "files", f"{path} does not exist: download {densepose_files.SITE}{path.name}"
+        )
 
 
 def _check_counts(official: Official, report: Report) -> None:

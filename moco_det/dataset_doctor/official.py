@@ -10,7 +10,8 @@ from pathlib import Path
 from moco_det.datasets import data_root, get_dataset
 from moco_det.errors import UserError
 
-KINDS = ("voc", "coco", "lvis", "cityscapes", "voc_sem_seg", "cityscapes_sem_seg")
+COCO_KINDS = ("coco", "densepose", "lvis")  # of an annotation file and an image folder
+KINDS = (*COCO_KINDS, "voc", "cityscapes", "voc_sem_seg", "cityscapes_sem_seg")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Source:
 class Official:
     """A built-in data set in the form of one's own: `kind`:`first`:`second`, below the data root.
 
-    `flaws`: annotations without area that the official file is known to have.
+    `flaws`: annotations without area that the official file is known to have. `repeats`: it is
+    known to list some annotations twice.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Official:
     sources: tuple[Source, ...]
     objects: int | None = None
     flaws: int = 0
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,16 @@ def _coco(json_name: str, folder: str, images: int, *extra: Source, **counts: in
     return Official("coco", first, second, images, sources, **counts)
 
 
+def _densepose(part: str, folder: str, images: int | None, site: str = "") -> Official:
+    """That the minivals list annotations twice is from Detectron2's reader, which excuses them."""
+    json_name = f"densepose_{part}.json"
+    site = site or "dl.fbaipublicfiles.com/densepose/annotations/coco"
+    annotations = Source(f"DensePose ({site})", (json_name,), _COCO_ANNOTATIONS)
+    first, second = f"coco/annotations/{json_name}", f"coco/{folder}"
+    sources = (_coco_images(folder), annotations)
+    return Official("densepose", first, second, images, sources, repeats="minival" in part)
+
+
 def _keypoints(instances: Official) -> Official:
     first = instances.first.replace("instances", "person_keypoints")
     return Official("coco", first, instances.second, instances.images, instances.sources)
@@ -150,6 +163,12 @@ OFFICIAL = {
     "voc_2012_test": _voc("VOC2012", "test", 10991, _VOC12_TEST),
     **_COCO,
     **{f"keypoints_{name}": _keypoints(instances) for name, instances in _COCO.items()},
+    "densepose_coco_2014_train": _densepose("train2014", "train2014", 26437),
+    "densepose_coco_2014_minival": _densepose("minival2014", "val2014", 1508),
+    "densepose_coco_2014_minival_100": _densepose(
+        "minival2014_100", "val2014", None, "dl.fbaipublicfiles.com/detectron2/densepose"
+    ),
+    "densepose_coco_2014_valminusminival": _densepose("valminusminival2014", "val2014", 5984),
     "lvis_v0.5_train": Official(
         "lvis",
         "lvis/lvis_v0.5_train.json",
@@ -187,7 +206,7 @@ def find_place(name: str) -> Place:
     if official is not None:
         # second: a split, or an image folder below the root.
         second = official.second
-        second = str(root / second) if official.kind in ("coco", "lvis") else second
+        second = str(root / second) if official.kind in COCO_KINDS else second
         return Place(official.kind, root / official.first, second, official)
     kind, _, rest = name.partition(":")
     first, _, second = rest.rpartition(":")

@@ -4,12 +4,15 @@ Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its la
     voc_2007_trainval          VOC2007/{JPEGImages,Annotations,ImageSets/Main/trainval.txt}
     coco_2017_train            coco/annotations/instances_train2017.json, coco/train2017/
     keypoints_coco_2017_train  coco/annotations/person_keypoints_train2017.json, coco/train2017/
+    densepose_coco_2014_train  coco/annotations/densepose_train2014.json, coco/train2014/, see
+                               `datasets.densepose`
     lvis_v0.5_train            lvis/lvis_v0.5_train.json, coco/train2017/
     cityscapes_fine_instance_seg_train
                                cityscapes/{leftImg8bit,gtFine}/train/, see `datasets.cityscapes`
 A folder of one's own, named in the YAML or on the command line, without registration:
     voc:ROOT:SPLIT             ROOT/{JPEGImages,Annotations,ImageSets/Main/SPLIT.txt}
     coco:ANNOTATIONS.json:IMAGE_DIR
+    densepose:ANNOTATIONS.json:IMAGE_DIR
     lvis:ANNOTATIONS.json:IMAGE_DIR
     cityscapes:ROOT:SPLIT      ROOT/{leftImg8bit,gtFine}/SPLIT/
     voc_sem_seg:ROOT:SPLIT, cityscapes_sem_seg:ROOT:SPLIT: see `moco_det.datasets.semantic`, which
@@ -20,10 +23,11 @@ import difflib
 import os
 from pathlib import Path
 
-from moco_det.datasets import cityscapes, coco, lvis, semantic, voc
+from moco_det.datasets import cityscapes, coco, densepose, lvis, semantic, voc
 from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import CocoDataset, read_coco
 from moco_det.datasets.dataset import Dataset, Record
+from moco_det.datasets.densepose import DensePoseDataset
 from moco_det.datasets.lvis import LvisDataset
 from moco_det.datasets.semantic import SemanticDataset, read_labels
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
@@ -34,6 +38,7 @@ __all__ = [
     "CityscapesDataset",
     "CocoDataset",
     "Dataset",
+    "DensePoseDataset",
     "LvisDataset",
     "Record",
     "SemanticDataset",
@@ -47,14 +52,16 @@ __all__ = [
 _KINDS = {
     "voc": voc,
     "coco": coco,
+    "densepose": densepose,
     "lvis": lvis,
     "cityscapes": cityscapes,
     "voc_sem_seg": semantic,
     "cityscapes_sem_seg": semantic,
 }
 _OWN_FORMS = (
-    "voc:ROOT:SPLIT, coco:ANNOTATIONS.json:IMAGE_DIR, lvis:ANNOTATIONS.json:IMAGE_DIR, "
-    "cityscapes:ROOT:SPLIT, voc_sem_seg:ROOT:SPLIT or cityscapes_sem_seg:ROOT:SPLIT"
+    "voc:ROOT:SPLIT, coco:ANNOTATIONS.json:IMAGE_DIR, densepose:ANNOTATIONS.json:IMAGE_DIR, "
+    "lvis:ANNOTATIONS.json:IMAGE_DIR, cityscapes:ROOT:SPLIT, voc_sem_seg:ROOT:SPLIT or "
+    "cityscapes_sem_seg:ROOT:SPLIT"
 )
 
 

@@ -5,7 +5,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pycocotools import mask as coco_mask
 
@@ -53,7 +53,7 @@ class CocoDataset(Dataset):
         annotations_of = defaultdict(list)
         try:
             for annotation in content["annotations"]:
-                record = _annotation(annotation, contiguous)
+                record = self._annotation(annotation, contiguous)
                 if record is not None:
                     annotations_of[annotation["image_id"]].append(record)
             images = sorted(content["images"], key=lambda image: image["id"])
@@ -62,6 +62,22 @@ class CocoDataset(Dataset):
             raise UserError(f"{self.json_file}: no such field or category: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:  # the last: a run below zero
             raise UserError(f"{self.json_file}: malformed annotation: {error}") from error
+
+    def _annotation(self, annotation: dict[str, Any], contiguous: dict) -> dict[str, Any] | None:
+        """One object of a record; None if it has no area or, despite polygons, no valid one."""
+        x, y, width, height = annotation["bbox"]
+        record = {
+            "bbox": [x, y, x + width, y + height],
+            "category_id": contiguous[annotation["category_id"]],
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+        }
+        if annotation.get("segmentation"):
+            record["segmentation"] = _segmentation(annotation["segmentation"])
+        if annotation.get("keypoints"):
+            numbers = enumerate(annotation["keypoints"])
+            record["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in numbers]
+        has_shape = min(width, height) > 0 and record.get("segmentation") != []
+        return record if has_shape else None
 
     def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:
         path = self._image_path(image)
@@ -79,16 +95,19 @@ class CocoDataset(Dataset):
         return self.image_dir / image["file_name"]
 
 
+Opened = TypeVar("Opened", bound=CocoDataset)
+
+
 def builtin(name: str, root: Path) -> CocoDataset:
     """The data set of `NAMES`, below the folder `root`."""
     json_name, image_dir = _BUILTIN[name]
     json_file = root / "coco" / "annotations" / json_name
-    return _open(name, json_file, root / "coco" / image_dir, holder=root)
+    return open_coco(CocoDataset, name, json_file, root / "coco" / image_dir, holder=root)
 
 
 def own(name: str, json_file: Path, image_dir: str) -> CocoDataset:
     """The data set of an annotation file and an image folder, called `name`."""
-    return _open(name, json_file, Path(image_dir).expanduser())
+    return open_coco(CocoDataset, name, json_file, Path(image_dir).expanduser())
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -103,7 +122,13 @@ def read_coco(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open(name: str, json_file: Path, image_dir: Path, holder: Path | None = None) -> CocoDataset:
+def open_coco(
+    kind: type[Opened], name: str, json_file: Path, image_dir: Path, holder: Path | None = None
+) -> Opened:
+    """The data set of a `kind` that an annotation file and an image folder make up.
+
+    `holder`: the root of the built-in data sets, for the message of a missing file.
+    """
     require(name, json_file, holder)
     require(name, image_dir, holder)
     categories = read_categories(json_file)
@@ -111,7 +136,7 @@ def _open(name: str, json_file: Path, image_dir: Path, holder: Path | None = Non
     ids = tuple(category["id"] for category in categories)
     keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
     names = keypoints.pop() if len(keypoints) == 1 else ()
-    return CocoDataset(name, classes, json_file, image_dir, ids, keypoint_names=names)
+    return kind(name, classes, json_file, image_dir, ids, keypoint_names=names)
 
 
 def read_categories(json_file: Path) -> tuple[dict[str, Any], ...]:
@@ -124,23 +149,6 @@ def read_categories(json_file: Path) -> tuple[dict[str, Any], ...]:
 def _categories(json_file: Path, state: tuple[int, int]) -> tuple[dict[str, Any], ...]:
     """Sorted by id. Kept for each state of a file, because all of it must be read to get them."""
     return tuple(sorted(read_coco(json_file)["categories"], key=lambda category: category["id"]))
-
-
-def _annotation(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str, Any] | None:
-    """One object of a record; None if it has no area or, though it has polygons, no valid one."""
-    x, y, width, height = annotation["bbox"]
-    record = {
-        "bbox": [x, y, x + width, y + height],
-        "category_id": contiguous[annotation["category_id"]],
-        "iscrowd": int(annotation.get("iscrowd", 0)),
-    }
-    if annotation.get("segmentation"):
-        record["segmentation"] = _segmentation(annotation["segmentation"])
-    if annotation.get("keypoints"):
-        numbers = enumerate(annotation["keypoints"])
-        record["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in numbers]
-    has_shape = min(width, height) > 0 and record.get("segmentation") != []
-    return record if has_shape else None
 
 
 def _segmentation(shape: list | dict[str, Any]) -> list[list[float]] | dict[str, Any]:

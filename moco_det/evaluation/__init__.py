@@ -8,6 +8,7 @@ from tabulate import tabulate
 from moco_det.datasets import Dataset
 from moco_det.evaluation.cityscapes import evaluate_cityscapes
 from moco_det.evaluation.coco import evaluate_coco
+from moco_det.evaluation.densepose import evaluate_densepose
 from moco_det.evaluation.lvis import evaluate_lvis
 from moco_det.evaluation.predictions import checked
 from moco_det.evaluation.semantic import evaluate_semantic
@@ -19,6 +20,7 @@ Results = dict[str, dict[str, float]]  # task -> metric -> percent
 _EVALUATORS = {
     "voc": evaluate_voc,
     "coco": evaluate_coco,
+    "densepose": evaluate_densepose,
     "lvis": evaluate_lvis,
     "cityscapes": evaluate_cityscapes,
 }
@@ -35,16 +37,18 @@ def evaluate(
         dataset: that they are of.
         predictions: at most one `records.prediction_record` per image, in any order, {"image_id",
             "boxes" (N, 4) XYXY in pixels of the original image, "scores" (N,), "classes" (N,)
-            contiguous}, and, where the detector finds them, "segmentations", N compressed RLEs, and
-            "keypoints" (N, K, 3): x, y in continuous coordinates, score; arrays, lists or CPU
-            tensors. An image without one counts as an image without detections. Of a semantic data
-            set {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`.
+            contiguous}, and, where the detector finds them, "segmentations", N compressed RLEs,
+            "keypoints" (N, K, 3): x, y in continuous coordinates, score, and "densepose", N of
+            `moco_det.iuv.encode_iuv`; arrays, lists or CPU tensors. An image without one counts as
+            an image without detections. Of a semantic data set {"image_id", "sem_seg"}; see
+            `moco_det.evaluation.semantic`.
         keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
 
     Returns:
-        {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}, "segm": ..., "keypoints": ...}, the
-        tasks that the predictions have and the data set scores; or {"sem_seg": {"mIoU", ...}}. In
-        percent. A metric without ground truth is NaN and takes no part in means.
+        {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}, "segm": ..., "keypoints": ...,
+        "densepose_gps": ..., "densepose_gpsm": ..., "densepose_segm": ...}, the tasks that the
+        predictions have and the data set scores; or {"sem_seg": {"mIoU", ...}}. In percent. A
+        metric without ground truth is NaN and takes no part in means.
 
     Raises:
         ValueError: two predictions of one image, one of no image of the data set; lengths, classes

@@ -21,7 +21,7 @@ _DETECTION_METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
     *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
 )
-_KEYPOINT_METRICS = (
+KEYPOINT_METRICS = (
     *("AP", "AP50", "AP75", "APm", "APl"),
     *("AR", "AR50", "AR75", "ARm", "ARl"),
 )
@@ -55,7 +55,7 @@ def evaluate_coco(
     """
     tasks = tasks_of(predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _ground_truth(dataset)
+        truth = ground_truth(dataset)
         sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
         check_images(predictions, sizes)
         check_mask_sizes(predictions, sizes)
@@ -71,15 +71,25 @@ def evaluate_coco(
 def _metrics(
     truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], task: str, sigmas
 ) -> dict[str, float]:
-    run = COCOeval(truth, _detections(truth, dataset, predictions, task), iouType=task)
+    results = [
+        result
+        for prediction in predictions
+        for result in as_results(prediction, dataset.category_ids, task)
+    ]
+    run = COCOeval(truth, load_results(truth, results), iouType=task)
     if task == "keypoints":
         if sigmas:
             run.params.kpt_oks_sigmas = np.array(sigmas, dtype=np.float64)
         _check_keypoint_counts(truth, dataset, predictions, len(run.params.kpt_oks_sigmas))
+    names = KEYPOINT_METRICS if task == "keypoints" else _DETECTION_METRICS
+    return scored(run, dataset, names)
+
+
+def scored(run: COCOeval, dataset: CocoDataset, names: Sequence[str]) -> dict[str, float]:
+    """What the official tool makes of a run: its metrics by these names, then AP-<class>."""
     run.evaluate()
     run.accumulate()
     run.summarize()
-    names = _KEYPOINT_METRICS if task == "keypoints" else _DETECTION_METRICS
     results = {name: _percent(value) for name, value in zip(names, run.stats, strict=True)}
     # (IoU thresholds, recalls, categories in the order of their ids, areas, detections per image)
     precision = run.eval["precision"][:, :, :, 0, -1]
@@ -95,7 +105,7 @@ def _percent(value: float) -> float:
     return float(100 * value) if value >= 0 else float("nan")
 
 
-def _ground_truth(dataset: CocoDataset) -> COCO:
+def ground_truth(dataset: CocoDataset) -> COCO:
     """The annotation file, with what the tool needs and users' own files often lack."""
     content = read_coco(dataset.json_file)
     for image in content["images"]:
@@ -171,14 +181,8 @@ def _check_keypoint_counts(
             )
 
 
-def _detections(
-    truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], task: str
-) -> COCO:
-    results = [
-        result
-        for prediction in predictions
-        for result in as_results(prediction, dataset.category_ids, task)
-    ]
+def load_results(truth: COCO, results: list[dict[str, Any]]) -> COCO:
+    """Results in COCO's format, for the tool."""
     if not results:  # loadRes fails on an empty list
         return _indexed({**truth.dataset, "annotations": []})
     return truth.loadRes(results)

@@ -28,6 +28,8 @@ def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
         found["keypoints"] = torch.as_tensor(prediction["keypoints"], dtype=torch.float64)
     if "segmentations" in prediction:
         found["segmentations"] = list(prediction["segmentations"])
+    if "densepose" in prediction:
+        found["densepose"] = list(prediction["densepose"])
     where = f"image {found['image_id']}"
     fields = [key for key in found if key != "image_id"]
     if len({len(found[key]) for key in fields}) > 1:
@@ -42,6 +44,12 @@ def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
     for shape in found.get("segmentations", ()):
         if not _is_whole(shape):
             raise ValueError(f"{where}: the runs of a mask do not make up its size")
+    for surface, box in zip(found.get("densepose", ()), found["boxes"].tolist(), strict=False):
+        if not _fits(surface, box):
+            raise ValueError(
+                f"{where}: a dense pose of uv_shape {surface.get('uv_shape')} is not of the box "
+                f"{box}, in whole pixels"
+            )
     return found
 
 
@@ -87,6 +95,21 @@ def check_mask_sizes(
                     f"image {prediction['image_id']}: a mask is of size {list(shape['size'])}, "
                     f"the image of {list(size)} (height, width)"
                 )
+
+
+def _fits(surface: dict[str, Any], box: list[float]) -> bool:
+    """Whether a dense pose has the box's sides, rounded down to whole pixels and at least one.
+
+    The sides may have been found in another precision, and so be rounded to the next pixel.
+    """
+    shape = surface.get("uv_shape", ())
+    if len(shape) != 3 or shape[0] != 3:
+        return False
+    sides = max(box[3] - box[1], 1), max(box[2] - box[0], 1)
+    return all(
+        found >= 1 and -1.001 < found - side < 0.001
+        for found, side in zip(shape[1:], sides, strict=True)
+    )
 
 
 def _is_whole(shape: dict[str, Any]) -> bool:

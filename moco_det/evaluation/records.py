@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.errors import UserError
+from moco_det.iuv import encode_iuv
 
 
 def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[str, Any]:
@@ -20,13 +21,15 @@ def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[st
     Args:
         image_id: of the data set's record.
         output: {"boxes" (D, 4), "scores" (D,), "classes" (D,)}, and "masks" bool (D, H, W) in the
-            original image and "keypoints" (D, K, 3) where the model has them; or, of semantic
-            segmentation, {"sem_seg" (C, H, W)}, the classes' scores.
+            original image, "keypoints" (D, K, 3) and "densepose", D of uint8 (3, h, w) in whole
+            pixels of the boxes, where the model has them; or, of semantic segmentation, {"sem_seg"
+            (C, H, W)}, the classes' scores.
 
     Returns:
         The same boxes, scores and classes; "segmentations", D compressed RLEs whose "counts" are
-        strings, as JSON needs them; "keypoints". Of semantic segmentation {"image_id", "sem_seg"},
-        one {"category_id", "segmentation"} for each class that is the best of some pixel.
+        strings, as JSON needs them; "keypoints"; "densepose", D of `encode_iuv`. Of semantic
+        segmentation {"image_id", "sem_seg"}, one {"category_id", "segmentation"} for each class
+        that is the best of some pixel.
     """
     if "sem_seg" in output:
         best = output["sem_seg"].argmax(dim=0)
@@ -42,6 +45,8 @@ def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[st
             record[key] = output[key].detach().cpu().clone()
     if "masks" in output:
         record["segmentations"] = encode_masks(output["masks"])
+    if "densepose" in output:
+        record["densepose"] = [encode_iuv(surface.cpu().numpy()) for surface in output["densepose"]]
     return record
 
 
@@ -54,15 +59,21 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     return shapes
 
 
-def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> None:
-    """Write the detections on data set `name` to OUTPUT_DIR/inference/<name>.json, as a list.
+def predictions_file(output_dir: str | Path, name: str) -> Path:
+    """Where the predictions on data set `name` are: OUTPUT_DIR/inference/<name>.json.
 
     A folder named as a data set becomes a file name by `_` for all but letters, digits and `-`.
+    """
+    return Path(output_dir) / "inference" / f"{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.json"
+
+
+def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> None:
+    """Write the predictions on data set `name` to `predictions_file`, as a list.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(output_dir) / "inference" / f"{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.json"
+    path = predictions_file(output_dir, name)
     plain = [
         {key: value.tolist() if torch.is_tensor(value) else value for key, value in found.items()}
         for found in predictions

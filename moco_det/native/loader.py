@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco_det.batch_plan import plan_batch
 from moco_det.datasets import get_dataset
+from moco_det.densepose_points import KEYS as DENSEPOSE_KEYS
+from moco_det.densepose_points import has_points
 from moco_det.errors import UserError
 from moco_det.native import comm
 from moco_det.native.mapper import Mapper, build_test_mapper, build_train_mapper
@@ -199,6 +201,7 @@ def training_records(
     with_masks: bool = False,
     with_keypoints: bool = False,
     min_keypoints: int = 0,
+    with_densepose: bool = False,
 ) -> list[dict]:
     """The records of all data sets.
 
@@ -207,6 +210,7 @@ def training_records(
         filter_empty: leave out the images that hold nothing but crowds.
         with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
         min_keypoints: leave out the images with fewer labelled keypoints.
+        with_densepose: keep dense pose, and leave out the images without any.
 
     Raises:
         UserError: nothing is left.
@@ -215,7 +219,9 @@ def training_records(
     used = [
         record
         for record in records
-        if (has_objects(record) or not filter_empty) and count_keypoints(record) >= min_keypoints
+        if (has_objects(record) or not filter_empty)
+        and count_keypoints(record) >= min_keypoints
+        and (any(map(has_points, record["annotations"])) or not with_densepose)
     ]
     boxes = sum(len(record["annotations"]) for record in used)
     left_out = len(records) - len(used)
@@ -226,6 +232,7 @@ def training_records(
             "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     kept = {"segmentation": with_masks, "keypoints": with_keypoints}
+    kept |= dict.fromkeys((*DENSEPOSE_KEYS, "dp_masks"), with_densepose)
     for annotation in (a for record in used for a in record["annotations"]):
         for field in (name for name, keep in kept.items() if not keep):
             annotation.pop(field, None)
@@ -244,6 +251,7 @@ def build_training_records(cfg) -> list[dict]:
         with_masks=model.MASK_ON,
         with_keypoints=model.KEYPOINT_ON,
         min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+        with_densepose=model.DENSEPOSE_ON,
     )
 
 

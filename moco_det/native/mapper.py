@@ -9,6 +9,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.datasets import get_dataset
+from moco_det.densepose_points import (
+    DensePosePoints,
+    Symmetries,
+    has_points,
+    load_symmetries,
+    read_points,
+)
 from moco_det.errors import UserError
 from moco_det.native.transforms import Augmentation, Geometry, read_image
 
@@ -28,7 +35,10 @@ class Mapper:
         with_masks: "gt_masks" among the targets, in `mask_format`: "polygon" for a list of
             `Polygons` per object, "bitmask" for a bool tensor (N, H, W).
         with_keypoints: "gt_keypoints" (N, K, 3) float32 among the targets: x, y, visibility.
+        with_densepose: "gt_densepose" among the targets: a `DensePosePoints` for each object, None
+            for those that are not annotated.
         mirrored_keypoints: K numbers; see `Geometry.apply_keypoints`.
+        symmetries: of the body's surface; None if no image is flipped.
     """
 
     def __init__(
@@ -40,6 +50,8 @@ class Mapper:
         with_keypoints: bool = False,
         mask_format: str = "polygon",
         mirrored_keypoints: Sequence[int] = (),
+        with_densepose: bool = False,
+        symmetries: Symmetries | None = None,
     ):
         self.augmentation = augmentation
         self.image_format = image_format
@@ -48,13 +60,16 @@ class Mapper:
         self.with_keypoints = with_keypoints
         self.mask_format = mask_format
         self.mirrored_keypoints = tuple(mirrored_keypoints)
+        self.with_densepose = with_densepose
+        self.symmetries = symmetries
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         """The model's input; "image" is uint8 (3, H, W), "height" and "width" are the original's.
 
         Raises:
-            UserError: the image cannot be read or is not of the size its annotation states, or an
-                object lacks the mask or the keypoints that were asked for.
+            UserError: the image cannot be read or is not of the size its annotation states, an
+                object lacks the mask or the keypoints that were asked for, or its dense pose is
+                malformed.
         """
         image = read_record_image(record)
         geometry = self.augmentation.draw(rng, image.height, image.width)
@@ -76,6 +91,8 @@ class Mapper:
         targets = {"gt_boxes": boxes, "gt_classes": classes}
         if self.with_keypoints:
             targets["gt_keypoints"] = self._keypoints(objects, geometry)
+        if self.with_densepose:
+            targets["gt_densepose"] = [self._dense_pose(a, geometry) for a in objects]
         if self.with_masks:
             make_masks = bit_masks if self.mask_format == "bitmask" else polygon_masks
             masks = targets["gt_masks"] = make_masks(objects, geometry)
@@ -89,6 +106,12 @@ class Mapper:
             raise UserError(f"an object does not have the {count} keypoints of its data set")
         points = np.array(rows, dtype=np.float64).reshape(-1, count, 3)
         return torch.from_numpy(geometry.apply_keypoints(points, self.mirrored_keypoints)).float()
+
+    def _dense_pose(self, annotation: dict, geometry: Geometry) -> DensePosePoints | None:
+        if not has_points(annotation):
+            return None
+        points = read_points(annotation)
+        return points.mirrored(self.symmetries) if geometry.flip else points
 
 
 def read_record_image(record: dict) -> Image.Image:
@@ -175,11 +198,12 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def build_train_mapper(cfg) -> Mapper:
+    flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
     augmentation = Augmentation(
         cfg.INPUT.MIN_SIZE_TRAIN,
         cfg.INPUT.MAX_SIZE_TRAIN,
         cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-        flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+        flip=flip,
     )
     return Mapper(
         augmentation,
@@ -189,6 +213,8 @@ def build_train_mapper(cfg) -> Mapper:
         with_keypoints=cfg.MODEL.KEYPOINT_ON,
         mask_format=cfg.INPUT.MASK_FORMAT,
         mirrored_keypoints=mirrored_keypoints(cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else (),
+        with_densepose=cfg.MODEL.DENSEPOSE_ON,
+        symmetries=load_symmetries() if cfg.MODEL.DENSEPOSE_ON and flip else None,
     )
 
 

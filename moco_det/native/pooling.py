@@ -4,7 +4,7 @@ Every bin is a weighted sum of feature vectors, with weights that are a product 
 its rows and one for its columns. Written so, as a sparse matrix product, pooling is vectorised over
 channels in both directions, whereas torchvision's backward pass adds up single numbers in a single
 thread: on a CPU that takes longer than the network. The numbers are those of
-`torchvision.ops.roi_align` with `aligned=True`, up to the order of summation.
+`torchvision.ops.roi_align`, up to the order of summation.
 
 Legend: R regions, B bins a side, C channels, H x W the size of a feature map.
 """
@@ -19,19 +19,21 @@ from torch import Tensor, nn
 class RegionPooler(nn.Module):
     """ROIAlign from the feature map that suits each box's size.
 
-    Pixel centres are at half-integers ("ROIAlignV2", torchvision's `aligned=True`).
-
     Args:
         bins: side of the pooled square.
         strides: of the maps it pools from, each twice the one before.
         sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel begun.
+        aligned: pixel centres are at half-integers ("ROIAlignV2", torchvision's `aligned=True`).
+            Without, in the original "ROIAlign", all is shifted by half a pixel of the map, and no
+            region is less than such a pixel wide or high.
     """
 
-    def __init__(self, bins: int, strides: list[int], sampling_ratio: int):
+    def __init__(self, bins: int, strides: list[int], sampling_ratio: int, aligned: bool = True):
         super().__init__()
         self.bins = bins
         self.strides = list(strides)
         self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
 
     def forward(self, features: list[Tensor], boxes: list[Tensor], every: int = 1) -> Tensor:
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, B', B'), see `roi_align`."""
@@ -50,7 +52,9 @@ class RegionPooler(nn.Module):
         return torch.cat(pooled)[levels.argsort(stable=True).argsort()]
 
     def _align(self, feature: Tensor, regions: Tensor, stride: int, every: int) -> Tensor:
-        return roi_align(feature, regions, self.bins, 1 / stride, self.sampling_ratio, every)
+        return roi_align(
+            feature, regions, self.bins, 1 / stride, self.sampling_ratio, every, self.aligned
+        )
 
 
 def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
@@ -71,6 +75,7 @@ def roi_align(
     scale: float,
     sampling_ratio: int = 0,
     every: int = 1,
+    aligned: bool = True,
 ) -> Tensor:
     """Pool each region to a square of bins; differentiable in `feature`.
 
@@ -82,16 +87,20 @@ def roi_align(
         sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel begun.
         every: keep only every so-many-th bin of rows and columns, from the first on: what a 1x1
             convolution with this stride would look at.
+        aligned: see `RegionPooler`.
 
     Returns:
         (R, C, B', B') in the dtype of `feature`, B' = ceil(B / every); summed in float32 at least.
     """
     channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
-    boxes = regions[:, 1:].to(precision) * scale - 0.5
-    x0, y0, x1, y1 = boxes.unbind(1)
-    on_rows = axis_weights(y0, y1, bins, height, sampling_ratio, every)  # (R, B', H)
-    on_columns = axis_weights(x0, x1, bins, width, sampling_ratio, every)  # (R, B', W)
+    x0, y0, x1, y1 = (regions[:, 1:].to(precision) * scale).unbind(1)
+    if aligned:
+        x0, y0, x1, y1 = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5
+    smallest = -torch.inf if aligned else 1.0
+    height_of, width_of = (y1 - y0).clamp(min=smallest), (x1 - x0).clamp(min=smallest)
+    on_rows = axis_weights(y0, height_of, bins, height, sampling_ratio, every)  # (R, B', H)
+    on_columns = axis_weights(x0, width_of, bins, width, sampling_ratio, every)  # (R, B', W)
     (first_row, rows), (first_column, columns) = _span(on_rows), _span(on_columns)  # (R, B')
 
     # One entry for each position of each bin: a thin region may have bins of many positions.
@@ -111,13 +120,13 @@ def roi_align(
 
 
 def axis_weights(
-    start: Tensor, end: Tensor, bins: int, length: int, sampling_ratio: int, every: int
+    start: Tensor, extent: Tensor, bins: int, length: int, sampling_ratio: int, every: int
 ) -> Tensor:
     """(R, B', L): with which weights a bin looks at the positions of one axis of `length` L.
 
-    start, end: (R,) of the regions, in positions of the map (position i has its centre at i).
+    start, extent: (R,) of the regions, in positions of the map (position i has its centre at i).
     """
-    step = (end - start) / bins
+    step = extent / bins
     samples = torch.full_like(step, sampling_ratio) if sampling_ratio else step.ceil()
     most = max(int(samples.max()), 1) if len(samples) else 1
     number = torch.arange(most, device=start.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from moco_det.config import load_config, on_available_device
 from moco_det.native.rcnn import build_model
 from moco_det.native.solver import build_optimizer
-from moco_det.probe import EngineProbe, Quantities, recording
+from moco_det.probe import EngineProbe, Quantities, of_surfaces, recording
 
 
 class Probe(EngineProbe):
@@ -56,4 +56,8 @@ class Probe(EngineProbe):
             found["keypoint heatmaps"] = heatmaps.split([len(x["boxes"]) for x in in_boxes])
             found["detection keypoints"] = [x["keypoints"][..., :2] for x in detections]
             found["keypoint scores"] = [x["keypoints"][..., 2] for x in detections]
+        if "charts" in in_boxes[0]:
+            for name in ("coarse", "fine", "u", "v"):
+                found[f"charts {name}"] = [getattr(x["charts"], name) for x in in_boxes]
+            found |= of_surfaces([x["densepose"] for x in detections])
         return found

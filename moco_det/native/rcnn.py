@@ -1,4 +1,4 @@
-"""Faster, Mask and Keypoint R-CNN, put together from Detectron2's config keys.
+"""Faster, Mask, Keypoint and DensePose R-CNN, put together from Detectron2's config keys.
 
     images -> backbone -> feature maps -> RPN -> proposals -> ROI heads -> detections
 
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from moco_det.config import check_supported
+from moco_det.densepose_points import DensePosePoints
 from moco_det.native.batching import batch_images
 from moco_det.native.boxes import nonempty
+from moco_det.native.densepose_head import surfaces
 from moco_det.native.dilated_c5 import build_resnet_dilated_c5
 from moco_det.native.fpn import build_resnet_fpn
 from moco_det.native.layers import sync_on_cpu
 from moco_det.native.mask_head import paste_masks
 from moco_det.native.resnet import build_resnet
-from moco_det.native.roi_heads import build_roi_heads
+from moco_det.native.roi_heads import DensePoseROIHeads, build_roi_heads
 from moco_det.native.rpn import build_rpn
 from moco_det.native.sampling import GroundTruth
 from moco_det.native.semantic_segmentor import build_semantic_segmentor
@@ -67,16 +69,19 @@ class GeneralizedRCNN(nn.Module):
                 order of INPUT.FORMAT, on any device. In training also "gt_boxes" (G, 4) float32, in
                 pixels of that image, and "gt_classes" (G,) int64; G may be 0. With a mask head
                 "gt_masks", polygons for each object or bool (G, H, W); with a keypoint head
-                "gt_keypoints" (G, P, 3) float32 of x, y, visibility. In inference optionally
-                "height" and "width" of the original image.
+                "gt_keypoints" (G, P, 3) float32 of x, y, visibility; for dense pose "gt_densepose",
+                a `DensePosePoints` or None for each object. In inference optionally "height" and
+                "width" of the original image.
 
         Returns:
-            In training the losses "loss_cls", "loss_box_reg", "loss_mask" and "loss_keypoint" of
-            the heads that there are, "loss_rpn_cls", "loss_rpn_loc".
+            In training the losses "loss_cls", "loss_box_reg", "loss_mask", "loss_keypoint" and
+            "loss_densepose_U", "_V", "_I", "_S" of the heads that there are, "loss_rpn_cls",
+            "loss_rpn_loc".
             In inference one dict per image, best detection first: "boxes" (D, 4) in pixels of the
             original image (of the input, without "height" and "width"), "scores" (D,), "classes"
-            (D,), and with their heads "masks", bool (D, H, W) of that image, and "keypoints"
-            (D, P, 3) of x, y, score, on the model's device.
+            (D,), and with their heads "masks", bool (D, H, W) of that image, "keypoints" (D, P, 3)
+            of x, y, score, and "densepose", D tensors (3, h, w) of `densepose_head.surfaces`, on
+            the model's device.
         """
         if not self.training:
             return self.detect(batch)
@@ -101,7 +106,14 @@ class GeneralizedRCNN(nn.Module):
             collect("gt_classes"),
             collect("gt_masks") if self.roi_heads.mask_head is not None else None,
             collect("gt_keypoints") if self.roi_heads.keypoint_head is not None else None,
+            self._dense_pose(batch) if isinstance(self.roi_heads, DensePoseROIHeads) else None,
         )
+
+    def _dense_pose(self, batch: list[dict]) -> list[list[DensePosePoints | None]]:
+        return [
+            [found if found is None else found.to(self.device) for found in x["gt_densepose"]]
+            for x in batch
+        ]
 
     @torch.no_grad()
     def detect(self, batch: list[dict]) -> list[dict[str, Tensor]]:
@@ -125,7 +137,8 @@ def rescale(
 ) -> dict[str, Tensor]:
     """Detections in an image of `size` (height, width) -> in the `original`; empty ones dropped.
 
-    "mask_probabilities" (D, M, M) in the boxes become "masks", bool (D, *original).
+    "mask_probabilities" (D, M, M) in the boxes become "masks", bool (D, *original); "charts" become
+    "densepose", see `surfaces`.
     """
     scale = detections["boxes"].new_tensor([original[1] / size[1], original[0] / size[0]])
     boxes = clip_boxes_to_image(detections["boxes"] * scale.repeat(2), original)
@@ -136,6 +149,8 @@ def rescale(
     if "mask_probabilities" in found:
         probabilities = found.pop("mask_probabilities")
         found["masks"] = paste_masks(probabilities, found["boxes"], original)
+    if "charts" in found:
+        found["densepose"] = surfaces(found.pop("charts"), found["boxes"])
     return found
 
 

@@ -15,6 +15,7 @@ BLOCKS_PER_STAGE = {
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
 }
 
 
@@ -117,7 +118,7 @@ class ResNet(nn.Module):
     """Stem and stages up to the last one that is asked for.
 
     Args:
-        depth: 18, 34, 50 or 101.
+        depth: 18, 34, 50, 101 or 152.
         out_features: the stages whose output is returned, of "res2" to "res5".
         norm: "FrozenBN", "BN", "SyncBN" or "GN", after every convolution.
         freeze_at: how many stages are not trained: 1 is the stem, 2 the stem and res2, ...

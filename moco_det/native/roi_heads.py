@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from moco_det.errors import UserError
 from moco_det.native.box_head import FastRCNNOutputLayers, build_box_head, build_box_predictor
+from moco_det.native.densepose_head import (
+    Charts,
+    DensePoseChartPredictor,
+    DensePoseV1ConvXHead,
+    build_densepose_head,
+    build_densepose_predictor,
+)
+from moco_det.native.densepose_loss import (
+    DensePoseChartLoss,
+    build_densepose_loss,
+    with_dense_pose,
+)
 from moco_det.native.keypoint_head import (
     KRCNNConvDeconvUpsampleHead,
     build_keypoint_head,
@@ -20,7 +32,7 @@ from moco_det.native.pooling import RegionPooler
 from moco_det.native.resnet import BottleneckBlock, make_stage
 from moco_det.native.sampling import GroundTruth, RegionSampler, RegionSamples, build_sampler
 
-Detections = list[dict[str, Tensor]]
+Detections = list[dict[str, Tensor | Charts]]
 
 
 class ROIHeads(nn.Module):
@@ -54,7 +66,7 @@ class ROIHeads(nn.Module):
 
         Ground truth in training only. Detections are in pixels of the network's input: "boxes"
         (Di, 4), "scores" and "classes" (Di,), "mask_probabilities" (Di, M, M) in the boxes,
-        "keypoints" (Di, P, 3). What does not belong to the phase is empty.
+        "keypoints" (Di, P, 3), "charts" of dense pose. What does not belong to the phase is empty.
         """
         maps = [features[name] for name in self.in_features]
         if self.training:
@@ -78,7 +90,7 @@ class ROIHeads(nn.Module):
     def detect(
         self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Detections:
-        """Boxes of the proposals; then masks and keypoints in the boxes that were found."""
+        """Boxes of the proposals; then masks and all else in the boxes that were found."""
         predictions = self.box_predictor(self.box_features(maps, proposals))
         found = self.box_predictor.detect(*predictions, proposals, image_sizes)
         boxes = [x["boxes"] for x in found]
@@ -92,7 +104,7 @@ class ROIHeads(nn.Module):
         return found
 
 
-def _deal_out(found: Detections, key: str, values: Tensor) -> None:
+def _deal_out(found: Detections, key: str, values: Tensor | Charts) -> None:
     """Give each image its own of the values of all detections."""
     counts = [len(x["boxes"]) for x in found]
     for detections, of_image in zip(found, values.split(counts), strict=True):
@@ -195,6 +207,51 @@ class StandardROIHeads(ROIHeads):
         return losses
 
 
+class DensePoseROIHeads(StandardROIHeads):
+    """Also says where on the body's surface the pixels of a person are.
+
+    Args:
+        densepose_head, densepose_predictor, densepose_loss, densepose_pooler: that branch.
+        densepose_iou: overlap with its object above which it is trained on a region.
+    """
+
+    def __init__(
+        self,
+        densepose_head: DensePoseV1ConvXHead,
+        densepose_predictor: DensePoseChartPredictor,
+        densepose_loss: DensePoseChartLoss,
+        densepose_pooler: RegionPooler,
+        densepose_iou: float,
+        **parts,
+    ):
+        super().__init__(**parts)
+        self.densepose_pooler = densepose_pooler
+        self.densepose_head = densepose_head
+        self.densepose_predictor = densepose_predictor
+        self.densepose_loss = densepose_loss
+        self.densepose_iou = densepose_iou
+
+    def charts(self, maps: list[Tensor], boxes: list[Tensor]) -> Charts:
+        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> of all R regions."""
+        return self.densepose_predictor(self.densepose_head(self.densepose_pooler(maps, boxes)))
+
+    def losses(
+        self, maps: list[Tensor], samples: RegionSamples, truth: GroundTruth
+    ) -> dict[str, Tensor]:
+        losses = super().losses(maps, samples, truth)
+        foreground = samples.where(samples.classes < self.sampler.num_classes)
+        posed = with_dense_pose(foreground, truth.densepose, self.densepose_iou)
+        charts = self.charts(maps, posed.boxes)
+        return losses | self.densepose_loss(charts, posed, truth.densepose)
+
+    def detect(
+        self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Detections:
+        found = super().detect(maps, proposals, image_sizes)
+        _deal_out(found, "charts", self.charts(maps, [x["boxes"] for x in found]))
+        return found
+
+
 def build_res5(cfg, extra_norm: bool) -> nn.Sequential:
     """Stage res5 on pooled regions.
 
@@ -223,13 +280,24 @@ def build_pooler(cfg, backbone: nn.Module, head: str) -> RegionPooler:
     """The one of MODEL.`head`, such as ROI_MASK_HEAD."""
     section = cfg.MODEL[head]
     strides = [backbone.strides[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
-    return RegionPooler(section.POOLER_RESOLUTION, strides, section.POOLER_SAMPLING_RATIO)
+    return RegionPooler(
+        section.POOLER_RESOLUTION,
+        strides,
+        section.POOLER_SAMPLING_RATIO,
+        aligned=section.POOLER_TYPE == "ROIAlignV2",
+    )
 
 
 def build_roi_heads(cfg, backbone: nn.Module) -> ROIHeads:
     """UserError where the config asks for what these heads do not have."""
     heads = cfg.MODEL.ROI_HEADS
-    build = build_standard_heads if heads.NAME == "StandardROIHeads" else build_res5_heads
+    standard = heads.NAME in ("StandardROIHeads", "DensePoseROIHeads")
+    if cfg.MODEL.DENSEPOSE_ON and heads.NAME != "DensePoseROIHeads":
+        raise UserError(
+            f"MODEL.DENSEPOSE_ON True: the heads MODEL.ROI_HEADS.NAME {heads.NAME!r} know no dense "
+            "pose; use 'DensePoseROIHeads'"
+        )
+    build = build_standard_heads if standard else build_res5_heads
     pooler = build_pooler(cfg, backbone, "ROI_BOX_HEAD")
     return build(
         cfg, backbone, in_features=heads.IN_FEATURES, sampler=build_sampler(cfg), pooler=pooler
@@ -267,4 +335,16 @@ def build_standard_heads(cfg, backbone: nn.Module, **shared) -> StandardROIHeads
     if cfg.MODEL.KEYPOINT_ON:
         parts["keypoint_head"] = build_keypoint_head(cfg, channels)
         parts["keypoint_pooler"] = build_pooler(cfg, backbone, "ROI_KEYPOINT_HEAD")
-    return StandardROIHeads(box_head=box_head, **parts, **shared)
+    if not cfg.MODEL.DENSEPOSE_ON:
+        return StandardROIHeads(box_head=box_head, **parts, **shared)
+    head = build_densepose_head(cfg, channels)
+    return DensePoseROIHeads(
+        densepose_head=head,
+        densepose_predictor=build_densepose_predictor(cfg, head.out_channels),
+        densepose_loss=build_densepose_loss(cfg),
+        densepose_pooler=build_pooler(cfg, backbone, "ROI_DENSEPOSE_HEAD"),
+        densepose_iou=cfg.MODEL.ROI_DENSEPOSE_HEAD.FG_IOU_THRESHOLD,
+        box_head=box_head,
+        **parts,
+        **shared,
+    )

@@ -17,7 +17,7 @@ from moco_det.native import comm
 from moco_det.native.checkpoint import Checkpoints
 from moco_det.native.rcnn import build_model
 from moco_det.native.solver import build_lr_scheduler, build_optimizer, scaled_to_processes
-from moco_det.tasks import check_dataset, check_input
+from moco_det.tasks import check_dataset, check_input, check_metric_files
 from moco_det.weights import check_against_config, load_backbone_weights
 
 
@@ -142,6 +142,7 @@ def prepare(cfg):
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_input(cfg, crops_objects=False)
     check_classes(cfg)
+    check_metric_files(cfg)
     if comm.is_main():
         try:
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)

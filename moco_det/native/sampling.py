@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_det.densepose_points import DensePosePoints
 from moco_det.native.boxes import match, pairwise_iou, subsample
 
 # Of one image: polygons for each object, each [x0, y0, x1, y1, ...] float64; or a bool (Gi, H, W).
@@ -24,6 +25,7 @@ class GroundTruth(NamedTuple):
     classes: list[Tensor]  # N tensors (Gi,)
     masks: list[Masks] | None = None
     keypoints: list[Tensor] | None = None  # N tensors (Gi, P, 3): x, y, visibility
+    densepose: list[list[DensePosePoints | None]] | None = None  # None: not annotated
 
 
 class RegionSamples(NamedTuple):

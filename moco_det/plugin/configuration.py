@@ -1,37 +1,54 @@
 """Detectron2's own config, with this project's few keys."""
 
 import re
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
 from moco_det import config as native_config
 from moco_det.config import leaves, nearest, on_available_device
-from moco_det.config_keys import OUR_KEYS
+from moco_det.config_keys import DENSEPOSE_KEYS, OUR_KEYS
 from moco_det.errors import UserError
+from moco_det.plugin import dense_pose
 
 
 def add_moco_config(cfg: CfgNode) -> None:
-    """Add `moco_det.config_keys.OUR_KEYS`, with their defaults, to a Detectron2 config."""
-    defaults = dict(leaves(native_config.get_cfg()))
-    for key in OUR_KEYS:
+    """Add `moco_det.config_keys.OUR_KEYS`, with their defaults, to a Detectron2 config.
+
+    Also `DENSEPOSE_KEYS`, where the DensePose project has not added them: this project's YAMLs say
+    only there that they are of use, and can be read without it.
+    """
+    for key in (*OUR_KEYS, *DENSEPOSE_KEYS):
         section, _, name = key.rpartition(".")
-        node = cfg
+        node, default = cfg, native_config.get_cfg()
         for part in filter(None, section.split(".")):
-            node = node[part]
-        node[name] = defaults[key]
+            node, default = node[part], default[part]
+        if name not in node:
+            value = default[name]
+            node[name] = CfgNode(value) if isinstance(value, dict) else value
 
 
-def load_config(config_file: str, opts=()) -> CfgNode:
+def asks_for_dense_pose(config_file: str, opts: Sequence[str]) -> bool:
+    model = CfgNode.load_yaml_with_base(config_file).get("MODEL") or {}
+    given = {"MODEL.DENSEPOSE_ON": model.get("DENSEPOSE_ON", False)}
+    given |= zip(opts[::2], opts[1::2], strict=False)
+    return str(given["MODEL.DENSEPOSE_ON"]) == "True"
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """A YAML file over Detectron2's defaults, then the `KEY VALUE ...` list `opts` over both.
 
     Frozen. MODEL.DEVICE becomes "cpu" where it asks for CUDA and there is none.
 
     Raises:
-        UserError: an unreadable file, an unknown key (with the nearest known one), a wrong type.
+        UserError: an unreadable file, an unknown key (with the nearest known one), a wrong type;
+            dense pose, and the DensePose project is not installed.
     """
     cfg = get_cfg()
-    add_moco_config(cfg)
     try:
+        if asks_for_dense_pose(config_file, opts):
+            dense_pose.add_config(cfg)
+        add_moco_config(cfg)
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError, OSError) as error:

@@ -8,10 +8,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
+from moco_det import densepose_files
 from moco_det.datasets import (
     CityscapesDataset,
     CocoDataset,
     Dataset,
+    DensePoseDataset,
     LvisDataset,
     SemanticDataset,
     VocDataset,
@@ -23,8 +25,9 @@ from moco_det.tasks import is_semantic, num_classes, num_classes_key
 
 # Names that Detectron2 knows and `moco_det.datasets` reads all the same. Its readers of Cityscapes
 # import a package that is not public, and need the polygons; its LVIS takes versions that are none
-# of the paper's. So both engines train on the same records.
-_READ_HERE = ("lvis_", "cityscapes_")
+# of the paper's; its DensePose sets are for that project's own loader. So both engines train on the
+# same records.
+_READ_HERE = ("lvis_", "cityscapes_", "densepose_")
 
 
 def register_datasets(names: Iterable[str]) -> None:
@@ -66,6 +69,17 @@ def _register_voc(dataset: VocDataset) -> None:
     )
 
 
+def _register_densepose(dataset: DensePoseDataset) -> None:
+    _register(
+        dataset,
+        thing_classes=list(dataset.classes),
+        json_file=str(dataset.json_file),
+        image_root=str(dataset.image_dir),
+        densepose_transform_src=str(densepose_files.file_path(densepose_files.SYMMETRIES)),
+        evaluator_type="densepose",
+    )
+
+
 def _register_lvis(dataset: LvisDataset) -> None:
     _register(
         dataset,
@@ -98,6 +112,7 @@ def _register_semantic(dataset: SemanticDataset) -> None:
 _REGISTER = {
     "coco": _register_coco,
     "voc": _register_voc,
+    "densepose": _register_densepose,
     "lvis": _register_lvis,
     "cityscapes": _register_cityscapes,
     "sem_seg": _register_semantic,

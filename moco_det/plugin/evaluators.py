@@ -13,11 +13,13 @@ from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.records import prediction_record, save_predictions
+from moco_det.plugin import dense_pose
 
 # Detectron2's evaluators of these do not run: LVIS's ends in the np.float that NumPy no longer has,
-# Cityscapes' imports a package that is not public; of label maps, Detectron2 reads trainIds only.
+# Cityscapes' imports a package that is not public; of label maps, Detectron2 reads trainIds only;
+# DensePose's takes its body model from the net alone.
 # So `moco_det.evaluation` scores them, for both engines, with the same official tools.
-_SCORED_HERE = ("lvis", "cityscapes_instance", "sem_seg")
+_SCORED_HERE = ("lvis", "cityscapes_instance", "sem_seg", "densepose")
 
 
 def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
@@ -92,4 +94,6 @@ def fields_of(instances) -> dict:
     for name in ("masks", "keypoints"):
         if instances.has(f"pred_{name}"):
             output[name] = instances.get(f"pred_{name}")
+    if instances.has("pred_densepose"):
+        output["densepose"] = dense_pose.surfaces(instances)
     return output

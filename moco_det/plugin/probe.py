@@ -8,8 +8,11 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from moco_det.plugin import load_config
-from moco_det.probe import EngineProbe, Quantities, recording
+from moco_det.plugin import dense_pose, load_config
+from moco_det.probe import EngineProbe, Quantities, of_surfaces, recording
+
+# Fields of the dense pose predictor: ours -> Detectron2's.
+CHARTS = {"coarse": "coarse_segm", "fine": "fine_segm", "u": "u", "v": "v"}
 
 
 class Probe(EngineProbe):
@@ -65,6 +68,10 @@ class Probe(EngineProbe):
             found["keypoint heatmaps"] = [x.pred_keypoint_heatmaps for x in in_boxes]
             found["detection keypoints"] = [x.pred_keypoints[..., :2] for x in detections]
             found["keypoint scores"] = [x.pred_keypoints[..., 2] for x in detections]
+        if detections[0].has("pred_densepose"):
+            for ours, theirs in CHARTS.items():
+                found[f"charts {ours}"] = [getattr(x.pred_densepose, theirs) for x in in_boxes]
+            found |= of_surfaces([dense_pose.surfaces(x) for x in detections])
         return found
 
 
@@ -79,6 +86,8 @@ def detectron2_input(item: dict) -> dict:
         instances.gt_masks = (BitMasks if isinstance(masks, Tensor) else PolygonMasks)(masks)
     if "gt_keypoints" in item:
         instances.gt_keypoints = Keypoints(item["gt_keypoints"])
+    if any(points is not None for points in item.get("gt_densepose", ())):
+        instances.gt_densepose = dense_pose.ground_truth(item["gt_densepose"], instances)
     return {key: item[key] for key in ("image", "height", "width")} | {"instances": instances}
 
 

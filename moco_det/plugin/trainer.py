@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from moco_det.batch_plan import plan_batch
 from moco_det.errors import UserError
+from moco_det.plugin import dense_pose
 from moco_det.plugin.accumulation import AccumulatingTrainer
 from moco_det.plugin.checkpoint import StrictCheckpointer
 from moco_det.plugin.configuration import load_config
@@ -18,7 +19,7 @@ from moco_det.plugin.datasets import check_classes, register_datasets
 from moco_det.plugin.evaluators import build_evaluator
 from moco_det.plugin.hooks import SamePreciseBN
 from moco_det.plugin.semantic_mapper import build_semantic_mapper, build_semantic_test_loader
-from moco_det.tasks import check_input, is_semantic
+from moco_det.tasks import check_input, check_metric_files, is_semantic
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 
@@ -66,6 +67,8 @@ class Trainer(DefaultTrainer):
         """Detectron2's, in batches of one forward pass."""
         accumulation = cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
         images = cfg.SOLVER.IMS_PER_BATCH // accumulation
+        if cfg.MODEL.DENSEPOSE_ON:
+            return dense_pose.build_train_loader(cfg, images)
         mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
         return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
 
@@ -141,6 +144,7 @@ def prepare(cfg, eval_only: bool) -> None:
     check_input(cfg, crops_objects=True)
     register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     check_classes(cfg)
+    check_metric_files(cfg)
     try:
         default_setup(cfg, Namespace(eval_only=eval_only))
     except OSError as error:

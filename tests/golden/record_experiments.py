@@ -1,6 +1,6 @@
 """Record what Detectron2 computes for every experiment of configs/, narrowed.
 
-    PYTHONPATH=DETECTRON2 python tests/golden/record_experiments.py
+    PYTHONPATH=DETECTRON2:DETECTRON2/projects/DensePose python tests/golden/record_experiments.py
 
 The experiments' own YAMLs, with fewer channels and regions. Weights and inputs come from numpy's
 RandomState and all anchors and proposals are sampled, as in record_model.py, so that no number
@@ -15,11 +15,14 @@ import torch
 from record_model import GT_BOXES, GT_POLYGONS, ORIGINAL, fill, images
 from recording import write
 
+from moco_det.densepose_points import DensePosePoints
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 NARROW = """
 MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.RESNETS.STEM_OUT_CHANNELS 8
 MODEL.FPN.OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.CONV_DIM 16
 MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (16,16) MODEL.SEM_SEG_HEAD.CONVS_DIM 16
+MODEL.ROI_DENSEPOSE_HEAD.CONV_HEAD_DIM 16 MODEL.ROI_DENSEPOSE_HEAD.NUM_STACKED_CONVS 2
 MODEL.RPN.BATCH_SIZE_PER_IMAGE 20000 MODEL.RPN.POSITIVE_FRACTION 1.0
 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 20
 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 100 MODEL.ROI_HEADS.POSITIVE_FRACTION 1.0
@@ -76,7 +79,16 @@ def objects(cfg, random: np.random.RandomState, index: int) -> dict:
         "gt_classes": torch.from_numpy(classes).long(),
         "gt_masks": masks,
         "gt_keypoints": torch.cat([points, torch.full((*points.shape[:2], 1), 2.0)], dim=2),
+        "gt_densepose": [dense_pose(np.random.RandomState(label)) for label in range(len(boxes))],
     }
+
+
+def dense_pose(random: np.random.RandomState) -> DensePosePoints:
+    """Points all over a box, and parts of the body in squares."""
+    x, y, u, v = torch.from_numpy(random.uniform(size=(4, 30))).float()
+    charts = torch.from_numpy(random.randint(0, 25, 30)).long()
+    parts = np.kron(random.randint(0, 15, (8, 8)), np.ones((32, 32)))
+    return DensePosePoints(x * 256, y * 256, charts, u, v, torch.from_numpy(parts.astype(np.uint8)))
 
 
 def bit_masks(polygons: list[list[np.ndarray]], size: tuple[int, int]) -> torch.Tensor:

@@ -31,6 +31,7 @@ TABLES = {
     "coco_R50_C4_1x": ("table5c",),
     "coco_R50_C4_2x": ("table5d",),
     "coco_R50_FPN_keypoint_2x": ("table6_keypoint",),
+    "coco_R50_FPN_densepose_s1x": ("table6_densepose",),
     "lvis_R50_FPN_1x": (),
     "lvis_R50_FPN_2x": ("table6_lvis",),
     "cityscapes_R50_FPN_instance": ("table6_cityscapes_instance",),
@@ -74,13 +75,19 @@ def test_golden_settings_are_the_papers(experiments):
             assert (paper["train"], paper["test"]) == (facts["train"], facts["test"])
             assert steps == [iterations * step // 24000 for step in recipe["voc_steps"]]
             assert paper["scale"] == [rules["image_scale"]["voc_train"], 800]
+        elif name.endswith("s1x"):
+            first, second = (f"{step // 1000}k" for step in steps)
+            schedule = f"s1x: {iterations // 1000}k iterations, steps {first} and {second}"
+            assert rules["densepose"] == schedule
         elif name.endswith(("1x", "2x")):
             schedule = rules["schedules_coco"][name[-2:]]
             assert (iterations, steps) == (schedule["iterations"], schedule["steps"])
         elif name.endswith("6x"):
             assert f"{iterations // 1000}k iterations" in facts["note"]
             assert "({}, {})".format(*steps) in facts["note"]
-        if not name.startswith("cityscapes"):
+        if "densepose" in name:  # the rate is the baseline's, as test_configs.py holds it to
+            assert batch == recipe["batch"]
+        elif not name.startswith("cityscapes"):
             assert (batch, lr) == (recipe["batch"], recipe["lr"])
         if name.startswith(("coco", "lvis")):
             assert paper["scale"] == [rules["image_scale"]["coco_train"], 800]

@@ -6,8 +6,9 @@ import pytest
 from recording import read
 
 from moco_det.config import get_cfg, leaves, load_config, nearest
-from moco_det.config_keys import INERT, OUR_KEYS, SUPPORTED
+from moco_det.config_keys import DENSEPOSE_INERT, DENSEPOSE_KEYS, INERT, OUR_KEYS, SUPPORTED
 from moco_det.errors import UserError
+from moco_det.native.rcnn import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(
@@ -23,6 +24,12 @@ def golden():
 
 
 @pytest.fixture
+def densepose():
+    """What the DensePose project adds; it is off here unless it is asked for."""
+    return read("densepose_config")["defaults"] | {"MODEL.DENSEPOSE_ON": "False"}
+
+
+@pytest.fixture
 def write(tmp_path):
     """Function: YAML text (and a file name) -> path of the file."""
 
@@ -34,13 +41,37 @@ def write(tmp_path):
     return write_text
 
 
-def is_inert(key):
-    return any(key == name or key.startswith(f"{name}.") for name in INERT)
+def is_inert(key, names=INERT):
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def test_defaults_are_detectron2s(golden):
+def test_defaults_are_detectron2s(golden, densepose):
     ours = {key: repr(value) for key, value in leaves(get_cfg()) if key not in OUR_KEYS}
-    assert ours == {key: golden[key] for key in ours}
+    assert ours == {key: (golden | densepose)[key] for key in ours}
+
+
+def test_every_key_of_the_densepose_project(densepose):
+    """Those that are refused as unknown belong to other models of the project, or its evaluator."""
+    ours = dict(leaves(get_cfg()))
+    assert {key for key in ours if is_inert(key, DENSEPOSE_KEYS)} == ours.keys() & densepose.keys()
+    unknown = {k for k in densepose if k not in ours and not is_inert(k, DENSEPOSE_INERT)}
+    assert {key.partition(".")[0] for key in unknown} == {
+        "BOOTSTRAP_DATASETS",
+        "DENSEPOSE_EVALUATION",
+    }
+    for name in DENSEPOSE_INERT:
+        assert any(is_inert(key, [name]) for key in densepose), name
+
+
+def test_densepose_s_own_baseline_can_be_built(write):
+    """Its YAML, from what was recorded of it."""
+    recorded = read("densepose_config")["densepose_rcnn_R_50_FPN_s1x_legacy"]
+    options = [text for key, value in recorded.items() for text in (key, value)]
+    narrow = "MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.ROI_BOX_HEAD.FC_DIM 8"
+    cfg = load_config(write("VERSION: 2\n"), [*options, *narrow.split()])
+    model = build_model(cfg)
+    assert model.roi_heads.densepose_predictor.ann_index_lowres.weight.shape[1] == 15
+    assert not model.roi_heads.densepose_pooler.aligned
 
 
 def test_every_detectron2_key_is_either_known_or_inert(golden):
@@ -184,6 +215,10 @@ def test_section_for_value_and_value_for_section_are_unknown_keys(write, text):
         ("MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.RESNETS.NORM", "GN"),
         ("INPUT.CROP.TYPE", "relative"),
+        ("INPUT.ROTATION_ANGLES", "[0, 10]"),
+        ("MODEL.ROI_DENSEPOSE_HEAD.NAME", "DensePoseDeepLabHead"),
+        ("MODEL.ROI_DENSEPOSE_HEAD.UV_CONFIDENCE.ENABLED", "True"),
+        ("MODEL.ROI_DENSEPOSE_HEAD.NUM_COARSE_SEGM_CHANNELS", "3"),
         ("VERSION", "1"),
     ],
 )

@@ -13,6 +13,7 @@ from moco_det.parity import (
     Difference,
     build_items,
     compare,
+    draw_dense_pose,
     draw_items,
     draw_keypoints,
     draw_outlines,
@@ -150,6 +151,19 @@ def test_drawn_keypoints_are_of_all_kinds():
     assert 0.5 < inside.all(2)[labelled].float().mean() < 1
 
 
+def test_drawn_dense_pose():
+    first, second, third = draw_dense_pose(3, seed=0)
+    assert third is None
+    for points in (first, second):
+        assert points.charts.min() >= 0
+        assert points.charts.max() == 24
+        assert 200 < points.x.max() < 256
+        assert points.u.max() < 1
+        assert points.parts.shape == (256, 256)
+        assert len(points.parts.unique()) > 8
+    assert not torch.equal(first.x, second.x)
+
+
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
 def test_items_have_the_ground_truth_that_the_config_asks_for(mask_format):
     cfg = get_cfg()
@@ -157,10 +171,11 @@ def test_items_have_the_ground_truth_that_the_config_asks_for(mask_format):
     for a, b in zip(build_items(cfg, 64, 96, 2, seed=3), expected, strict=True):
         assert a.keys() == b.keys()
         assert torch.equal(a["image"], b["image"])
-    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = cfg.MODEL.DENSEPOSE_ON = True
     cfg.INPUT.MASK_FORMAT = mask_format
     for item in build_items(cfg, 64, 96, 2, seed=3):
         assert len(item["gt_masks"]) == len(item["gt_keypoints"]) == 3
+        assert len(item["gt_densepose"]) == 3
         if mask_format == "bitmask":
             assert item["gt_masks"].shape == (3, *item["image"].shape[1:])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco_det.parity import draw_items
-from moco_det.probe import EngineProbe, end_layers
+from moco_det.probe import EngineProbe, end_layers, of_surfaces
 
 OPTS = ["MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", "0.001"]
 
@@ -87,6 +87,19 @@ def test_a_step_trains_and_inference_does_not(probe, items, amp):
     ):
         assert after[name].dtype == torch.float32
         assert not torch.equal(after[name], before[name])
+
+
+def test_what_is_compared_of_surfaces():
+    surface = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    surface[:, 0, 1] = torch.tensor([24, 255, 51])
+    found = of_surfaces([[surface, torch.zeros(3, 1, 4, dtype=torch.uint8)], []])
+    charts, none = found["detection charts"]
+    assert charts.shape == (25, 8)
+    assert charts[24].tolist() == [False, True, *[False] * 6]
+    assert charts.sum() == 8
+    assert none.shape == (25, 0)
+    torch.testing.assert_close(found["mean U and V"][0], torch.tensor([1 / 8, 0.2 / 8]))
+    assert found["mean U and V"][1].tolist() == [0, 0]
 
 
 def test_end_layers_are_in_the_order_of_computation():

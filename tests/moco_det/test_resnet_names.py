@@ -17,7 +17,11 @@ RESNETS = {
     "wide_resnet50_2": Architecture(50, 1, 128),
 }
 # The paper's wider encoders, which torchvision has no name for.
-WIDENED = {2: Architecture(50, 1, 128, 2), 4: Architecture(50, 1, 256, 4)}
+WIDENED = {
+    0.25: Architecture(50, 1, 16, 0.25),
+    2: Architecture(50, 1, 128, 2),
+    4: Architecture(50, 1, 256, 4),
+}
 
 
 def meta_state(arch: str) -> dict:

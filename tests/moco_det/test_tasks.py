@@ -1,6 +1,9 @@
 """What a config's META_ARCHITECTURE asks of its data sets and of its other keys."""
 
+import json
+
 import pytest
+from densepose_template import write_template
 from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_voc
 
@@ -10,6 +13,7 @@ from moco_det.errors import UserError
 from moco_det.tasks import (
     check_dataset,
     check_input,
+    check_metric_files,
     is_semantic,
     num_classes,
     num_classes_key,
@@ -48,6 +52,25 @@ def test_data_sets_must_fit_the_task_and_the_classes(tmp_path):
     message = r"MODEL.SEM_SEG_HEAD.NUM_CLASSES is 54, but .* has 21 classes \(background, .*to 21"
     with pytest.raises(UserError, match=message):
         check_dataset(make_cfg(), labels)
+
+
+def test_a_dense_pose_model_needs_dense_pose_and_its_metric_the_body(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name, plain = (f"{kind}:{tmp_path}/a.json:{tmp_path}" for kind in ("densepose", "coco"))
+    one_class = ("MODEL.ROI_HEADS.NUM_CLASSES", 1, "DATASETS.TEST", (name,))
+    boxes = make_cfg(*one_class, semantic=False)
+    posed = make_cfg(*one_class, "MODEL.DENSEPOSE_ON", True, semantic=False)
+    for cfg, dataset in ((boxes, plain), (boxes, name), (posed, name)):
+        check_dataset(cfg, get_dataset(dataset))
+    with pytest.raises(UserError, match="coco:.* has no dense pose, but MODEL.DENSEPOSE_ON is"):
+        check_dataset(posed, get_dataset(plain))
+    check_metric_files(boxes)
+    with pytest.raises(UserError, match=r"the metric of densepose:.* needs SMPL_subdiv\.mat"):
+        check_metric_files(posed)
+    write_template(tmp_path / "densepose" / "data", steps=1)
+    check_metric_files(posed)
 
 
 CROP = ("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE")

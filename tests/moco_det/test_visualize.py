@@ -134,6 +134,67 @@ def test_box_mask_and_keypoint_are_drawn_where_they_are():
     assert image.sum() == 0  # the photograph itself is left alone
 
 
+def test_annotated_dense_pose():
+    places = {"dp_x": [0.0, 128.0], "dp_y": [64.0, 256.0]}
+    values = {"dp_I": [1.0, 24.0], "dp_U": [0.0, 1.0], "dp_V": [1.0, 0.5]}
+    thing = annotation([10, 20, 30, 28], **places, **values)
+    found = visualize.annotated_objects(record(thing, annotation([0, 0, 9, 9])), CLASSES)
+    expected = torch.tensor([[10.0, 22, 1, 0, 1], [20, 28, 24, 1, 0.5]])
+    assert torch.equal(found.points[0], expected)
+    assert found.points[1].shape == (0, 5)
+    assert visualize.annotated_objects(record(annotation([0, 0, 9, 9])), CLASSES).points is None
+
+
+def test_predicted_surfaces_follow_the_scores():
+    surfaces = [torch.full((3, 4, 5), n, dtype=torch.uint8) for n in (1, 2, 3)]
+    output = {
+        "boxes": torch.tensor([[0.0, 0, 5, 4]] * 3),
+        "scores": torch.tensor([0.9, 0.2, 0.5]),
+        "classes": torch.zeros(3).long(),
+        "densepose": surfaces,
+    }
+    found = visualize.predicted_objects(prediction_record(7, output), (40, 60), CLASSES, 0.5)
+    assert [int(surface[0, 0, 0]) for surface in found.surfaces] == [3, 1]
+
+
+def test_colours_of_the_surface():
+    """Another hue for each chart; brighter with U, and more saturated with V."""
+    charts = torch.arange(1, 25)
+    zero, one = torch.zeros(24), torch.ones(24)
+    pure = visualize.surface_colours(charts, one, one)
+    assert pure.shape == (3, 24)
+    assert len({tuple(c) for c in pure.T.tolist()}) == 24
+    assert (pure.amax(0) == 255).all()
+    assert (pure.amin(0) == 0).all()
+    dark = visualize.surface_colours(charts, zero, one)
+    assert (dark.amax(0) < 128).all()
+    pale = visualize.surface_colours(charts, one, zero)
+    assert (pale.amin(0) == round(255 * 0.6)).all()
+
+
+def test_surface_and_points_are_drawn_where_they_are():
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    surface = torch.zeros(3, 10, 20, dtype=torch.uint8)
+    surface[:, :, 10:] = torch.tensor([7, 255, 255])[:, None, None]
+    objects = visualize.Objects(
+        boxes=torch.tensor([[45.7, 35.2, 60.0, 40.0]]),  # the surface reaches over the image
+        labels=[""],
+        colours=[(1, 2, 3)],
+        points=[torch.tensor([[10.0, 12.0, 9.0, 0.5, 0.5]])],
+        surfaces=[surface],
+    )
+    picture = visualize.draw_objects(image, objects)
+    shade = visualize.surface_colours(*torch.tensor([[7.0], [1.0], [1.0]]))
+    opacity = visualize.SURFACE_OPACITY
+    blend = (opacity * shade + (1 - opacity) * 100).round()[:, 0]
+    assert torch.equal(picture[:, 37, 57].float(), blend)
+    assert picture[:, 37, 50].tolist() == [100] * 3  # background inside the box
+    dot = visualize.surface_colours(*torch.tensor([[9.0], [0.5], [0.5]]))
+    assert torch.equal(picture[:, 12, 10], dot[:, 0])
+    assert picture[:, 12, 20].tolist() == [100] * 3
+    assert (image == 100).all()
+
+
 def test_label_map_leaves_void_and_background():
     classes = ("background", "cat", "dog")
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)

@@ -8,11 +8,11 @@ from moco_det.config import load_config
 from moco_det.dataset_doctor import Report
 from moco_det.dataset_doctor.examination import check_files
 from moco_det.dataset_doctor.official import OFFICIAL, find_place, remedy
-from moco_det.datasets import cityscapes, coco, get_dataset, lvis, semantic, voc
+from moco_det.datasets import cityscapes, coco, densepose, get_dataset, lvis, semantic, voc
 from moco_det.datasets.semantic import TRAIN_AUG_IMAGES
 from moco_det.errors import UserError
 
-MODULES = (cityscapes, coco, lvis, semantic, voc)
+MODULES = (cityscapes, coco, densepose, lvis, semantic, voc)
 NAMES = sorted({name for module in MODULES for name in module.NAMES})
 
 

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from moco_det.evaluation.predictions import check_images, check_mask_sizes, checked, tasks_of
 from moco_det.evaluation.records import encode_masks, prediction_record, save_predictions
+from moco_det.iuv import decode_iuv, encode_iuv
 
 
 def detections(**changes):
@@ -124,6 +125,48 @@ def test_record_of_detections(tmp_path):
     assert set(prediction_record("a", {k: output[k] for k in ("boxes", "scores", "classes")})) == {
         *("image_id", "boxes", "scores", "classes")
     }
+
+
+def test_record_of_dense_pose(tmp_path):
+    surfaces = [
+        torch.randint(0, 25, (3, height, width), dtype=torch.uint8)
+        for height, width in ((4, 3), (1, 7))
+    ]
+    output = {
+        "boxes": torch.tensor([[0.0, 1, 3.5, 5], [0, 0, 7, 0.5]]),
+        "scores": torch.tensor([0.5, 0.4]),
+        "classes": torch.tensor([0, 0]),
+        "densepose": surfaces,
+    }
+    save_predictions(str(tmp_path), "set", [prediction_record("a", output)])
+    (saved,) = json.loads((tmp_path / "inference" / "set.json").read_text())
+    for packed, surface in zip(checked(saved, 1)["densepose"], surfaces, strict=True):
+        np.testing.assert_array_equal(decode_iuv(packed), surface)
+
+
+@pytest.mark.parametrize(
+    ("box", "fits"),
+    [
+        ([0, 0, 4, 3], True),
+        ([0.5, 0.5, 5.4, 4.4], True),
+        ([0, 0, 3.9999999, 3], True),  # as if found in single precision
+        ([0, 0, 3.9, 3], False),
+        ([0, 0, 5.1, 3], False),
+        ([0, 0, 3, 4], False),
+    ],
+)
+def test_a_dense_pose_is_of_the_size_of_its_box(box, fits):
+    surface = encode_iuv(np.zeros((3, 3, 4), np.uint8))
+    if fits:
+        checked(detections(boxes=[box], densepose=[surface]), 2)
+        return
+    with pytest.raises(ValueError, match=r"image 3: a dense pose of uv_shape \[3, 3, 4\] is not"):
+        checked(detections(boxes=[box], densepose=[surface]), 2)
+
+
+def test_a_dense_pose_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="uv_shape None"):
+        checked(detections(densepose=[{"uv_data": ""}]), 2)
 
 
 def test_record_of_a_label_map():

@@ -7,6 +7,7 @@ import pytest
 import record_sampling
 import torch
 from recording import read
+from tiny_densepose import write_tiny_densepose
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.config import get_cfg, load_config
@@ -290,6 +291,16 @@ def test_images_with_few_keypoints_are_left_out_for_keypoints_only(person_cfg):
     records = build_training_records(person_cfg)
     assert 0 < len(records) < everything
     assert all(count_keypoints(record) >= 10 for record in records)
+
+
+def test_images_without_dense_pose_are_left_out_for_dense_pose_only(tmp_path):
+    name = write_tiny_densepose(tmp_path)
+    kept = training_records([name], filter_empty=True, with_densepose=True)
+    assert [r["image_id"] for r in kept] == [1]
+    assert "dp_masks" in kept[0]["annotations"][0]
+    others = training_records([name], filter_empty=True)
+    assert [r["image_id"] for r in others] == [1, 2]
+    assert not any(key.startswith("dp_") for key in others[0]["annotations"][0])
 
 
 def test_few_keypoints_are_those_of_detectron2(person_cfg):

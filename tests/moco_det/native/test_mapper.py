@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import record_inputs
 import torch
+from densepose_symmetries import write_symmetries
 from PIL import Image
 from pycocotools import mask as coco_mask
 from record_inputs import NumpyDraws
@@ -13,6 +14,7 @@ from recording import read
 
 from moco_det.config import get_cfg
 from moco_det.datasets import get_dataset
+from moco_det.densepose_points import Symmetries
 from moco_det.errors import UserError
 from moco_det.native.mapper import Mapper, build_train_mapper, mirrored_keypoints
 from moco_det.native.transforms import Augmentation, Geometry
@@ -158,6 +160,43 @@ def test_annotations_that_lack_what_is_asked_for(record, options, change, messag
         record = with_shapes(record, coco_mask.encode(np.ones((3, 4), np.uint8, order="F")))
     with pytest.raises(UserError, match=rf"a\.png: .*{message}"):
         map_once(draw_mapper(**options), record)
+
+
+def test_dense_pose_of_some_objects(record):
+    """As it is where the image is not flipped; None for an object that has none."""
+    record["annotations"][0] |= {key: [1.0, 2.0] for key in ("dp_x", "dp_y", "dp_I")}
+    record["annotations"][0] |= {"dp_U": [0.5, 0.25], "dp_V": [0.0, 1.0]}
+    record["annotations"][2] |= record["annotations"][0] | {"bbox": [61.0, 5.0, 70.0, 9.0]}
+    item = map_once(draw_mapper(with_densepose=True), record)
+    points, nothing = item["gt_densepose"]  # the box outside the image has taken its own along
+    assert nothing is None
+    assert points.x.tolist() == [1, 2]
+    assert points.u.tolist() == [0.5, 0.25]
+    assert "gt_densepose" not in map_once(draw_mapper(), record)
+
+
+def test_dense_pose_is_mirrored_with_its_image(record):
+    record["annotations"][0] |= {key: [1.0] for key in ("dp_x", "dp_y", "dp_I")}
+    record["annotations"][0] |= {"dp_U": [0.0], "dp_V": [1.0]}
+    symmetries = Symmetries(torch.full((24, 256, 256), 0.75), torch.zeros(24, 256, 256))
+    symmetries.u[0, 255, 0] = 0.25
+    mapper = draw_mapper(with_densepose=True, symmetries=symmetries)
+    mapper.augmentation = Always(Geometry((40, 60), (40, 60), flip=True))
+    points = map_once(mapper, record)["gt_densepose"][0]
+    assert (points.x.item(), points.u.item(), points.v.item()) == (255, 0.25, 0)
+
+
+def test_symmetries_are_asked_for_when_the_mapper_is_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = get_cfg()
+    cfg.MODEL.DENSEPOSE_ON = True
+    with pytest.raises(UserError, match="UV_symmetry_transforms.mat"):
+        build_train_mapper(cfg)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    assert build_train_mapper(cfg).with_densepose
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    write_symmetries(tmp_path / "densepose" / "data" / "UV_symmetry_transforms.mat")
+    assert build_train_mapper(cfg).symmetries.u.shape == (24, 256, 256)
 
 
 def write_keypoint_set(folder, names):

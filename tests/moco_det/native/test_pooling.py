@@ -1,5 +1,7 @@
 """Pooling of regions: torchvision's operator is the oracle, and hand values."""
 
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -30,14 +32,18 @@ def regions(count=40):
     return boxes
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("bins", [1, 7, 14])
-@pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
-def test_equals_torchvision_s_operator_and_its_gradient(bins, sampling_ratio, every):
+@pytest.mark.parametrize(
+    ("bins", "sampling_ratio", "every", "aligned"),
+    [
+        *itertools.product([1, 7, 14], [0, 1, 2], [1, 2, 3], [True]),
+        *itertools.product([1, 7], [0, 2], [1], [False]),
+    ],
+)
+def test_equals_torchvision_s_operator_and_its_gradient(bins, sampling_ratio, every, aligned):
     feature, expected_feature = feature_map(torch.float32), feature_map(torch.float32)
-    pooled = roi_align(feature, regions(), bins, SCALE, sampling_ratio, every)
+    pooled = roi_align(feature, regions(), bins, SCALE, sampling_ratio, every, aligned)
     expected = torchvision.ops.roi_align(
-        expected_feature, regions(), bins, SCALE, sampling_ratio, aligned=True
+        expected_feature, regions(), bins, SCALE, sampling_ratio, aligned=aligned
     )[:, :, ::every, ::every]
     torch.testing.assert_close(pooled, expected)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))

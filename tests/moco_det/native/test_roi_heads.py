@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moco_det.config import get_cfg
+from moco_det.densepose_points import DensePosePoints
 from moco_det.errors import UserError
+from moco_det.native.densepose_loss import DensePoseChartLoss, with_dense_pose
 from moco_det.native.pooling import RegionPooler
 from moco_det.native.roi_heads import Res5ROIHeads, build_res5, build_roi_heads
 from moco_det.native.sampling import GroundTruth
@@ -188,3 +190,76 @@ def test_masks_and_keypoints_are_those_of_the_boxes_found(name, options):
 def test_what_a_c4_head_does_not_do_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         small_heads("Res5ROIHeads", *options)
+
+
+DENSEPOSE = (
+    *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3"], "MODEL.DENSEPOSE_ON", True),
+    *("MODEL.ROI_DENSEPOSE_HEAD.NAME", "DensePoseV1ConvXHead"),
+    *("MODEL.ROI_DENSEPOSE_HEAD.DECODER_ON", False),
+    *("MODEL.ROI_DENSEPOSE_HEAD.CONV_HEAD_DIM", 8),
+    *("MODEL.ROI_DENSEPOSE_HEAD.NUM_STACKED_CONVS", 1),
+    *("MODEL.ROI_DENSEPOSE_HEAD.POOLER_RESOLUTION", 5),
+    *("MODEL.ROI_DENSEPOSE_HEAD.HEATMAP_SIZE", 20),
+    *("MODEL.ROI_DENSEPOSE_HEAD.POOLER_TYPE", "ROIAlign"),
+    *("MODEL.ROI_DENSEPOSE_HEAD.FG_IOU_THRESHOLD", 0.6),
+)
+
+
+def dense_pose(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y, u, v = torch.rand((4, 30), generator=generator)
+    charts = torch.randint(25, (30,), generator=generator)
+    parts = torch.randint(15, (256, 256), generator=generator, dtype=torch.uint8)
+    return DensePosePoints(x * 256, y * 256, charts, u, v, parts)
+
+
+def test_dense_pose_is_trained_on_foreground_that_fits_its_annotated_object():
+    heads, features = small_heads("DensePoseROIHeads", *DENSEPOSE)
+    truth = ground_truth()._replace(densepose=[[dense_pose(0), None], [dense_pose(1)]])
+    torch.manual_seed(1)
+    _, losses = heads(features, SIZES, PROPOSALS, truth)
+    kinds = [f"loss_densepose_{kind}" for kind in "UVIS"]
+    assert list(losses) == ["loss_cls", "loss_box_reg", "loss_mask", *kinds]
+    torch.manual_seed(1)
+    samples = heads.sampler(PROPOSALS, truth)
+    foreground = samples.where(samples.classes < 2)
+    posed = with_dense_pose(foreground, truth.densepose, 0.6)
+    assert 2 <= len(posed.classes) < len(foreground.classes)
+    maps = [features["p2"], features["p3"]]
+    pooled = RegionPooler(5, [4, 8], sampling_ratio=2, aligned=False)(maps, posed.boxes)
+    charts = heads.densepose_predictor(heads.densepose_head(pooled))
+    expected = DensePoseChartLoss(5.0, 1.0, 0.01)(charts, posed, truth.densepose)
+    for kind in kinds:
+        assert expected[kind] > 0
+        torch.testing.assert_close(losses[kind], expected[kind])
+
+
+def test_no_dense_pose_in_a_batch_is_zero_with_gradients():
+    heads, features = small_heads("DensePoseROIHeads", *DENSEPOSE)
+    truth = ground_truth()._replace(densepose=[[None, None], [None]])
+    _, losses = heads(features, SIZES, PROPOSALS, truth)
+    of_pose = [loss for name, loss in losses.items() if "densepose" in name]
+    assert [loss.item() for loss in of_pose] == [0, 0, 0, 0]
+    sum(of_pose).backward()
+    assert all(p.grad is not None for p in heads.densepose_head.parameters())
+    assert all(p.grad is not None for p in heads.densepose_predictor.parameters())
+
+
+def test_charts_are_those_of_the_boxes_found():
+    heads, features = small_heads("DensePoseROIHeads", *DENSEPOSE)
+    with torch.no_grad():
+        found, _ = heads.eval()(features, SIZES, PROPOSALS)
+        for image, detections in enumerate(found):
+            maps = [features[name][image : image + 1] for name in heads.in_features]
+            charts = detections["charts"]
+            assert len(charts.u) == len(detections["boxes"]) > 0
+            for index, box in enumerate(detections["boxes"]):
+                expected = heads.charts(maps, [box[None]])
+                torch.testing.assert_close(charts.fine[index], expected.fine[0])
+                torch.testing.assert_close(charts.v[index], expected.v[0])
+
+
+@pytest.mark.parametrize("name", ["StandardROIHeads", "Res5ROIHeads"])
+def test_heads_without_dense_pose_refuse_it(name):
+    with pytest.raises(UserError, match=f"{name}' know no dense pose; use 'DensePoseROIHeads'"):
+        small_heads(name, *DENSEPOSE)

@@ -321,6 +321,17 @@ def test_data_sets_must_share_their_classes(make_cfg, tmp_path):
         prepare(make_cfg("out", "DATASETS.TEST", f"voc:{other}:test"))
 
 
+def test_files_of_a_metric_are_asked_for_before_the_run(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"densepose:{tmp_path}/a.json:{tmp_path}"
+    data = ("DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)")
+    cfg = make_cfg("out", *data, "MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.DENSEPOSE_ON", "True")
+    with pytest.raises(UserError, match=r"needs SMPL_subdiv\.mat.* in .*densepose/data: download"):
+        prepare(cfg)
+
+
 def test_cuda_is_optional(make_cfg, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert prepare(make_cfg("out", "MODEL.DEVICE", "cuda")).MODEL.DEVICE == "cpu"
