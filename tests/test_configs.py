@@ -45,6 +45,7 @@ CITYSCAPES = {"MODEL.WEIGHTS", "INPUT.MASK_FORMAT", "TEST.EVAL_PERIOD"}
 VOC_C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4"
 COCO_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 COCO_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x"
+DENSEPOSE = "densepose_rcnn_R_50_FPN_s1x_legacy"
 LVIS = "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 BASELINES = {
     "voc_R50_C4_24k_supervised": (VOC_C4, C4_RULE | SCHEDULE),
@@ -61,6 +62,10 @@ BASELINES = {
     "coco_R50_FPN_keypoint_2x_supervised": (
         "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
         FPN_RULE | SCHEDULE,
+    ),
+    "coco_R50_FPN_densepose_s1x_supervised": (
+        DENSEPOSE,
+        FPN_RULE | {"MODEL.ROI_MASK_HEAD.NUM_CONV"},  # of no head that there is
     ),
     "lvis_R50_FPN_1x_supervised": (LVIS, FPN_RULE),
     "lvis_R50_FPN_2x_supervised": (LVIS, FPN_RULE | SCHEDULE),
@@ -113,7 +118,7 @@ def test_there_is_one_run_for_each_reported_initialisation_and_no_other():
         if reported(experiment, init)
     }
     assert set(RUNS) == wanted
-    assert len(RUNS) == 42
+    assert len(RUNS) == 45
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -177,9 +182,10 @@ def test_bn_is_tuned_and_synchronised_but_in_the_frozen_rows(run):
 def test_heads_of_the_task(run):
     found = values(run)
     instances = run.startswith(("coco", "lvis")) or "FPN_instance" in run
-    keypoints = "keypoint" in run
-    assert found["MODEL.MASK_ON"] is (instances and not keypoints)
+    keypoints, dense_pose = "keypoint" in run, "densepose" in run
+    assert found["MODEL.MASK_ON"] is (instances and not keypoints and not dense_pose)
     assert found["MODEL.KEYPOINT_ON"] is keypoints
+    assert found["MODEL.DENSEPOSE_ON"] is dense_pose
     semantic = found["MODEL.META_ARCHITECTURE"] == "SemanticSegmentor"
     assert semantic is ("FCN16" in run)
     if semantic:  # appendix A.5: total stride 16, 256 channels
@@ -225,7 +231,8 @@ def test_rest_is_detectron2s_baseline(run):
     """All but the papers' changes is as in Detectron2, whether the file names the key or not."""
     name, changed = BASELINES[run]
     baseline = {key: repr(value) for key, value in leaves(get_cfg())}
-    baseline |= {key: value for key, value in read("baselines")[name].items() if key in baseline}
+    recorded = read("baselines") | read("densepose_config")
+    baseline |= {key: value for key, value in recorded[name].items() if key in baseline}
     found = {key: repr(value) for key, value in values(run).items()}
     assert {key for key in found if found[key] != baseline[key]} == changed
 

@@ -1,21 +1,13 @@
 """The configuration against Detectron2's own (recorded, and live where it is installed)."""
 
-from pathlib import Path
-
 import pytest
+from detector_configs import CONFIGS, NAMES
 from recording import read
 
 from moco_det.config import get_cfg, leaves, load_config, nearest
 from moco_det.config_keys import DENSEPOSE_INERT, DENSEPOSE_KEYS, INERT, OUR_KEYS, SUPPORTED
 from moco_det.errors import UserError
 from moco_det.native.rcnn import build_model
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-SHIPPED = sorted(
-    str(path.relative_to(CONFIGS))
-    for path in CONFIGS.rglob("*.yaml")
-    if path.parent.name != "pretrain"
-)
 
 
 @pytest.fixture
@@ -88,7 +80,7 @@ def test_every_default_is_supported():
         assert ours[key] in values, key
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_reads_the_same_in_detectron2(name):
     detectron2_config = pytest.importorskip("detectron2.config")
     from moco_det.plugin import add_moco_config
@@ -101,7 +93,7 @@ def test_shipped_config_reads_the_same_in_detectron2(name):
     assert ours == {key: theirs[key] for key in ours}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_opens_with_a_comment(name):
     assert (CONFIGS / name).read_text().startswith("# ")
 

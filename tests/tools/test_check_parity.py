@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detector_configs import CONFIGS, RUNS
 
 from moco_det.config import leaves, load_config
 from moco_det.native import keypoint_head, rcnn
@@ -15,7 +16,6 @@ from moco_det.native.probe import Probe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "check_parity.py"
-CONFIGS = REPOSITORY / "configs"
 # So that res5 on the regions of a C4 detector takes seconds, and 1230 masks of each region do.
 SMALL = {
     "MODEL.DEVICE": "cpu",
@@ -31,13 +31,11 @@ QUICKSTART = "quick/quickstart_R18_FPN.yaml"
 def distinct_models(architecture):
     """One YAML for each model: of those that differ in schedule, data or weights, the first."""
     found = {}
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        if "Base-" in path.name or path.parent.name == "pretrain":
-            continue
-        cfg = load_config(str(path))
+    for name in RUNS:
+        cfg = load_config(str(CONFIGS / name))
         model = [x for x in leaves(cfg.MODEL) if x[0] != "WEIGHTS"]
         if architecture == cfg.MODEL.META_ARCHITECTURE:
-            found.setdefault(repr((model, cfg.INPUT.MASK_FORMAT)), str(path.relative_to(CONFIGS)))
+            found.setdefault(repr((model, cfg.INPUT.MASK_FORMAT)), name)
     return [
         pytest.param(name, marks=pytest.mark.slow if "supervised" in name else ())
         for name in found.values()

@@ -1,9 +1,8 @@
 """What the plugin adds to Detectron2: registrations, keys, data sets, strict weights, PreciseBN."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from detector_configs import CONFIGS, RUNS
 from tiny_voc import write_tiny_config, write_tiny_voc
 from torch import nn
 
@@ -26,13 +25,6 @@ from moco_det.plugin import load_config
 from moco_det.plugin.checkpoint import StrictCheckpointer
 from moco_det.plugin.datasets import check_classes, register_datasets
 from moco_det.plugin.hooks import SamePreciseBN
-
-CONFIGS = Path(__file__).parents[3] / "configs"
-RUNS = sorted(
-    str(path.relative_to(CONFIGS))
-    for path in CONFIGS.rglob("*.yaml")
-    if "pretrain" not in path.parts and not path.name.startswith("Base")
-)
 
 
 @pytest.fixture
