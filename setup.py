@@ -3,13 +3,19 @@ from setuptools import find_packages, setup
 # The official metrics of these data sets, which `moco_det.evaluation` runs.
 LVIS = ["lvis>=0.5.3"]
 CITYSCAPES = ["cityscapesscripts>=2.2"]
+DENSEPOSE = ["scipy"]  # reads the files of the body model, too
+# Reads tar shards for pretraining.
+WEBDATASET = ["webdataset>=1.0"]
+
+# Submits the runs of tools/reproduce.py.
+SLURM = ["submitit>=1.5"]
 
 setup(
     name="moco_det",
     version="0.1.0",
     description="Momentum Contrast pretraining and its detection transfer, images to table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain"]),
-    package_data={"moco_det.benchmark": ["*.css"]},
+    package_data={"moco_det.benchmark": ["*.css", "*.yaml"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",
@@ -27,6 +33,15 @@ setup(
     extras_require={
         "lvis": LVIS,
         "cityscapes": CITYSCAPES,
-        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "scikit-learn", *LVIS, *CITYSCAPES],
+        "densepose": DENSEPOSE,
+        "webdataset": WEBDATASET,
+        "slurm": SLURM,
+        "test": [
+            *["pytest", "pytest-xdist", "ruff", "scipy", "scikit-learn"],
+            *LVIS,
+            *CITYSCAPES,
+            *WEBDATASET,
+            *SLURM,
+        ],
     },
 )

@@ -12,6 +12,7 @@ facebookresearch/moco, so its tools read our files and this file reads its relea
     loss         state of the loss: NCE's constant
     scaler       state of the fp16 gradient scaler
     rng          one entry per process: states of torch, CUDA, Python and NumPy
+    data         of tar shards: how they are dealt to streams, and where each of these stands
     config       the flags of the run
 """
 

@@ -13,34 +13,46 @@ TORCHVISION = [
 ]
 
 
-class WidenedResNet50(resnet.ResNet):
-    """ResNet-50 with `factor` times the channels in every layer, the stem included.
+class WidenedResNet(resnet.ResNet):
+    """A ResNet with `factor` times the channels in every layer, the stem included.
 
     The paper's R50w2x and R50w4x, "more channels, following" Kolesnikov et al. 2019, whose widening
     factor holds for all layers. (torchvision's wide_resnet50_2 widens the 3x3 convolutions alone.)
+    A factor below 1 makes an encoder that is small enough for trials on a CPU.
     """
 
-    def __init__(self, factor: int, num_classes: int = 1000):
+    def __init__(self, block, layers: list[int], factor: float, num_classes: int = 1000):
         self.factor = factor
-        super().__init__(resnet.Bottleneck, [3, 4, 6, 3])
-        self.conv1 = nn.Conv2d(3, 64 * factor, kernel_size=7, stride=2, padding=3, bias=False)
+        super().__init__(block, layers)
+        stem = int(64 * factor)
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1 = nn.BatchNorm2d(64 * factor)
-        self.fc = nn.Linear(2048 * factor, num_classes)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.fc = nn.Linear(self.inplanes, num_classes)
 
     def _make_layer(self, block, planes: int, *args, **kwargs) -> nn.Sequential:
         if planes == 64:  # the first stage reads the stem
-            self.inplanes *= self.factor
-        return super()._make_layer(block, planes * self.factor, *args, **kwargs)
+            self.inplanes = int(self.inplanes * self.factor)
+        return super()._make_layer(block, int(planes * self.factor), *args, **kwargs)
 
 
-# Encoders of Table 1 that torchvision does not know by name.
+# Encoders of Table 1 that torchvision does not know by name, and two small ones.
 BUILDERS = {
     "resnext50_32x8d": lambda num_classes: resnet.ResNet(
         resnet.Bottleneck, [3, 4, 6, 3], num_classes, groups=32, width_per_group=8
     ),
-    "resnet50w2x": lambda num_classes: WidenedResNet50(2, num_classes),
-    "resnet50w4x": lambda num_classes: WidenedResNet50(4, num_classes),
+    "resnet50w2x": lambda num_classes: WidenedResNet(
+        resnet.Bottleneck, [3, 4, 6, 3], 2, num_classes
+    ),
+    "resnet50w4x": lambda num_classes: WidenedResNet(
+        resnet.Bottleneck, [3, 4, 6, 3], 4, num_classes
+    ),
+    "resnet18w0.25x": lambda num_classes: WidenedResNet(
+        resnet.BasicBlock, [2, 2, 2, 2], 0.25, num_classes
+    ),
+    "resnet50w0.25x": lambda num_classes: WidenedResNet(
+        resnet.Bottleneck, [3, 4, 6, 3], 0.25, num_classes
+    ),
 }
 ARCHITECTURES = sorted([*TORCHVISION, *BUILDERS])
 

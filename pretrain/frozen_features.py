@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,33 +14,56 @@ from pretrain import checkpoints
 from pretrain.collectives import gather, rank, world_size
 from pretrain.encoders import build_encoder
 from pretrain.errors import UserError
-from pretrain.images import UnreadableImage, build_loader, find_images, read_image
+from pretrain.images import UnreadableImage, build_loader, read_image
 from pretrain.instance_discrimination import PIXEL_MEAN, PIXEL_STD
+from pretrain.labelled_lists import LabelledList
 
-RANDOM = "random"  # in place of a checkpoint's path: the encoder as it is initialised
+# In place of a checkpoint's path: the encoder as it is initialised, and torchvision's weights of
+# supervised training on ImageNet, the first that it published: 76.1 % top-1 for a ResNet-50.
+RANDOM = "random"
+SUPERVISED = "supervised"
 
 
 def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False) -> nn.Module:
     """The query encoder of a checkpoint, frozen, in evaluation mode, its head replaced.
 
     Args:
-        pretrained: path of a checkpoint of pretraining, ours or the official code's, or RANDOM.
+        pretrained: path of a checkpoint of pretraining, ours or the official code's, RANDOM or
+            SUPERVISED, which torchvision downloads.
         dim: outputs of the new last layer `fc`.
     Raises:
         UserError: the file holds no query encoder, or one that does not fit.
     """
     encoder = build_encoder(arch, dim, small_stem=small_stem)
     if pretrained != RANDOM:
-        path = Path(pretrained)
-        weights = query_encoder(checkpoints.load(path), path, arch)
+        weights = read_weights(pretrained, arch)
         try:
             missing, unexpected = encoder.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # equal names, other shapes
             missing, unexpected = [str(error).splitlines()[-1].strip()], []
         wrong = sorted({*missing, *unexpected} - {"fc.weight", "fc.bias"})
         if wrong:
-            raise UserError(f"{path} does not fit: check -a {arch} and --small-stem; {wrong[0]}")
+            raise UserError(
+                f"{pretrained} does not fit: check -a {arch} and --small-stem; {wrong[0]}"
+            )
     return encoder.eval().requires_grad_(False)
+
+
+def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
+    """Those of `load_encoder` below the head."""
+    if pretrained != SUPERVISED:
+        return query_encoder(checkpoints.load(Path(pretrained)), Path(pretrained), arch)
+    try:
+        published = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+        weights = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"torchvision has no supervised weights for -a {arch}") from error
+    except OSError as error:
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise UserError(
+            f"cannot download {published.url}: {error}; put the file into {folder}"
+        ) from error
+    return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
 def query_encoder(state: dict, path: Path, arch: str) -> dict[str, torch.Tensor]:
@@ -67,11 +91,18 @@ def extract(
     backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """uint8 N x H x W x 3 -> features N x D, fp32; `dtype` is that of mixed precision, if any."""
+    return encode(backbone, images, dtype)
+
+
+def encode(
+    network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `extract`, with gradients."""
     mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
     pixels = images.permute(0, 3, 1, 2).float()
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return backbone((pixels - mean) / std).float()
+        return network((pixels - mean) / std).float()
 
 
 def extract_all(
@@ -102,40 +133,27 @@ class LabelledImages(Dataset):
     """index -> view (S, S, 3) uint8 and class index; -1 - index for an unreadable image.
 
     Args:
-        folder: CLASS/IMAGE files.
-        classes: names of the class folders, in the order of the class indices.
         image_size: S.
         view: image (H, W, 3), uint8 -> (S, S, 3).
     """
 
-    def __init__(self, folder: Path, classes: list[str], image_size: int, view: Callable):
-        self.folder = folder
+    def __init__(self, images: LabelledList, image_size: int, view: Callable):
+        self.images = images
         self.image_size = image_size
         self.view = view
-        names = [path.decode(errors="surrogateescape") for path in find_images(folder)]
-        labels = {name: i for i, name in enumerate(classes)}
-        unknown = {n.split("/")[0] for n in names} - set(labels)
-        if unknown:
-            raise UserError(
-                f"{folder} has class folder(s) that the other part lacks: {sorted(unknown)[:5]}; "
-                "make train and val agree (pretraining goes without labels at --knn-every 0)"
-            )
-        self.paths = names
-        self.labels = np.array([labels[name.split("/")[0]] for name in names])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images.paths)
+
+    def file(self, index: int) -> str:
+        return str(self.images.folder / self.images.paths[index])
 
     def __getitem__(self, index: int):
         try:
-            image = read_image(str(self.folder / self.paths[index]))
+            image = read_image(self.file(index))
         except UnreadableImage:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8), -1 - index
-        return self.view(image), self.labels[index]
-
-
-def class_folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+        return self.view(image), self.images.labels[index]
 
 
 def share_loader(dataset: Dataset, workers: int, device: torch.device) -> DataLoader:

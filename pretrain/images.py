@@ -13,6 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from pretrain.errors import UserError
 from pretrain.views import RandomView
 
+# So many unreadable images one after another are no accident: the run ends.
+UNREADABLE_IN_A_ROW = 100
+
 
 class UnreadableImage(Exception):
     """The file is no image, or ends too early."""
@@ -37,7 +40,8 @@ def find_images(folder: Path) -> np.ndarray:
         if name.lower().endswith(IMG_EXTENSIONS)
     ]
     if not paths:
-        raise UserError(f"no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)})")
+        hint = f"; for its shards pass '{folder}/*.tar'" if any(folder.glob("*.tar")) else ""
+        raise UserError(f"no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)}){hint}")
     return np.array(sorted(os.fsencode(p) for p in paths), dtype=np.bytes_)
 
 
@@ -55,14 +59,20 @@ def read_image(path: str) -> np.ndarray:
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UnreadableImage(f"{path}: {error.strerror}") from error
-    if _is_truncated(data.tobytes()):
-        raise UnreadableImage(f"{path}: truncated file")
+    return decode_image(data.tobytes(), path)
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """The content of an image file, as `read_image` gives it; `name` is for the message."""
+    if _is_truncated(data):
+        raise UnreadableImage(f"{name}: truncated file")
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        coded = np.frombuffer(data, dtype=np.uint8)
+        image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         image = None
     if image is None:
-        raise UnreadableImage(f"{path}: not an image that OpenCV can decode")
+        raise UnreadableImage(f"{name}: not an image that OpenCV can decode")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -105,7 +115,7 @@ class TwoViews(Dataset):
                 image = read_image(os.fsdecode(os.path.join(self.folder, path)))
             except UnreadableImage as error:
                 unreadable.append(str(error))
-                if len(unreadable) == 100:
+                if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue
             query = self.view(image, rng)

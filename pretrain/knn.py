@@ -7,12 +7,14 @@ The weighted kNN of Wu et al. 2018 (Sec. 3.4): nothing is trained.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 
+from pretrain.collectives import rank
 from pretrain.errors import UserError
 from pretrain.frozen_features import load_encoder
 from pretrain.knn_monitor import KnnMonitor
@@ -32,12 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-a", "--arch", default="resnet50", help="that of the checkpoint")
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
-    add("-k", default=200, type=int, help="neighbours that vote")
+    add("-k", "--neighbours", default=200, type=int, dest="k", help="how many of them vote")
     add("-t", "--temperature", "--sigma", default=0.07, type=float,
         help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
     add("--image-size", default=224, type=int, help="side of a view in pixels")
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
     add("--seed", default=0, type=int, help="of --pretrained random")
+    add("--output", default=None, metavar="FILE", help="the accuracy as JSON as well")
     add_launch_flags(parser)
     return parser
 
@@ -46,14 +49,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Flags, checked. Raises UserError."""
     args = build_parser().parse_args(argv)
     if args.k < 1 or args.image_size < 1:
-        raise UserError("-k and --image-size must be at least 1")
+        raise UserError("--neighbours and --image-size must be at least 1")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0")
     return args
 
 
 def classify(args, device: torch.device) -> None:
-    """Print the top-1 accuracy; one of the run's processes."""
+    """Print the top-1 accuracy, and write it if asked to; one of the run's processes."""
     data = Path(args.data)
     if not KnnMonitor.applies_to(data):
         raise UserError(f"{data} lacks class folders: DATA needs train/CLASS and val/CLASS")
@@ -62,7 +65,11 @@ def classify(args, device: torch.device) -> None:
     encoder = encoder.to(device, memory_format=torch.channels_last)
     workers = workers_per_process(args.workers)
     knn = KnnMonitor(data, args.image_size, workers, device, args.k, args.temperature)
-    say(f"kNN top-1 {knn.top1(encoder):.2f} %  (k {args.k}, temperature {args.temperature:g})")
+    top1 = knn.top1(encoder)
+    say(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
+    if args.output and rank() == 0:
+        values = {"knn_top1": top1, "k": args.k, "temperature": args.temperature}
+        Path(args.output).write_text(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

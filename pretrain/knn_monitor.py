@@ -7,13 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.frozen_features import (
-    LabelledImages,
-    class_folders,
-    extract_all,
-    pooled,
-    share_loader,
-)
+from pretrain.frozen_features import LabelledImages, extract_all, pooled, share_loader
+from pretrain.labelled_lists import class_folders, list_class_folders
 from pretrain.views import resize_and_center_crop
 
 
@@ -86,7 +81,7 @@ class KnnMonitor:
 
     def _loader(self, folder: Path, image_size: int, workers: int):
         view = partial(resize_and_center_crop, size=image_size)
-        dataset = LabelledImages(folder, self.classes, image_size, view)
+        dataset = LabelledImages(list_class_folders(folder, self.classes), image_size, view)
         return share_loader(dataset, workers, self.device)
 
     def _features(self, backbone: nn.Module, loader) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Train and val of an ImageFolder root as frozen features, augmented or computed once.
+"""Train and val of a labelled data set: images, or their features under a frozen backbone.
 
 Shape legend:
     N: images of this process in a step     M: images of a part     D: pooled features
@@ -16,21 +16,16 @@ from torchvision import transforms
 
 from pretrain.collectives import rank, world_size
 from pretrain.errors import UserError
-from pretrain.frozen_features import (
-    LabelledImages,
-    class_folders,
-    extract,
-    extract_all,
-    share_loader,
-)
+from pretrain.frozen_features import LabelledImages, extract, extract_all, share_loader
 from pretrain.images import GlobalBatches, build_loader
+from pretrain.labelled_lists import LabelledList, find_parts
 from pretrain.processes import workers_per_process
 from pretrain.progress import say
 from pretrain.training import AMP_DTYPES
 
 
 class LabelledParts:
-    """DATA/train in steps and DATA/val at once, in features of a frozen backbone.
+    """Train in steps and val at once.
 
     Raises UserError where a part is missing, too small, or more than --max-unreadable corrupt.
     """
@@ -39,32 +34,34 @@ class LabelledParts:
         self.args = args
         self.device = device
         self.seed = seed
-        self.folder = Path(args.data)
-        self.classes = find_classes(self.folder)
+        self.classes, self.train, self.val = find_parts(Path(args.data))
         self.centre = EvaluationView(args.image_size)
         self.workers = workers_per_process(args.workers)
         self.dtype = AMP_DTYPES[args.amp]
-        self.unreadable: set[str] = set()
+        self.unreadable = {self.train.name: set(), self.val.name: set()}
 
     def validation(self, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features M x D and labels M of DATA/val: once, as the backbone does not change."""
-        return self._table("val", backbone)
+        """Features M x D and labels M of val. Collective."""
+        return self._table(self.val, backbone)
 
-    def prepare_training(self, backbone: nn.Module) -> None:
-        """Read DATA/train's list, with --cache-features its images as well."""
+    def prepare_training(self, backbone: nn.Module | None) -> None:
+        """Compute all features of train, where --cache-features asks for it.
+
+        Args:
+            backbone: the frozen one; None if the steps are to have images.
+        """
         args = self.args
         self.backbone = backbone
         if args.cache_features:
-            self.table = self._table("train", backbone)
+            self.table = self._table(self.train, backbone)
             samples = len(self.table[1])
         else:
-            part = self.folder / "train"
-            images = RandomCrops(part, self.classes, args.image_size, self.seed)
+            images = RandomCrops(self.train, args.image_size, self.seed)
             samples = len(images)
         if samples < args.batch_size or args.batch_size % world_size():
             raise UserError(
                 f"--batch-size {args.batch_size} must be a multiple of the {world_size()} "
-                f"process(es) and at most the {samples} images of {self.folder / 'train'}"
+                f"process(es) and at most the {samples} images of {self.train.name}"
             )
         self.batches = GlobalBatches(samples, args.batch_size, rank(), world_size(), self.seed)
         if not args.cache_features:
@@ -77,7 +74,8 @@ class LabelledParts:
         )
 
     def training(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """Features N x D, labels N, -1 if unreadable, and the seconds waited for images.
+        """Features N x D, or images N x S x S x 3 uint8 if there is no backbone; labels N, -1 if
+        unreadable; and the seconds waited for images.
 
         From where `batches` was started to the end of its epoch.
         """
@@ -91,15 +89,15 @@ class LabelledParts:
             waited = time.perf_counter() - begun
             self._check_images(self.loader.dataset, labels, warn=True)
             images = images.to(self.device, non_blocking=True)
-            features = extract(self.backbone, images, self.dtype)
-            yield features, labels.clamp(min=-1).to(self.device), waited
+            if self.backbone is not None:
+                images = extract(self.backbone, images, self.dtype)
+            yield images, labels.clamp(min=-1).to(self.device), waited
             begun = time.perf_counter()
 
-    def _table(self, part: str, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, part: LabelledList, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Features M x D and labels M of the readable images of a part. Collective."""
-        size = self.args.image_size
-        dataset = LabelledImages(self.folder / part, self.classes, size, self.centre)
-        say(f"features of {len(dataset)} images of {self.folder / part}")
+        dataset = LabelledImages(part, self.args.image_size, self.centre)
+        say(f"features of {len(dataset)} images of {part.name}")
         loader = share_loader(dataset, self.workers, self.device)
         features, labels = extract_all(backbone, loader, self.device, self.dtype)
         self._check_images(dataset, labels, warn=rank() == 0)
@@ -108,11 +106,11 @@ class LabelledParts:
     def _check_images(self, dataset: LabelledImages, labels: torch.Tensor, warn: bool) -> None:
         """Note the unreadable files among `labels`, and warn of each once."""
         indices = (-1 - labels[labels < 0]).tolist()
-        files = {str(dataset.folder / dataset.paths[index]) for index in indices}
-        for file in sorted(files - self.unreadable) if warn else ():
+        files = {dataset.file(index) for index in indices}
+        bad = self.unreadable[dataset.images.name]
+        for file in sorted(files - bad) if warn else ():
             print(f"warning: unreadable image, left out: {file}", flush=True)
-        self.unreadable |= files
-        bad = [file for file in self.unreadable if Path(file).is_relative_to(dataset.folder)]
+        bad |= files
         if len(bad) > self.args.max_unreadable * len(dataset):
             raise UserError(
                 f"{len(bad)} of {len(dataset)} images are unreadable, more than --max-unreadable "
@@ -126,7 +124,7 @@ class RandomCrops(LabelledImages):
     The draws are torchvision's, seeded by (seed, epoch, index) alone.
     """
 
-    def __init__(self, folder: Path, classes: list[str], image_size: int, seed: int):
+    def __init__(self, images: LabelledList, image_size: int, seed: int):
         view = transforms.Compose(
             [
                 Image.fromarray,
@@ -135,7 +133,7 @@ class RandomCrops(LabelledImages):
                 np.array,
             ]
         )
-        super().__init__(folder, classes, image_size, view)
+        super().__init__(images, image_size, view)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]):
@@ -162,11 +160,3 @@ class EvaluationView:
         if min(picture.size) != self.size:
             picture = self.resize(picture)
         return np.array(self.crop(picture))
-
-
-def find_classes(data: Path) -> list[str]:
-    """Class folders of DATA/train. Raises UserError where one of the parts is missing."""
-    for part in (data / "train", data / "val"):
-        if not part.is_dir() or not class_folders(part):
-            raise UserError(f"{part} has no class folders: DATA needs train/CLASS and val/CLASS")
-    return class_folders(data / "train")

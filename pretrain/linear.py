@@ -1,13 +1,18 @@
 #!/usr/bin/env python
-"""Train a linear classifier on the frozen features of a pretrained encoder.
+"""Train a classifier on a pretrained encoder: a linear one on its frozen features, or end to end.
 
     python pretrain/linear.py DATA --pretrained output/checkpoint_last.pth.tar
     torchrun --nproc_per_node 8 pretrain/linear.py DATA --pretrained CHECKPOINT
     python pretrain/linear.py DATA --resume output/linear/checkpoint_best.pth.tar --evaluate
+    python pretrain/linear.py DATA --finetune --pretrained CHECKPOINT
 
 Flags are those of facebookresearch/moco's main_lincls.py, with a few more. The learning rate is
 that of a global batch of 256, whatever the launch, and is not scaled by itself: at another
 --batch-size B pass 30 * B / 256. An epoch's last, incomplete batch is dropped.
+
+With --finetune all weights are trained, under batch statistics, and the defaults are A.7's --lr
+0.03, A.6's --schedule 70 90 and --wd 1e-4 (arXiv:1911.05722). DATA may be iNaturalist 2018 as it is
+published (A.6), for both protocols.
 
 Every process holds the features of all validation images, with --cache-features of all training
 images as well: 10 GB for ImageNet and a ResNet-50.
@@ -17,8 +22,12 @@ import argparse
 import os
 import sys
 
+import torch
+
+from pretrain import finetuning
 from pretrain.errors import UserError
-from pretrain.linear_probe import probe
+from pretrain.linear_probe import LinearProbe
+from pretrain.main import recipe_flags
 from pretrain.processes import add_launch_flags, launch
 from pretrain.training import AMP_DTYPES
 
@@ -30,8 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("data", metavar="DATA", help="ImageFolder root: train/CLASS and val/CLASS")
-    add("--pretrained", default="", metavar="PATH|random", help="checkpoint of pretraining")
+    add("data", metavar="DATA",
+        help="ImageFolder root: train/CLASS and val/CLASS; or iNaturalist 2018")  # fmt: skip
+    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
+    add("--pretrained", default="", metavar="PATH|random|supervised",
+        help="checkpoint of pretraining; supervised: torchvision's weights")  # fmt: skip
+    add("--finetune", action="store_true", help="train all weights, not a linear classifier only")
     add("--output", default="output/linear", metavar="DIR", help="where everything is written")
     add("-a", "--arch", default="resnet50", help="that of the checkpoint")
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
@@ -53,9 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("beyond the official code").add_argument
     add("--image-size", default=224, type=int, help="side of a view in pixels")
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--amp", default="none", choices=AMP_DTYPES, help="precision of the frozen backbone")
+    add("--amp", default="none", choices=AMP_DTYPES, help="precision of the backbone")
     add("--cache-features", action="store_true",
         help="train on features of centre crops, computed once")  # fmt: skip
+    add("--bn-groups", default=None, type=int,
+        help="--finetune: BN groups per process; default: of about 32 images each")  # fmt: skip
     add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
     add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
@@ -63,13 +78,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags, checked. Raises UserError."""
-    args = build_parser().parse_args(argv)
+    """Flags over recipe over the protocol's defaults, checked. Raises UserError."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    flags = recipe_flags(args.recipe, parser) if args.recipe else []
+    if args.finetune or "--finetune" in flags:
+        parser.set_defaults(**finetuning.DEFAULTS)
+    parser.set_defaults(**vars(parser.parse_args([*flags, "--", args.data])))
+    args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "print_freq", "image_size", "eval_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.finetune and args.cache_features:
+        raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
+    if args.bn_groups and not args.finetune:
+        raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
     return args
 
 
+def classify(args, device: torch.device) -> None:
+    """Train a classifier, or evaluate one, from the flags `args`; one of the run's processes."""
+    protocol = finetuning.FineTuning if args.finetune else LinearProbe
+    run = protocol(args, device)
+    if args.evaluate:
+        run.evaluate()
+    else:
+        run.train()
+
+
 if __name__ == "__main__":
-    launch(probe, parse(sys.argv[1:]))
+    launch(classify, parse(sys.argv[1:]))

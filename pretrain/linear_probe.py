@@ -1,224 +1,48 @@
-"""A linear classifier on frozen features: the protocol of Section 4.1 (arXiv:1911.05722).
-
-Shape legend:
-    N: images of this process in a step     D: pooled features     C: classes
-"""
+"""A linear classifier on frozen features: the protocol of Section 4.1 (arXiv:1911.05722)."""
 
 import copy
-import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from pretrain import checkpoints
-from pretrain.collectives import rank, world_size
-from pretrain.errors import EXIT_INTERRUPTED, UserError
-from pretrain.frozen_features import RANDOM, load_encoder, pooled
-from pretrain.labelled_parts import LabelledParts
-from pretrain.learning_rate import drops
-from pretrain.processes import StopRequest
-from pretrain.progress import RunLog, Window, pace, say
-from pretrain.training import (
-    agree_on_seed,
-    build_optimizer,
-    find_checkpoint,
-    make_output_folder,
-    parallelize,
-)
-
-BEST = "checkpoint_best.pth.tar"
-LAST = (checkpoints.LAST,)
-# In this order: a kill between the two repeats the epoch, which writes the same best again.
-LAST_AND_BEST = (BEST, checkpoints.LAST)
-MEASURES = ("loss", "acc1", "acc5")
+from pretrain.classification import ClassifierTraining
+from pretrain.errors import UserError
+from pretrain.frozen_features import pooled
 
 
-def probe(args, device: torch.device) -> None:
-    """Train a classifier, or evaluate one, from the flags `args`; one of the run's processes."""
-    run = LinearProbe(args, device)
-    if args.evaluate:
-        run.evaluate()
-    else:
-        run.train()
+class LinearProbe(ClassifierTraining):
+    """Steps see features of augmented or of cached images; the backbone must not change."""
 
+    name = "the linear protocol"
 
-class LinearProbe:
-    """Frozen backbone, classifier, data and position of one run, in one of its processes."""
+    def prepare_encoder(self) -> None:
+        nn.init.normal_(self.encoder.fc.weight, std=0.01)  # as in the official code
+        nn.init.zeros_(self.encoder.fc.bias)
+        self.encoder.fc.requires_grad_(True)
 
-    def __init__(self, args, device: torch.device):
-        self.args = args
-        self.device = device
-        self.output = Path(args.output)
-        resumed_from, state = find_checkpoint(args.resume, self.output)
-        if args.evaluate and state is None:
-            raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
-        self.seed = agree_on_seed(args.seed, state, device)
-        torch.manual_seed(self.seed)
-        torch.backends.cudnn.benchmark = args.seed is None
-        torch.backends.cudnn.deterministic = args.seed is not None
-
-        self.data = LabelledParts(args, device, self.seed)
-        self.encoder = self._build_encoder(state, resumed_from)
+    def prepare_training(self) -> nn.Module:
         self.frozen = frozen_state(self.encoder)
-        self.classifier = parallelize(self.encoder.fc)
-        self.optimizer = build_optimizer(self.encoder.fc, args.lr, args.momentum, args.weight_decay)
-        self.val = self.data.validation(pooled(self.encoder))
-        self.epoch, self.step_in_epoch, self.step, self.best = args.start_epoch, 0, 0, -1.0
-        if not args.evaluate:
-            self.stop = StopRequest()
-            self.data.prepare_training(pooled(self.encoder))  # shares the encoder's weights
-            self.batches = self.data.batches
-        if state is not None:
-            self._resume(state, resumed_from)
-        if not args.evaluate:
-            make_output_folder(self.output)
-            self.log = RunLog(self.output, self.step)
-            self.window = Window(device, MEASURES)
+        backbone = pooled(self.encoder)  # shares the encoder's weights
+        self.val = self.data.validation(backbone)
+        self.data.prepare_training(backbone)
+        return self.encoder.fc
 
-    def train(self) -> None:
-        for epoch in range(self.epoch, self.args.epochs):
-            self.train_epoch(epoch)
-            if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs:
-                check_frozen(self.encoder, self.frozen)
-                accuracy = self.evaluate()
-                better = accuracy > self.best
-                self.best = max(self.best, accuracy)
-                self.save(LAST_AND_BEST if better else LAST)
-
-    def train_epoch(self, epoch: int) -> None:
-        """The rest of epoch `epoch` from where the run stands."""
-        self.epoch = epoch
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * drops(epoch, self.args.schedule)
-        self.batches.start(epoch, self.step_in_epoch)
-        self.window.reset()
-        batches = self.data.training()
-        while self.step_in_epoch < self.batches.steps_per_epoch:
-            self.train_step(*next(batches))
-            self.step_in_epoch += 1
-            self.step += 1
-            self.report_and_save()
-        self.epoch, self.step_in_epoch = epoch + 1, 0
-
-    def train_step(self, features: torch.Tensor, labels: torch.Tensor, waited: float) -> None:
-        """One step of SGD on this process's features N x D and labels N."""
-        logits = self.classifier(features)
-        # A mean over all N, readable or not: the mean over processes is then that of the batch.
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        correct = correct_within(logits.detach(), labels)
-        self.window.add(torch.stack([loss.detach(), *(100.0 * correct / len(labels))]), waited)
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Top-1 accuracy on DATA/val in percent, equal on all processes; logged with the others."""
-        features, labels = self.val
-        logits = torch.cat([self.encoder.fc(some) for some in features.split(4096)])
-        top1, top5 = (100.0 * correct_within(logits, labels) / len(labels)).tolist()
-        loss = float(F.cross_entropy(logits, labels))
-        values = {"epoch": self.epoch, "val_loss": loss, "val_acc1": top1, "val_acc5": top5}
-        if not self.args.evaluate:
-            self.log.write(self.step, values)
-        say(
-            f"epoch {self.epoch}/{self.args.epochs}  val top-1 {top1:.2f} % top-5 {top5:.2f} %  "
-            f"loss {loss:.4f}  best top-1 {max(top1, self.best):.2f} %"
-        )
-        return top1
-
-    def report_and_save(self) -> None:
-        """What happens between two steps: the log, a checkpoint that is due, a request to stop."""
-        args, steps = self.args, self.batches.steps_per_epoch
-        due = self.step_in_epoch % args.print_freq == 0 or self.step_in_epoch == steps
-        saving = args.save_steps and self.step % args.save_steps == 0
-        if due or saving or self.step == 1:
-            self.report()
-        if saving:
-            self.save(LAST)
-        if (due or world_size() == 1) and self.stop.agreed(self.device):
-            if self.window.steps:
-                self.report()
-            self.save(LAST)
-            say(f"SIGTERM: saved {self.output / checkpoints.LAST} at step {self.step}")
-            raise SystemExit(EXIT_INTERRUPTED)
-
-    def report(self) -> None:
-        """Log the window's means and begin a new one. Raises UserError when the loss is NaN."""
-        args, steps = self.args, self.batches.steps_per_epoch
-        values = {"epoch": self.epoch + self.step_in_epoch / steps}
-        values |= self.window.means(args.batch_size)
-        values |= {"lr": self.optimizer.param_groups[0]["lr"]}
-        self.window.reset()
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {self.step}: lower --lr")
-        self.log.write(self.step, values)
-        left = (args.epochs - self.epoch) * steps - self.step_in_epoch
-        say(
-            f"epoch {self.epoch + 1}/{args.epochs} [{self.step_in_epoch}/{steps}]  "
-            f"loss {values['loss']:.4f}  acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  "
-            f"lr {values['lr']:.4g}  {pace(left, values)}"
-        )
-
-    def save(self, names: tuple[str, ...]) -> None:
-        """Write the state under each of `names`, in their order; the main process only.
-
-        All draws are functions of the seed and the position, so no generator is kept.
-        """
-        if rank() != 0:
-            return
-        state = {
-            "epoch": self.epoch,
-            "arch": self.args.arch,
-            "state_dict": checkpoints.model_state(self.encoder),
-            "best_acc1": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "step_in_epoch": self.step_in_epoch,
-            "config": vars(self.args) | {"seed": self.seed},
-        }
-        for name in names:
-            checkpoints.save(state, self.output / name)
-
-    def _build_encoder(self, state: dict | None, path: Path | None):
-        """The frozen backbone with a classifier of the protocol's initial weights, or of `state`.
-
-        An evaluation needs no --pretrained: the run's checkpoint holds the backbone as well.
-        """
-        args, source = self.args, self.args.pretrained
-        if not source and not args.evaluate:
-            raise UserError("pass --pretrained CHECKPOINT, or `random` for an untrained backbone")
-        encoder = load_encoder(source or RANDOM, args.arch, len(self.data.classes), args.small_stem)
-        torch.nn.init.normal_(encoder.fc.weight, std=0.01)  # as in the official code
-        torch.nn.init.zeros_(encoder.fc.bias)
-        encoder.fc.requires_grad_(True)
-        if state is not None:
-            before = frozen_state(encoder)
-            load_probe(encoder, state, path, args.arch)
-            if source and changed(encoder, before):
-                raise UserError(f"{path} is of another backbone than --pretrained {source}")
-        return encoder.to(self.device, memory_format=torch.channels_last)
-
-    def _resume(self, state: dict, path: Path) -> None:
-        """Continue where `state` stopped; a state of the official code continues at its epoch."""
-        self.epoch, self.best = max(self.epoch, state["epoch"]), float(state.get("best_acc1", 0.0))
-        self.step_in_epoch = state.get("step_in_epoch", 0)
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computed once, as the backbone does not change."""
         if self.args.evaluate:
-            return
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state.get("step", self.epoch * self.batches.steps_per_epoch)
-        before = state.get("config", {}).get("batch_size", self.args.batch_size)
-        if self.step_in_epoch and before != self.args.batch_size:
-            raise UserError(f"{path} stopped within an epoch: resume it with --batch-size {before}")
-        say(f"resumed {path} at epoch {self.epoch}, step {self.step}")
+            return self.data.validation(pooled(self.encoder))
+        return self.val
 
+    def check(self) -> None:
+        check_frozen(self.encoder, self.frozen)
 
-def correct_within(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many of N x C logits have their label first, and among the first five: two counts."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return torch.stack([hits[:, :1].sum(), hits.sum()]).float()
+    def load(self, state: dict, path: Path) -> None:
+        before = frozen_state(self.encoder)
+        super().load(state, path)
+        if self.args.pretrained and changed(self.encoder, before):
+            source = self.args.pretrained
+            raise UserError(f"{path} is of another backbone than --pretrained {source}")
 
 
 def frozen_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -238,18 +62,3 @@ def check_frozen(encoder: torch.nn.Module, frozen: dict[str, torch.Tensor]) -> N
     names = changed(encoder, frozen)
     if names:
         raise RuntimeError(f"the frozen backbone changed in training: {names[0]}")
-
-
-def load_probe(encoder: torch.nn.Module, state: dict, path: Path, arch: str) -> None:
-    """Load a run's backbone and classifier. Raises UserError that names what does not fit."""
-    if state.get("arch", arch) != arch:
-        raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
-    try:
-        encoder.load_state_dict(
-            {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{path} is not a linear classifier of this data and -a {arch}: {reason}"
-        ) from error

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -30,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    add("data", metavar="DATA", help="ImageFolder root (train/, optionally val/) or any folder")
+    add("data", metavar="DATA",
+        help="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
+        "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'")  # fmt: skip
     add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
     add("--output", default="output", metavar="DIR", help="where everything is written")
     add("-a", "--arch", default="resnet50", help="a ResNet; see encoders.py for all")
@@ -83,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
     add("--keep", default=2, type=int, help="epoch checkpoints to keep")
     add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
+    add("--samples-per-epoch", default=None, type=int,
+        help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
+    add("--shuffle-buffer", default=1000, type=int,
+        help="tar shards: samples that a worker holds back and draws from")  # fmt: skip
     return parser
 
 
@@ -101,7 +108,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for values that argparse cannot tell from good ones."""
     counts = ["epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"]
-    counts += [name for name in ("iterations", "lr_decay_every") if getattr(args, name) is not None]
+    counts.append("shuffle_buffer")
+    optional = ("iterations", "lr_decay_every", "samples_per_epoch")
+    counts += [name for name in optional if getattr(args, name) is not None]
     for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -118,30 +127,47 @@ def check(args: argparse.Namespace) -> None:
 
 
 def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """The recipe as command-line flags, so that argparse checks both alike."""
+    """The recipe as command-line flags, so that argparse checks both alike. Raises UserError."""
+    return as_flags(read_yaml(path, "--recipe"), parser, f"--recipe {path}")
+
+
+def read_yaml(path: str | Path, what: str) -> dict:
+    """The mapping in a YAML file, which is a command's `what`. Raises UserError."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
-        raise UserError(f"cannot read --recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--recipe {path} must map flags to values")
-    long_flags = [o[2:] for o in parser._option_string_actions if o.startswith("--")]
-    known = set(long_flags) - {"help", "recipe"}
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} must map keys to values")
+    return content
+
+
+def as_flags(values: dict, parser: argparse.ArgumentParser, where: str) -> list[str]:
+    """{"moco_k": 64, "mlp": True} -> ["--moco-k", "64", "--mlp"].
+
+    Raises UserError for a key that is no flag of `parser`; it names `where` it stands, and the
+    nearest flag.
+    """
+    long_flags = {o[2:] for o in parser._option_string_actions if o.startswith("--")}
+    known = long_flags - {"help", "recipe"}
     flags = []
-    for key, value in recipe.items():
+    for key, value in values.items():
         name = str(key).replace("_", "-")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown key '{key}' in --recipe {path}{hint}")
+            raise UserError(f"unknown key '{key}' in {where}{nearest(name, known)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" where one of `known` is close to `name`, else nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 if __name__ == "__main__":

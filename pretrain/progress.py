@@ -77,10 +77,12 @@ class RunLog:
     Args:
         step: the step that the run resumes from, 0 for a new run; what was logged beyond it is
             dropped, since the run is about to do it again.
+
+    Attribute `kept` holds the lines that were not dropped, parsed.
     """
 
     def __init__(self, output: Path, step: int):
-        self.active = rank() == 0
+        self.active, self.kept = rank() == 0, []
         if not self.active:
             return
         path = output / "metrics.jsonl"
@@ -89,14 +91,17 @@ class RunLog:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         self.file = open(path, "w", buffering=1)  # noqa: SIM115 (lives as long as the run)
         self.file.writelines(line + "\n" for line in kept)
+        self.kept = [json.loads(line) for line in kept]
         self.board = SummaryWriter(str(output), purge_step=step + 1)
 
     def write(self, step: int, values: dict) -> None:
+        """One line; its numbers go to TensorBoard as well."""
         if not self.active:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
 
     def message(self, text: str) -> None:
         say(text)

@@ -1,6 +1,7 @@
 """The training loop: batches in, checkpoints and metrics out."""
 
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -13,23 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import checkpoints
 from pretrain.collectives import rank, world_size
+from pretrain.diagnosis import Doctor, Finding
 from pretrain.errors import EXIT_INTERRUPTED, UserError
-from pretrain.images import (
-    GlobalBatches,
-    TwoViews,
-    build_loader,
-    collate_views,
-    find_images,
-    training_folder,
-)
 from pretrain.instance_discrimination import InstanceDiscrimination
 from pretrain.knn_monitor import KnnMonitor
 from pretrain.learning_rate import build_schedule
 from pretrain.losses import LOSSES
-from pretrain.mechanisms import MECHANISMS, build_mechanism
+from pretrain.mechanisms import build_mechanism
 from pretrain.processes import StopRequest, workers_per_process
 from pretrain.progress import RunLog, Window, pretext_metrics, progress_line
-from pretrain.views import RandomView
+from pretrain.sources import build_source
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,8 +56,8 @@ class Trainer:
         torch.backends.cudnn.benchmark = args.seed is None
         torch.backends.cudnn.deterministic = args.seed is not None
 
-        self.loader, self.batches = self._build_data()
-        self.model = build_mechanism(args, len(self.loader.dataset))
+        self.source = build_source(args, device, self.seed)
+        self.model = build_mechanism(args, self.source.samples)
         self.model = self.model.to(device, memory_format=torch.channels_last)
         self.loss = LOSSES[args.loss]().to(device)
         self.optimizer = build_optimizer(self.model, args.lr, args.momentum, args.weight_decay)
@@ -76,26 +70,31 @@ class Trainer:
         self.parallel = parallelize(self.model)
         self.unreadable: set[str] = set()
         self.log = RunLog(self.output, self.step)
+        self.doctor = Doctor(self.output)
+        for record in self.log.kept:
+            self.doctor.hear(record)
         self.window = Window(device)
         self.knn = None
         data = Path(args.data)
         if args.knn_every and KnnMonitor.applies_to(data):
-            self.knn = KnnMonitor(data, args.image_size, self.workers, device)
+            workers = workers_per_process(args.workers)
+            self.knn = KnnMonitor(data, args.image_size, workers, device)
         self._describe(resumed_from)
+        self.announce(self.record({"flags": self._flags()}))
 
     def steps_left(self) -> int:
         """From the run's position to its end, which `--iterations` may put within an epoch."""
         if self.args.iterations:
             return max(0, self.args.iterations - self.step)
         epochs = self.args.epochs - self.epoch
-        return max(0, epochs * self.batches.steps_per_epoch - self.step_in_epoch)
+        return max(0, epochs * self.source.steps_per_epoch - self.step_in_epoch)
 
     def _count_epochs(self) -> int:
         """The number of the epoch that the run ends with or in, counted from 1.
 
         An epoch that was left after its last step, before it was closed, is still to come.
         """
-        steps = self.batches.steps_per_epoch
+        steps = self.source.steps_per_epoch
         if not self.steps_left() and self.step_in_epoch < steps:
             return self.epoch
         return self.epoch + math.ceil((self.step_in_epoch + self.steps_left()) / steps)
@@ -103,12 +102,11 @@ class Trainer:
     def train_epoch(self, epoch: int) -> None:
         """The rest of epoch `epoch` from where the run stands."""
         self.epoch = epoch
-        self.batches.start(epoch, self.step_in_epoch)
-        self.loader.generator.manual_seed(self.seed + epoch)  # the workers' seeds
+        self.source.start(epoch, self.step_in_epoch)
         self.model.train()
         self.window.reset()
-        batches = iter(self.loader)
-        steps = min(self.batches.steps_per_epoch, self.step_in_epoch + self.steps_left())
+        batches = iter(self.source)
+        steps = min(self.source.steps_per_epoch, self.step_in_epoch + self.steps_left())
         while self.step_in_epoch < steps:
             begun = time.perf_counter()
             im_q, im_k, unreadable = next(batches)
@@ -118,15 +116,15 @@ class Trainer:
             self.step_in_epoch += 1
             self.step += 1
             self.report_and_save()
-        if self.step_in_epoch == self.batches.steps_per_epoch:
+        if self.step_in_epoch == self.source.steps_per_epoch:
             self.epoch, self.step_in_epoch = epoch + 1, 0
 
     def train_step(self, views: list[torch.Tensor], waited: float) -> None:
         """One step on this process's views (N, S, S, 3), uint8."""
         self.set_learning_rate()
         views = [view.to(self.device, non_blocking=True) for view in views]
-        indices = torch.from_numpy(self.batches.global_batch(self.step_in_epoch))
-        inputs = self.model.inputs(views, indices, self.seed, self.step)
+        places = self.source.places(self.step_in_epoch)
+        inputs = self.model.inputs(views, places, self.seed, self.step)
         loss, logits, queries = contrastive_step(
             self.parallel, self.loss, self.optimizer, self.scaler, inputs, self.args.amp
         )
@@ -135,7 +133,7 @@ class Trainer:
 
     def report_and_save(self) -> None:
         """What happens between two steps: the log, a checkpoint that is due, a request to stop."""
-        steps, frequency = self.batches.steps_per_epoch, self.args.print_freq
+        steps, frequency = self.source.steps_per_epoch, self.args.print_freq
         due = self.step_in_epoch % frequency == 0 or self.step_in_epoch == steps
         due = due or not self.steps_left()
         saving = self.args.save_steps and self.step % self.args.save_steps == 0
@@ -153,7 +151,7 @@ class Trainer:
 
     def report(self) -> None:
         """Log the window's means and begin a new one. Raises UserError when the loss is NaN."""
-        args, steps = self.args, self.batches.steps_per_epoch
+        args, steps = self.args, self.source.steps_per_epoch
         values = {"epoch": self.epoch + self.step_in_epoch / steps}
         values |= self.window.means(args.batch_size) | {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -161,13 +159,21 @@ class Trainer:
         }
         values |= self.model.memory_fill(self.step * args.batch_size)
         self.window.reset()
+        findings = self.record(values)
         if not math.isfinite(values["loss"]):
-            last = self.output / checkpoints.LAST
-            good = f"the last good checkpoint is {last}" if last.exists() else "none is saved yet"
-            raise UserError(f"the loss is {values['loss']} at step {self.step}; {good}. Lower --lr")
-        self.log.write(self.step, values)
+            raise UserError(findings[0].text)
         position = (self.epoch, self.epochs, self.step_in_epoch, steps, self.steps_left())
         self.log.message(progress_line(*position, values))
+        self.announce(findings)
+
+    def record(self, values: dict) -> list[Finding]:
+        """Write `values` to the log; what they newly say of the run's health."""
+        self.log.write(self.step, values)
+        return self.doctor.hear({"step": self.step, **values})
+
+    def announce(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            self.log.message(str(finding))
 
     def monitor(self) -> None:
         """Log the kNN accuracy, where the data has labels for it."""
@@ -177,9 +183,10 @@ class Trainer:
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
         top1 = self.knn.top1(self.model.encoder_q)
-        epochs = self.epoch + self.step_in_epoch / self.batches.steps_per_epoch
-        self.log.write(self.step, {"epoch": epochs, "knn_top1": top1})
+        epochs = self.epoch + self.step_in_epoch / self.source.steps_per_epoch
+        findings = self.record({"epoch": epochs, "knn_top1": top1})
         self.log.message(f"epoch {epochs:g}/{self.epochs}  kNN top-1 {top1:.2f} %")
+        self.announce(findings)
 
     def save(self, numbered: bool = True) -> None:
         """Write the last checkpoint, at the end of an epoch a `numbered` one too. Collective."""
@@ -193,6 +200,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "loss": self.loss.state_dict(),
             "rng": checkpoints.rng_states(),
+            "data": self.source.state(),
             "config": vars(self.args) | {"seed": self.seed},
         }
         if rank() != 0:
@@ -211,34 +219,12 @@ class Trainer:
         for message in sorted(set(unreadable) - self.unreadable):
             self.unreadable.add(message)
             print(f"warning: unreadable image {len(self.unreadable)}: {message}", flush=True)
-        total = len(self.loader.dataset)
+        total = self.source.samples
         if images is None or len(self.unreadable) > self.args.max_unreadable * total:
             raise UserError(
                 f"{len(self.unreadable)} of {total} images are unreadable, more than "
                 f"--max-unreadable {self.args.max_unreadable} allows; the last: {unreadable[-1]}"
             )
-
-    def _build_data(self):
-        args = self.args
-        folder = training_folder(Path(args.data))
-        view = RandomView(args.image_size, args.aug_plus, args.color_strength)
-        keys = MECHANISMS[args.mechanism].view_count == 2
-        dataset = TwoViews(folder, find_images(folder), view, self.seed, keys)
-        if len(dataset) < args.batch_size:
-            raise UserError(
-                f"{len(dataset)} images below {folder} are fewer than the global batch of "
-                f"{args.batch_size}; pass a smaller --batch-size"
-            )
-        batches = GlobalBatches(len(dataset), args.batch_size, rank(), world_size(), self.seed)
-        self.workers = workers_per_process(args.workers)
-        loader = build_loader(
-            dataset,
-            self.workers,
-            self.device.type == "cuda",
-            batch_sampler=batches,
-            collate_fn=collate_views,
-        )
-        return loader, batches
 
     def _resume(self, state: dict, path: Path) -> None:
         """Continue where `state` stopped; a state of the official code continues at its epoch."""
@@ -248,7 +234,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = max(self.epoch, state["epoch"])
         self.step_in_epoch = state.get("step_in_epoch", 0)
-        self.step = state.get("step", self.epoch * self.batches.steps_per_epoch)
+        self.step = state.get("step", self.epoch * self.source.steps_per_epoch)
+        self.source.resume(state.get("data", {}), path)
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         before = state.get("config", {}).get("batch_size", self.args.batch_size)
@@ -260,11 +247,16 @@ class Trainer:
         if rank() < len(state.get("rng", [])):
             checkpoints.restore_rng(state["rng"][rank()])
 
+    def _flags(self) -> dict:
+        """The flags of this start, and what else the doctor needs to know of it."""
+        cores = len(os.sched_getaffinity(0))
+        return vars(self.args) | {"cores": cores, "last_step": self.step + self.steps_left()}
+
     def _describe(self, resumed_from: Path | None) -> None:
         args, groups = self.args, self.model.bn_groups
         local = args.batch_size // world_size()
         self.log.message(
-            f"{len(self.loader.dataset)} images, {self.batches.steps_per_epoch} steps an epoch; "
+            f"{self.source.describe()}, {self.source.steps_per_epoch} steps an epoch; "
             f"global batch {args.batch_size} = {world_size()} process(es) x {groups} BN group(s) "
             f"x {local // groups}; {self.device}, seed {self.seed}, output {self.output}"
         )

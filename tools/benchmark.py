@@ -3,6 +3,7 @@
 
 python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
 python tools/benchmark.py data-path --images DIR
+python tools/benchmark.py pretrain-cost
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
 """
 
@@ -12,10 +13,13 @@ import platform
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from moco_det.benchmark.detector_speed import Task, peak_memory, step_functions
 from moco_det.engines import ENGINES, require_detectron2
 from moco_det.errors import exit_cleanly
+from pretrain.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
+from pretrain.mechanisms import MECHANISMS
 from pretrain.speed import alternate, data_path, pretrain_step
 from pretrain.training import AMP_DTYPES
 
@@ -50,6 +54,18 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--rounds", type=int, default=5)
     data.set_defaults(report=report_data)
 
+    cost = commands.add_parser("pretrain-cost", help="memory and hours: Table 3 of MoCo v2")
+    cost.add_argument("--mechanisms", nargs="+", default=["moco", "end-to-end"], choices=MECHANISMS)
+    cost.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 4096], help="global")
+    cost.add_argument("--arch", default="resnet50")
+    cost.add_argument("--image-size", type=int, default=224)
+    cost.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cost.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()),
+        help="a GPU each")  # fmt: skip
+    cost.add_argument("--amp", default="none", choices=AMP_DTYPES)
+    cost.add_argument("--steps", type=int, default=5, help="timed ones")
+    cost.set_defaults(report=report_cost)
+
     detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")
     detector.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
     detector.add_argument("--engine", default="native", choices=ENGINES[1:])
@@ -80,6 +96,24 @@ def report_data(args: argparse.Namespace) -> None:
     for name, label in (("reference", "torchvision + PIL"), ("ours", "ours")):
         print(f"{label:20s} {1 / seconds[name]:8.1f} images/s and core")
     print(f"ratio {seconds['reference'] / seconds['ours']:.2f}")
+
+
+def report_cost(args: argparse.Namespace) -> None:
+    """Each mechanism at each batch size; what does not fit the memory is n/a."""
+    settled = (args.arch, args.image_size, args.device, args.processes, args.amp)
+    costs = {
+        (mechanism, batch_size): measure(Setting(mechanism, batch_size, *settled), args.steps)
+        for batch_size in args.batch_sizes
+        for mechanism in args.mechanisms
+    }
+    each, memory = "process", "peak RSS of a process, the libraries included"
+    if args.device == "cuda":
+        each, memory = "GPU", "a GPU's peak"
+    print(f"{args.arch}, {args.image_size} px, {NAMES[args.amp]}, {args.processes} x {each}")
+    print(tabulate(table_rows(costs), COLUMNS, tablefmt="pipe", disable_numparse=True))
+    print(f"memory: {memory}; hours: of the steps alone, for ImageNet's {IMAGENET:,} images")
+    print("paper: MoCo v2, Table 3: ResNet-50, 224 px, 8 x V100 16G; its 93.0 is an estimate")
+    print(*ratios(costs), sep="\n")
 
 
 def report_detector(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""An encoder without BN that can be written down by hand, and images for it."""
+"""Encoders that can be written down by hand, without BN and with it, and images for them."""
 
 import torch
 from torch import nn
@@ -15,6 +15,18 @@ class MeanColour(nn.Module):
         return self.fc(pixels.mean(dim=(2, 3)))
 
 
+class NormalisedColour(nn.Module):
+    """MeanColour behind a batch normalisation of the pixels."""
+
+    def __init__(self, dim: int = 4):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, dim)
+
+    def forward(self, pixels):
+        return self.fc(self.bn(pixels).mean(dim=(2, 3)))
+
+
 def views(n: int, seed: int) -> torch.Tensor:
     """Images of noise, uint8 N x 8 x 8 x 3."""
     generator = torch.Generator().manual_seed(seed)
@@ -23,8 +35,28 @@ def views(n: int, seed: int) -> torch.Tensor:
 
 def features(fc: nn.Linear, images: torch.Tensor) -> list[torch.Tensor]:
     """What MeanColour makes of each image after ImageNet's normalisation, L2-normalised."""
+    outputs = [fc.weight @ pixels(image).mean(dim=(0, 1)) + fc.bias for image in images]
+    return [output / output.norm() for output in outputs]
+
+
+def pixels(image: torch.Tensor) -> torch.Tensor:
+    """H x W x 3 after ImageNet's normalisation."""
     mean = torch.tensor([123.675, 116.28, 103.53])
     std = torch.tensor([58.395, 57.12, 57.375])
-    colours = [((image.float() - mean) / std).mean(dim=(0, 1)) for image in images]
-    outputs = [fc.weight @ colour + fc.bias for colour in colours]
-    return [output / output.norm() for output in outputs]
+    return (image.float() - mean) / std
+
+
+def features_by_group(
+    fc: nn.Linear, images: torch.Tensor, groups: list[list[int]]
+) -> list[torch.Tensor]:
+    """What NormalisedColour makes of each image where `groups` of them share their statistics."""
+    found = [torch.empty(0)] * len(images)
+    for group in groups:
+        together = torch.stack([pixels(images[i]) for i in group])  # n x H x W x 3
+        mean = together.mean(dim=(0, 1, 2))
+        variance = ((together - mean) ** 2).mean(dim=(0, 1, 2))
+        for i in group:
+            colour = ((pixels(images[i]) - mean) / (variance + 1e-5).sqrt()).mean(dim=(0, 1))
+            output = fc.weight @ colour + fc.bias
+            found[i] = output / output.norm()
+    return found

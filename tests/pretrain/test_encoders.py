@@ -25,10 +25,14 @@ def test_parameter_counts_are_those_of_table_1(arch):
         assert millions == pytest.approx(TABLE_1[arch], rel=0.01)
 
 
-@pytest.mark.parametrize(("arch", "factor"), [("resnet50w2x", 2), ("resnet50w4x", 4)])
-def test_every_channel_is_widened(arch, factor):
+@pytest.mark.parametrize(
+    ("arch", "plain", "factor"),
+    [("resnet50w2x", "resnet50", 2), ("resnet50w4x", "resnet50", 4),
+     ("resnet18w0.25x", "resnet18", 0.25)],
+)  # fmt: skip
+def test_every_channel_is_widened(arch, plain, factor):
     with torch.device("meta"):
-        standard = torchvision.models.resnet50().state_dict()
+        standard = torchvision.models.get_model(plain).state_dict()
     widened = on_meta(arch, dim=1000).state_dict()
     assert list(widened) == list(standard)
     for name, value in standard.items():

@@ -1,5 +1,6 @@
 """The kNN classifier as a command."""
 
+import json
 import subprocess
 import sys
 
@@ -43,11 +44,20 @@ def test_the_accuracy_is_scikit_learns(images, pretrained, capsys, k, sigma):
     assert f"kNN top-1 {expected:.2f} %" in capsys.readouterr().out
 
 
+def test_the_accuracy_can_be_written(images, pretrained, tmp_path, capsys):
+    path = tmp_path / "knn.json"
+    argv = flags(images, pretrained, "--neighbours", "7", "--output", str(path))
+    classify(parse(argv), torch.device("cpu"))
+    written = json.loads(path.read_text())
+    assert f"kNN top-1 {written['knn_top1']:.2f} %" in capsys.readouterr().out
+    assert (written["k"], written["temperature"]) == (7, 0.07)
+
+
 def test_bad_input_is_named(images, pretrained):
     for more, message in (
         (["-a", "resnet34"], "pass -a resnet18"),
         (["--sigma", "0"], "--temperature must be above 0"),
-        (["-k", "0"], "-k and --image-size"),
+        (["-k", "0"], "--neighbours and --image-size"),
     ):
         with pytest.raises(UserError, match=message):
             classify(parse(flags(images, pretrained, *more)), torch.device("cpu"))

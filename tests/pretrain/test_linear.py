@@ -18,10 +18,12 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 from pretrain.checkpoints import LAST
+from pretrain.classification import BEST, correct_within
 from pretrain.errors import EXIT_INTERRUPTED, UserError
+from pretrain.labelled_lists import list_class_folders
 from pretrain.labelled_parts import EvaluationView, RandomCrops
-from pretrain.linear import parse
-from pretrain.linear_probe import BEST, check_frozen, correct_within, frozen_state, probe
+from pretrain.linear import classify, parse
+from pretrain.linear_probe import check_frozen, frozen_state
 
 CPU = torch.device("cpu")
 FLAGS = [
@@ -52,7 +54,7 @@ def one_thread():
 
 def train(images, pretrained, output, *flags):
     argv = [str(images), *FLAGS, "--pretrained", str(pretrained), "--output", str(output), *flags]
-    probe(parse(argv), CPU)
+    classify(parse(argv), CPU)
 
 
 def command(images, pretrained, output, *flags, launcher=()):
@@ -187,13 +189,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(images, pretrained, tmp_path, ca
 def test_evaluation_alone_repeats_the_accuracy(images, whole_run, capsys):
     log = (whole_run / "metrics.jsonl").read_text()
     best = str(whole_run / BEST)
-    probe(parse([str(images), *FLAGS, "--output", str(whole_run), "-e", "--resume", best]), CPU)
+    argv = [str(images), *FLAGS, "--output", str(whole_run), "-e", "--resume", best]
+    classify(parse(argv), CPU)
     assert f"val top-1 {max(values(whole_run, 'val_acc1')):.2f} %" in capsys.readouterr().out
     assert (whole_run / "metrics.jsonl").read_text() == log
 
 
 def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(images):
-    crops = RandomCrops(images / "train", ["a", "b"], 32, seed=5)
+    crops = RandomCrops(list_class_folders(images / "train", ["a", "b"]), 32, seed=5)
     before = torch.get_rng_state()
     view, label = crops[(2, 30)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -203,7 +206,7 @@ def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(imag
     seed = np.random.SeedSequence((5, 2, 30)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
     official = [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()]
-    picture = Image.open(images / "train" / crops.paths[30]).convert("RGB")
+    picture = Image.open(images / "train" / crops.images.paths[30]).convert("RGB")
     assert np.array_equal(transforms.Compose(official)(picture), view)
 
 
@@ -254,7 +257,7 @@ def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
         (["--pretrained", ""], "pass --pretrained"),
         (["-b", "64"], "at most the 50 images"),
         (["-e"], "pass --resume"),
-        (["--resume", "PRETRAINED"], "not a linear classifier"),
+        (["--resume", "PRETRAINED"], "is no classifier of this data"),
         (["--lr", "nan"], "the loss is nan at step"),
     ],
     ids=["arch", "stem", "absent", "none", "batch", "evaluate", "resume", "nan"],

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from same_bits import assert_same_bits
 
 from pretrain import checkpoints
 from pretrain.checkpoints import LAST
@@ -61,25 +62,6 @@ def checkpoint(output) -> dict:
 def losses(output) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
-
-
-def assert_same_bits(one, two, path="checkpoint"):
-    """Every tensor and value of two nested checkpoints is equal, bit for bit."""
-    assert type(one) is type(two), path
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype, path
-        assert torch.equal(one, two), path
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        for key in one:
-            if key not in ("output", "resume"):  # flags that the two commands differ in
-                assert_same_bits(one[key], two[key], f"{path}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), path
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same_bits(a, b, f"{path}/{i}")
-    else:
-        assert one == two, path
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mean_colour import MeanColour, features, views
+from mean_colour import MeanColour, NormalisedColour, features, features_by_group, views
 
 from pretrain.checkpoints import LAST
 from pretrain.end_to_end import EndToEnd
@@ -16,6 +16,8 @@ from pretrain.errors import UserError
 from pretrain.instance_discrimination import key_order
 from pretrain.losses import InfoNCE
 from pretrain.main import parse
+from pretrain.memory_bank import MemoryBank
+from pretrain.momentum_contrast import MoCo
 from pretrain.training import parallelize, train
 
 # 34 images in batches of 16 are two steps an epoch. The learning rate is so small that rounding
@@ -27,6 +29,7 @@ FLAGS = [
 ]  # fmt: skip
 METHODS = {
     "moco": [],
+    "moco-unshuffled": ["--no-shuffle-bn"],
     "end-to-end": ["--mechanism", "end-to-end", "--mlp", "--aug-plus", "--color-strength", "1"],
     "end-to-end-unshuffled": ["--mechanism", "end-to-end", "--no-shuffle-bn"],
     "memory-bank": ["--mechanism", "memory-bank"],
@@ -107,6 +110,62 @@ def one_process(images, tmp_path_factory):
         return outputs[name]
 
     return output_of
+
+
+TAU, GROUPS = 0.2, 3
+
+
+def slow_loss(queries, positives, negatives) -> torch.Tensor:
+    """Eqn. (1), image by image; `negatives` are a list for each query."""
+    losses = []
+    for q, positive, others in zip(queries, positives, negatives, strict=True):
+        terms = [torch.exp(q @ key / TAU) for key in (positive, *others)]
+        losses.append(-torch.log(terms[0] / sum(terms)))
+    return sum(losses) / len(losses)
+
+
+def run_once(model, im_q, im_k) -> torch.Tensor:
+    """The loss of one step in which 12 images are rows 20 to 31 of the data."""
+    pair = [im_q, im_k][: model.view_count]
+    logits, *_ = model(*model.inputs(pair, torch.arange(20, 32), seed=5, step=2))
+    return InfoNCE()(logits)
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("name", ["moco", "end-to-end", "memory-bank"])
+def test_the_loss_is_eqn_1_with_statistics_of_the_right_companions(name, shuffled):
+    """Queries share BN statistics with their neighbours, keys with those of the shuffled order."""
+    torch.manual_seed(0)
+    encoder, bn = NormalisedColour(), {"temperature": TAU, "bn_groups": GROUPS}
+    if name == "moco":
+        model = MoCo(encoder, 4, queue_size=7, momentum=0.9, shuffle_bn=shuffled, **bn)
+        with torch.no_grad():
+            model.encoder_k.fc.weight.add_(0.3)
+    elif name == "end-to-end":
+        model = EndToEnd(encoder, shuffle_bn=shuffled, **bn)
+    else:
+        model = MemoryBank(encoder, samples=40, dim=4, negatives=7, **bn)
+    im_q, im_k = views(12, 1), views(12, 2)
+    neighbours = [list(range(i, i + 4)) for i in (0, 4, 8)]
+    order = key_order(5, 2, 12).tolist() if shuffled else list(range(12))
+    companions = [order[i : i + 4] for i in (0, 4, 8)]
+    queries = features_by_group(encoder.fc, im_q, neighbours)
+    if name == "moco":
+        key_fc = torch.nn.Linear(3, 4)
+        for key, follows in zip(key_fc.parameters(), model.encoder_k.fc.parameters(), strict=True):
+            query = dict(encoder.fc.named_parameters())["weight" if key.dim() > 1 else "bias"]
+            key.data = 0.9 * follows.detach() + 0.1 * query.detach()
+        keys = features_by_group(key_fc, im_k, companions)
+        negatives = [list(model.queue.T.clone())] * 12
+    elif name == "end-to-end":
+        keys = features_by_group(encoder.fc, im_k, companions)
+        negatives = [keys[:i] + keys[i + 1 :] for i in range(12)]
+    else:
+        bank = model.bank.clone()
+        keys = list(bank[20:32])
+        _, _, drawn = model.inputs([im_q], torch.arange(20, 32), seed=5, step=2)
+        negatives = [list(bank[drawn])] * 12
+    torch.testing.assert_close(run_once(model, im_q, im_k), slow_loss(queries, keys, negatives))
 
 
 @pytest.mark.parametrize("name", LAUNCHED)

@@ -8,12 +8,16 @@ import sys
 import pytest
 import torch
 import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from moco_det.resnet_names import infer_architecture, rename
 from pretrain.encoders import build_encoder
 
-ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"]
+ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 ENCODERS += ["resnext50_32x8d", "resnet50w2x", "resnet50w4x"]
+# One of each kind: the wide ones take gigabytes, a narrow one is built in the same way.
+COMPUTED = ["resnet18", "resnet50", "resnext50_32x8d", "resnet50w0.25x"]
+STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def run(repository, *arguments):
@@ -77,18 +81,58 @@ def test_every_encoder_of_the_paper_fits_the_native_engine(repository, arch):
         assert shapes(tool["build_backbone"](architecture).state_dict()) == converted
 
 
-@pytest.mark.parametrize("arch", ENCODERS)
-def test_every_encoder_of_the_paper_fits_detectron2(arch):
-    """Under the config that the converted file asks for, where Detectron2 is installed."""
+def detectron2_backbone(architecture):
+    """Under the config that the converted file asks for; skips without Detectron2."""
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
-    architecture, converted = pretrained_shapes(arch)
     cfg = get_cfg()
     cfg.merge_from_list([item for pair in architecture.config().items() for item in pair])
     cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.RESNETS.OUT_FEATURES = STAGES
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_every_encoder_of_the_paper_fits_detectron2(arch):
+    architecture, converted = pretrained_shapes(arch)
     with torch.device("meta"):
-        assert shapes(build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()) == converted
+        assert shapes(detectron2_backbone(architecture).state_dict()) == converted
+
+
+@pytest.mark.parametrize("arch", COMPUTED)
+@pytest.mark.parametrize("engine", ["native", "detectron2"])
+def test_features_are_those_of_the_encoder(repository, arch, engine):
+    """On small inputs, in each stage: relative to the largest, since random networks grow."""
+    torch.manual_seed(0)
+    encoder = build_encoder(arch, dim=8)
+    for name, value in encoder.state_dict().items():
+        if name.endswith("running_mean"):
+            value.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("fc.")}
+    tool = runpy.run_path(str(repository / "tools" / "convert_to_d2.py"))
+    build = tool["build_backbone"] if engine == "native" else detectron2_backbone
+    backbone = build(infer_architecture(state))
+    backbone.load_state_dict(rename(state, "torchvision", "detectron2"))
+    layers = {f"layer{s}": f"res{s + 1}" for s in (1, 2, 3, 4)}
+    image = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        wanted = create_feature_extractor(encoder.eval(), layers)(image)
+        found = backbone.eval()(image)
+    for stage in STAGES:
+        difference = (found[stage] - wanted[stage]).abs().max() / wanted[stage].abs().max()
+        assert difference < 1e-4, stage
+
+
+def test_a_narrow_resnet_18_has_no_shape_in_detectron2(repository, tmp_path):
+    """Its RES2_OUT_CHANNELS is 64 for basic blocks, whatever the config says."""
+    write_checkpoint(tmp_path / "narrow.pth.tar", build_encoder("resnet18w0.25x", dim=8))
+    done = run(repository, tmp_path / "narrow.pth.tar", tmp_path / "weights.pkl")
+    assert done.returncode == 1
+    assert "not a whole ResNet-18: " in done.stderr
+    assert "conv1.weight has the shape (16, 3, 7, 7), not (64, 3, 7, 7)" in done.stderr
+    assert not (tmp_path / "weights.pkl").exists()

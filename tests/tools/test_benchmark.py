@@ -1,0 +1,49 @@
+"""The commands' output; how long anything takes is no test."""
+
+import sys
+
+import pytest
+
+from pretrain.cost import Cost
+from tools import benchmark
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Function: arguments -> the lines that the command prints."""
+
+    def lines(*arguments) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        benchmark.main()
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_pretrain_cost_prints_table_3(run, monkeypatch):
+    settings = []
+
+    def measure(setting, steps):
+        settings.append(setting)
+        fits = setting.batch_size < 4096
+        return Cost(2**30 * (2 if setting.mechanism == "moco" else 3), 0.36) if fits else None
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    lines = run(
+        "pretrain-cost", "--device", "cpu", "--processes", "2", "--batch-sizes", "512", "4096"
+    )
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "resnet50, 224 px, fp32, 2 x process"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:11]]
+    assert cells[0] == ["mechanism", "batch", "memory", "s/step", "hours / 200 ep."]
+    assert cells[2] == ["moco", "512", "2.00 GiB", "0.360", "50.0"]
+    assert cells[3] == ["end-to-end", "512", "3.00 GiB", "0.360", "50.0"]
+    assert cells[5] == ["end-to-end", "4096", "n/a", "n/a", "n/a"]
+    assert cells[6] == ["paper: moco", "256", "5.0 G", "", "53"]
+    assert "peak RSS of a process" in lines[11]
+    assert "1,281,167" in lines[11]
+    assert "memory 1.50, time 1.00 (paper, batch 256: 1.48, 1.23)" in lines[-1]
+    assert [(s.mechanism, s.batch_size, s.processes) for s in settings[:2]] == [
+        ("moco", 512, 2),
+        ("end-to-end", 512, 2),
+    ]
