@@ -180,7 +180,8 @@ def test_two_processes_train_as_two_groups_do(two_processes, one_process, name):
         assert (ours - theirs).norm() < 0.05 * theirs.norm()
     losses = records(one_process(name))
     assert len(losses) == 3
-    np.testing.assert_allclose(records(two_processes / name), losses, rtol=1e-5)
+    # Rounding grows about fourfold with every step: 3e-5 in the third was seen with AVX-512.
+    np.testing.assert_allclose(records(two_processes / name), losses, rtol=1e-4)
 
 
 def test_gradients_reach_the_keys_of_other_processes(two_processes):

@@ -31,6 +31,26 @@ def test_rows_hold_means_and_deviations(tmp_path):
     assert random == ["random", "1", "40.0", "20.0", "7.0"]
 
 
+def test_every_task_has_its_columns(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    line = {"iteration": 9, "bbox/AP": 1.0, "segm/AP": 2.0, "sem_seg/mIoU": 3.0, "bbox/AP-cat": 4.0}
+    (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+    head, _, row = comparison({"x": [folder], "y": [finished_run(tmp_path / "b", 50.0)]}).split(
+        "\n"
+    )[:3]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "start", "trials", "AP50", "AP", "AP75", "mask AP", "mIoU",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["", "1.0", "", "2.0", "3.0"]
+
+
+def test_a_run_that_was_not_evaluated_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 19, "lr": 0.1, "total_loss": 2.5}\n')
+    with pytest.raises(UserError, match="holds no evaluation"):
+        comparison({"moco": [tmp_path]})
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no metrics.json"):
         comparison({"moco": [tmp_path]})
