@@ -1,6 +1,6 @@
 """From what a run logs to what is wrong with it, in plain words.
 
-The thresholds are ours, between what healthy and broken runs log; tests/pretrain/test_doctor.py has
+The thresholds are ours, between what healthy and broken runs log; tests/pretrain/test_diagnosis.py has
 one of each kind.
 """
 

@@ -1,7 +1,8 @@
 """Line and dumbbell charts as inline SVG: no script, colours from the page's style sheet.
 
 Every chart is one `<svg role="img">` whose title and description say in words what it shows. The
-colours are classes (`moco`, `random`, `faint`) that report.css sets for light, dark and paper.
+colours are classes that report.css sets for light, dark and paper: `moco`, `random`, `faint`, and
+`s0` to `s7` for lines of any number of rows.
 """
 
 import html

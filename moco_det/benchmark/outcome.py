@@ -1,25 +1,21 @@
 """What the steps of a quickstart left on disk, as the report's dict and pictures."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from moco_det.benchmark import gallery
+from moco_det.benchmark.provenance import environment
 from moco_det.benchmark.report import Pair
+from moco_det.benchmark.runs import RunFolder
 from moco_det.benchmark.steps import Step
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 
 PICTURES = 8
-PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "pycocotools")
 
 
 def collect(plan, steps: Sequence[Step], durations: Sequence[float]) -> dict:
@@ -32,10 +28,9 @@ def collect(plan, steps: Sequence[Step], durations: Sequence[float]) -> dict:
     Raises:
         UserError: a file lacks a number that it should hold.
     """
-    folders = {
-        start: [plan.detector_folder(start, seed) for seed in plan.detector_seeds]
-        for start in ("random", "moco")
-    }
+    folders: dict[str, list[RunFolder]] = {}
+    for run in plan.runs():
+        folders.setdefault(run.row, []).append(plan.settings.folder(run))
     return {
         "title": "From unlabelled images to a detection AP",
         "created": datetime.now().strftime("%-d %B %Y, %H:%M"),
@@ -48,12 +43,13 @@ def collect(plan, steps: Sequence[Step], durations: Sequence[float]) -> dict:
             )
         ],
         "detection_loss": {
-            start: [read_loss(folder) for folder in each] for start, each in folders.items()
+            start: [folder.losses() for folder in each] for start, each in folders.items()
         },
         "steps": [
             {"name": step.name, "command": step.as_typed(), "seconds": round(seconds, 1)}
             for step, seconds in zip(steps, durations, strict=True)
-        ],
+        ]
+        + [_step(folder) for each in folders.values() for folder in each],
         "environment": environment(plan.repository),
         "settings": {path.name: path.read_text() for path in (plan.recipe, plan.config_file)},
     }
@@ -70,25 +66,20 @@ def read_pretraining(path: Path) -> dict:
     }
 
 
-def _detector_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def read_ap(folder: Path) -> dict[str, float]:
+def read_ap(folder: RunFolder) -> dict[str, float]:
     """{AP, AP50, AP75} in percent of a detector's last evaluation."""
-    for line in reversed(_detector_lines(folder)):
-        if "bbox/AP50" in line:
-            return {name: line[f"bbox/{name}"] for name in ("AP", "AP50", "AP75")}
-    raise UserError(f"{folder / 'metrics.json'} holds no bbox/AP50: the detector was not evaluated")
+    results = folder.results()
+    try:
+        return {name: results[f"bbox/{name}"] for name in ("AP", "AP50", "AP75")}
+    except KeyError as error:
+        path = folder.path / "metrics.json"
+        raise UserError(f"{path} holds no {error}: the detector was not evaluated") from error
 
 
-def read_loss(folder: Path) -> list[list[float]]:
-    """[[iteration, total loss]], iterations counted from 1."""
-    return [
-        [line["iteration"] + 1, line["total_loss"]]
-        for line in _detector_lines(folder)
-        if "total_loss" in line
-    ]
+def _step(folder: RunFolder) -> dict[str, object]:
+    record = folder.record
+    name = f"fine-tune from {folder.run.row}, seed {folder.run.trial}"
+    return {"name": name, "command": record["command"], "seconds": record["seconds"]}
 
 
 def read_predictions(folder: Path) -> dict[str, gallery.Boxes]:
@@ -112,8 +103,9 @@ def draw_pairs(plan) -> list[Pair]:
     records = dataset.records()
     chosen = np.unique(np.linspace(0, len(records) - 1, PICTURES).round().astype(int))
     found = {
-        start: read_predictions(plan.detector_folder(start, plan.seed))
-        for start in ("moco", "random")
+        run.row: read_predictions(plan.settings.folder(run).path)
+        for run in plan.runs()
+        if run.trial == plan.seed
     }
     return [draw_pair(records[i], found, dataset.classes) for i in chosen]
 
@@ -146,37 +138,3 @@ def _data(plan) -> dict[str, str]:
         "Tested on": f"{test} images",
         "Classes": ", ".join(plan.classes),
     }
-
-
-def environment(repository: Path) -> dict[str, str]:
-    """Machine, commit and versions, for people to read."""
-    gpus = torch.cuda.device_count()
-    accelerator = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "none"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "Processor": f"{_processor()}, {cores} cores",
-        "GPU": accelerator,
-        "System": platform.platform(),
-        "Commit": _commit(repository),
-        "Python": platform.python_version(),
-    } | {name: metadata.version(name) for name in PACKAGES}
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit(repository: Path) -> str:
-    """The commit, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
-    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"

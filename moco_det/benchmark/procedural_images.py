@@ -26,15 +26,24 @@ JPEG_QUALITY = 92
 RADIUS_ALONE = (62, 92)  # pixels, half the extent of an object in images/: it leaves the frame
 RADIUS_SCENE = (17, 33)  # pixels, half the extent of an object in scenes/
 MAX_OBJECTS = 4  # in one scene
-SPLIT_IDS = {"images/train": 0, "images/val": 1, "scenes/train": 2, "scenes/test": 3}
+SPLIT_IDS = {
+    "images/train": 0,
+    "images/val": 1,
+    "scenes/train": 2,
+    "scenes/test": 3,
+    "hearts/train": 4,
+    "hearts/test": 5,
+}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn image: `image` (H, W, 3) uint8 BGR, and a boolean (H, W) mask for each object."""
+    """One drawn image: `image` (H, W, 3) uint8 BGR, and for each object a boolean (H, W) mask and
+    an outline (P, 2), x and y, where whole numbers are the pixels' centres."""
 
     image: np.ndarray
     masks: list[np.ndarray]
+    outlines: list[np.ndarray]
     classes: list[int]
 
 
@@ -269,14 +278,16 @@ def draw_scene(
     No two objects cover each other and none leaves the image; a radius shrinks where there is no
     room for it. A mask holds the pixels that the object covers by half or more.
     """
-    canvas, free, masks = _background(rng, size), np.ones((size, size), bool), []
+    canvas, free = _background(rng, size), np.ones((size, size), bool)
+    masks, outlines = [], []
     for index, radius in zip(classes, radii, strict=True):
         look = LOOKS[CLASSES[index]]
         alpha, centre, pose, radius = _place(rng, look.shape, radius, free)
         _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), look, rng)
         free &= alpha == 0
         masks.append(alpha >= 128)
-    return Scene(_photograph(rng, canvas), masks, list(classes))
+        outlines.append(radius * look.shape @ pose.T + centre)
+    return Scene(_photograph(rng, canvas), masks, outlines, list(classes))
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -288,11 +299,11 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 # -- the two folders ------------------------------------------------------------------------------
 
 
-def _generator(seed: int, split: str, index: int) -> np.random.Generator:
+def generator(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLIT_IDS[split], index])
 
 
-def _write_jpeg(path: Path, image: np.ndarray) -> None:
+def write_jpeg(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     path.write_bytes(encoded.tobytes())
 
@@ -301,9 +312,9 @@ def write_image_folder(root: Path, split: str, seed: int, per_class: int) -> Non
     """Write `root`/images/`split`/<class>/*.jpg, `per_class` images of each class."""
     folder = Path(root) / "images" / split
     for index, (name, number) in enumerate(itertools.product(CLASSES, range(per_class))):
-        image = draw_close_up(_generator(seed, f"images/{split}", index), CLASSES.index(name))
+        image = draw_close_up(generator(seed, f"images/{split}", index), CLASSES.index(name))
         (folder / name).mkdir(parents=True, exist_ok=True)
-        _write_jpeg(folder / name / f"{number:05d}.jpg", image)
+        write_jpeg(folder / name / f"{number:05d}.jpg", image)
 
 
 def _annotation(file_name: str, scene: Scene) -> str:
@@ -332,9 +343,9 @@ def _dealt_classes(rng: np.random.Generator) -> Iterator[int]:
 
 def draw_scenes(split: str, seed: int, count: int) -> Iterator[Scene]:
     """Yield the scenes of a split. The first n are the same whatever `count` is."""
-    dealer = _dealt_classes(_generator(seed, f"scenes/{split}", -1 % 2**32))
+    dealer = _dealt_classes(generator(seed, f"scenes/{split}", -1 % 2**32))
     for index in range(count):
-        rng = _generator(seed, f"scenes/{split}", index)
+        rng = generator(seed, f"scenes/{split}", index)
         objects = int(rng.integers(1, MAX_OBJECTS + 1))
         radii = rng.uniform(*RADIUS_SCENE, objects).tolist()
         yield draw_scene(rng, list(itertools.islice(dealer, objects)), radii)
@@ -348,7 +359,7 @@ def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> None:
     names = []
     for index, scene in enumerate(draw_scenes(split, seed, count)):
         names.append(f"{split}_{index:05d}")
-        _write_jpeg(folder / "JPEGImages" / f"{names[-1]}.jpg", scene.image)
+        write_jpeg(folder / "JPEGImages" / f"{names[-1]}.jpg", scene.image)
         annotation = _annotation(f"{names[-1]}.jpg", scene)
         (folder / "Annotations" / f"{names[-1]}.xml").write_text(annotation)
     (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")

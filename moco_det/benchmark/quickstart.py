@@ -1,12 +1,12 @@
-"""The main job as a chain of this project's own commands: draw, pretrain, convert, fine-tune.
+"""The main job on drawn images: draw, pretrain, then a reproduction of one small experiment.
 
 What a run leaves in its folder:
 
     data/                      the drawn data set, unless the user has brought one
     pretrain/                  checkpoint_last.pth.tar, metrics.jsonl
-    moco_backbone.pkl          the converted backbone
-    detector_<start>_seed<n>/  metrics.json, inference/*.json; <start>: moco, random
-    quickstart.log             all that was printed
+    weights/moco.pkl           the converted backbone
+    runs/quickstart/<start>/trial<seed>/   a detector, see `runs`; <start>: moco, random
+    quickstart.log             what drawing and pretraining have printed
     report.html, report.json
 """
 
@@ -18,16 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.benchmark import outcome, procedural_images
+from moco_det.benchmark.checkpoints import convert, weight_file
+from moco_det.benchmark.execution import Settings
+from moco_det.benchmark.grid import Experiment, Row, Run, make_run
+from moco_det.benchmark.local import places, run_locally
 from moco_det.benchmark.report import write_report
 from moco_det.benchmark.steps import Step, run_steps
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 
-STARTS = ("moco", "random")
+ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
 
 # Seconds on two CPU cores with the embedded data; only the first guess of the ETA.
-EXPECTED = {"draw": 15, "pretrain": 210, "convert": 8, "fine-tune": 80}
+EXPECTED = {"draw": 15, "pretrain": 210}
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,39 @@ class Plan:
         return self.output / "pretrain"
 
     @property
-    def backbone(self) -> Path:
-        return self.output / "moco_backbone.pkl"
+    def checkpoint(self) -> Path:
+        return self.pretrain_folder / "checkpoint_last.pth.tar"
 
     @property
     def detector_seeds(self) -> range:
         return range(self.seed, self.seed + self.seeds)
 
-    def detector_folder(self, start: str, seed: int) -> Path:
-        return self.output / f"detector_{start}_seed{seed}"
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.repository, self.output, "native", retries=0)
+
+    def runs(self) -> list[Run]:
+        """A detector for each start and seed; the start changes its first weights, nothing else."""
+        options = {
+            "DATASETS.TRAIN": (self.train,),
+            "DATASETS.TEST": (self.test,),
+            "MODEL.ROI_HEADS.NUM_CLASSES": len(self.classes),
+        }
+        experiment = Experiment(
+            name="quickstart",
+            title="The quickstart's detector",
+            file=str(self.config_file),
+            iterations=0,  # there is no paper whose schedule it could have
+            batch=0,
+            trials=self.seeds,
+            options=tuple(str(word) for pair in options.items() for word in pair),
+        )
+        weights = {"moco": weight_file("moco", self.checkpoint, self.output)}
+        return [
+            make_run(experiment, row, seed, weights, self.repository / "configs")
+            for seed in self.detector_seeds
+            for row in ROWS
+        ]
 
 
 def make_plan(
@@ -133,9 +161,9 @@ def prepare_output(output: Path) -> None:
         if not ours and any(output.iterdir()):
             raise UserError(f"--output {output} holds other files: name a new or an empty folder")
         (output / MARK).write_text("Made by tools/quickstart.py; its next run starts afresh.\n")
-        for folder in [output / "data", output / "pretrain", *output.glob("detector_*_seed*")]:
-            if folder.is_dir():
-                shutil.rmtree(folder)
+        for name in ("data", "pretrain", "weights", "runs"):
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
         for file in output.glob("report.*"):
             file.unlink()
     except OSError as error:
@@ -143,51 +171,34 @@ def prepare_output(output: Path) -> None:
 
 
 def steps_of(plan: Plan) -> list[Step]:
-    """The chain of commands, each as one would type it."""
+    """What comes before the detectors, each command as one would type it."""
     draw = ["-m", "moco_det.benchmark.procedural_images", "--output", plan.images.parent]
     pretrain = [plan.repository / "pretrain/main.py", plan.images, "--recipe", plan.recipe]
     pretrain += ["--output", plan.pretrain_folder, "--seed", plan.seed]
-    checkpoint = plan.pretrain_folder / "checkpoint_last.pth.tar"
-    convert = [plan.repository / "tools/convert_to_d2.py", checkpoint, plan.backbone]
-    return [
-        *([_step("draw", "draw", [*draw, "--seed", plan.seed])] if plan.embedded else []),
-        _step("pretrain", "pretrain", pretrain),
-        _step("convert", "convert", convert),
-        *(_detector_step(plan, start, seed) for seed in plan.detector_seeds for start in STARTS),
-    ]
+    drawing = [_step("draw", [*draw, "--seed", plan.seed])] if plan.embedded else []
+    return [*drawing, _step("pretrain", pretrain)]
 
 
-def _detector_step(plan: Plan, start: str, seed: int) -> Step:
-    """Fine-tune and evaluate one detector; `start` changes its first weights and nothing else."""
-    settings = {
-        "DATASETS.TRAIN": (plan.train,),
-        "DATASETS.TEST": (plan.test,),
-        "MODEL.WEIGHTS": plan.backbone if start == "moco" else "",
-        "MODEL.ROI_HEADS.NUM_CLASSES": len(plan.classes),
-        "OUTPUT_DIR": plan.detector_folder(start, seed),
-        "SEED": seed,
-    }
-    options = [word for pair in settings.items() for word in pair]
-    script = [plan.repository / "tools/train_net.py", "--engine", "native"]
-    command = [*script, "--config-file", plan.config_file, *options]
-    return _step(f"fine-tune from {start}, seed {seed}", "fine-tune", command)
-
-
-def _step(name: str, kind: str, arguments: Sequence[object]) -> Step:
-    return Step(name, kind, [sys.executable, *map(str, arguments)], EXPECTED[kind])
+def _step(name: str, arguments: Sequence[object]) -> Step:
+    return Step(name, name, [sys.executable, *map(str, arguments)], EXPECTED[name])
 
 
 def run(plan: Plan) -> Path:
     """Do everything; returns the path of report.html.
 
     Raises:
-        UserError: the output folder cannot be used.
-        StepFailed: a command of the chain failed.
+        UserError: the output folder cannot be used, or a detector failed.
+        StepFailed: drawing or pretraining failed.
     """
     begun = time.monotonic()
     prepare_output(plan.output)
     steps = steps_of(plan)
     durations = run_steps(steps, plan.output / "quickstart.log")
+    convert({"moco": plan.checkpoint}, plan.output, plan.repository)
+    failed = run_locally(plan.runs(), plan.settings, places(plan.settings.gpus, None))
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")
     results = outcome.collect(plan, steps, durations)
     try:
         pairs = outcome.draw_pairs(plan)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from moco_det.benchmark.charts import Line, dumbbell_chart, line_chart
 from moco_det.benchmark.gallery import SCORE_SHOWN
+from moco_det.benchmark.page import definitions, details, document, duration, plot
+from moco_det.benchmark.statistics import signed
 
 NOT_MEASURED = {"random": None, "moco": None}
 METRICS = {
@@ -87,18 +89,6 @@ def summary(results: dict) -> dict:
         "ap50_difference": {"mean": ap50.difference, "standard_deviation": ap50.spread},
     }
     return headline | {k: v for k, v in results.items() if k not in ("settings", *headline)}
-
-
-def signed(value: float) -> str:
-    """+1.5, −1.5 (with a true minus sign), 0.0."""
-    text = f"{value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """For example "8 min 05 s" or "42 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 # -- the numbers in words -------------------------------------------------------------------------
@@ -168,8 +158,6 @@ def write_report(results: dict, pairs: Sequence[Pair], folder: Path) -> Path:
 
 def render(results: dict, pairs: Sequence[Pair]) -> str:
     """The page as one string: style, charts and images inside, no script, nothing fetched."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    title = html.escape(results["title"])
     sections = [
         _header(results),
         _pretraining(results),
@@ -177,13 +165,7 @@ def render(results: dict, pairs: Sequence[Pair]) -> str:
         _gallery(pairs) if pairs else "",
         _what_ran(results),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(results["title"], sections)
 
 
 def _header(results: dict) -> str:
@@ -192,7 +174,7 @@ def _header(results: dict) -> str:
     if top1["random"] is not None:
         gain = top1["moco"] - top1["random"]
         cards.insert(0, _card("Features, kNN top-1", signed(gain), top1["random"], top1["moco"]))
-    where = html.escape(results["environment"].get("Processor", ""))
+    where = html.escape(results["environment"]["processor"])
     cards.append(
         f'<div class="card"><h3>Time</h3><p class="big">{duration(results["seconds"])}</p>'
         f"<p>{where}</p></div>"
@@ -245,7 +227,7 @@ def _loss_plot(pretraining: dict) -> str:
         "Thin: as logged; bold: mean of each epoch. The loss may rise at the start, while the "
         "queue fills with keys worth telling apart."
     )
-    return _plot("Contrastive loss", chart, caption)
+    return plot("Contrastive loss", chart, caption)
 
 
 def _epoch_means(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -268,7 +250,7 @@ def _knn_plot(curve: Sequence[Sequence[float]]) -> str:
         percent=True,
     )
     caption = "Share of held-out images whose class the nearest training images name correctly."
-    return _plot("What the features know", chart, caption)
+    return plot("What the features know", chart, caption)
 
 
 def _detection(results: dict) -> str:
@@ -278,7 +260,7 @@ def _detection(results: dict) -> str:
         rows.append(("mean", ap50.random, ap50.moco))
     words = "; ".join(f"{name}: random {a:.1f}, MoCo {b:.1f}" for name, a, b in rows)
     caption = "One row per seed: the same run twice, from random weights and from MoCo."
-    plots = [_plot("AP50 on the test images", dumbbell_chart("AP50", words, rows), caption)]
+    plots = [plot("AP50 on the test images", dumbbell_chart("AP50", words, rows), caption)]
     losses = results["detection_loss"]
     lines = [Line(run, style) for style in ("random", "moco") for run in losses[style] if run]
     if lines:
@@ -293,7 +275,7 @@ def _detection(results: dict) -> str:
             'Solid: from <span class="moco-ink">MoCo</span>; dashed: from '
             '<span class="random-ink">random weights</span>; one line per seed.'
         )
-        plots.append(_plot("Loss while the detector trains", chart, caption))
+        plots.append(plot("Loss while the detector trains", chart, caption))
     return (
         '<section aria-labelledby="detection"><h2 id="detection">Detection</h2>'
         "<p>Same architecture, data, order of images and schedule; only the starting weights of "
@@ -344,29 +326,17 @@ def _gallery(pairs: Sequence[Pair]) -> str:
 
 
 def _what_ran(results: dict) -> str:
-    def listed(entries: dict) -> str:
-        pairs = ((html.escape(str(k)), html.escape(str(v))) for k, v in entries.items())
-        return "<dl>" + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in pairs) + "</dl>"
-
     steps = "".join(
         f'<tr><th scope="row">{html.escape(s["name"])}</th><td>{duration(s["seconds"])}</td></tr>'
         for s in results["steps"]
     )
-    commands = html.escape("\n\n".join(s["command"] for s in results["steps"]))
-    settings = "".join(
-        f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>"
-        for name, text in results["settings"].items()
-    )
+    commands = details("Commands", "\n\n".join(s["command"] for s in results["steps"]))
+    settings = "".join(details(name, text) for name, text in results["settings"].items())
     return (
         '<section aria-labelledby="ran"><h2 id="ran">What was run</h2>'
-        f"<h3>Data</h3>{listed(results['data'])}<h3>Machine and versions</h3>"
-        f"{listed(results['environment'])}<table><caption>Steps</caption><thead><tr>"
+        f"<h3>Data</h3>{definitions(results['data'])}<h3>Machine and versions</h3>"
+        f"{definitions(results['environment'])}<table><caption>Steps</caption><thead><tr>"
         f'<th scope="col">Step</th><th scope="col">Time</th></tr></thead><tbody>{steps}</tbody>'
-        f"</table><details><summary>Commands</summary><pre>{commands}</pre></details>{settings}"
+        f"</table>{commands}{settings}"
         "</section>"
     )
-
-
-def _plot(title: str, chart: str, caption: str) -> str:
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure class="plot"><h3>{title}</h3>{chart}{below}</figure>'

@@ -23,7 +23,11 @@ from moco_det.parity import (
 )
 
 ALL_HEADS = """MODEL.MASK_ON True MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.KEYPOINT_ON True
-MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,)"""
+MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,) MODEL.DENSEPOSE_ON True
+MODEL.ROI_HEADS.NAME DensePoseROIHeads MODEL.ROI_DENSEPOSE_HEAD.NAME DensePoseV1ConvXHead
+MODEL.ROI_DENSEPOSE_HEAD.DECODER_ON False MODEL.ROI_DENSEPOSE_HEAD.NUM_STACKED_CONVS 1
+MODEL.ROI_DENSEPOSE_HEAD.CONV_HEAD_DIM 8 MODEL.ROI_DENSEPOSE_HEAD.POOLER_RESOLUTION 14
+MODEL.ROI_DENSEPOSE_HEAD.HEATMAP_SIZE 56"""
 ONE = {"loss": [torch.tensor(2.0)], "maps": [torch.tensor([1.0, -4.0]), torch.tensor([0.1, 0.2])]}
 
 
@@ -156,7 +160,8 @@ def test_drawn_dense_pose():
     assert third is None
     for points in (first, second):
         assert points.charts.min() >= 0
-        assert points.charts.max() == 24
+        assert points.charts.max() <= 24
+        assert len(points.charts.unique()) > 12
         assert 200 < points.x.max() < 256
         assert points.u.max() < 1
         assert points.parts.shape == (256, 256)

@@ -1,15 +1,26 @@
 """The commands' output; how long anything takes is no test."""
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
 from pretrain.cost import Cost
-from tools import benchmark
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(benchmark, monkeypatch, capsys):
     """Function: arguments -> the lines that the command prints."""
 
     def lines(*arguments) -> list[str]:
@@ -20,7 +31,7 @@ def run(monkeypatch, capsys):
     return lines
 
 
-def test_pretrain_cost_prints_table_3(run, monkeypatch):
+def test_pretrain_cost_prints_table_3(benchmark, run, monkeypatch):
     settings = []
 
     def measure(setting, steps):

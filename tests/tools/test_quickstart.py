@@ -68,23 +68,28 @@ def plan_for(repository, root, **changes):
 
 def test_embedded_chain(repository, tmp_path):
     steps = steps_of(plan_for(repository, tmp_path))
-    kinds = [step.kind for step in steps]
-    assert kinds == ["draw", "pretrain", "convert"] + ["fine-tune"] * 4
+    assert [step.kind for step in steps] == ["draw", "pretrain"]
     assert all(step.command[0] == sys.executable for step in steps)
-    assert sum(step.expected for step in steps) < 600
+    assert sum(step.expected for step in steps) < 300
 
 
 def test_pairs_of_detectors_differ_in_their_first_weights_only(repository, tmp_path):
-    commands = [
-        s.command for s in steps_of(plan_for(repository, tmp_path)) if s.kind == "fine-tune"
-    ]
-    moco, random = commands[:2]
+    plan = plan_for(repository, tmp_path)
+    runs = plan.runs()
+    assert [(run.row, run.trial) for run in runs] == [
+        ("moco", 3), ("random", 3), ("moco", 4), ("random", 4),
+    ]  # fmt: skip
+    moco, random = (plan.settings.command(run) for run in runs[:2])
     differing = [(a, b) for a, b in zip(moco, random, strict=True) if a != b]
-    assert [a.rsplit("/", 1)[-1] for a, _ in differing] == [
-        "moco_backbone.pkl",
-        "detector_moco_seed3",
+    folder = tmp_path.resolve() / "out"
+    assert differing == [
+        (str(folder / "weights/moco.pkl"), ""),
+        (
+            str(folder / "runs/quickstart/moco/trial3"),
+            str(folder / "runs/quickstart/random/trial3"),
+        ),
     ]
-    assert [b.rsplit("/", 1)[-1] for _, b in differing] == ["", "detector_random_seed3"]
+    commands = [plan.settings.command(run) for run in runs]
     assert [c[c.index("SEED") + 1] for c in commands] == ["3", "3", "4", "4"]
 
 
@@ -127,7 +132,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 def test_an_earlier_quickstart_is_cleared_but_nothing_else(tmp_path):
     prepare_output(tmp_path)
-    for folder in ("pretrain", "data/images", "detector_moco_seed0", "mine"):
+    for folder in ("pretrain", "data/images", "runs/quickstart/moco/trial0", "mine"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "metrics.json").write_text("old")
     (tmp_path / "report.html").write_text("old")

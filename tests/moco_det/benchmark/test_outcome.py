@@ -1,11 +1,14 @@
 """A finished run's files, written by hand, read back as the report's numbers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moco_det.benchmark import outcome, procedural_images
+from moco_det.benchmark.grid import Experiment, Run
+from moco_det.benchmark.runs import RunFolder
 from moco_det.datasets import get_dataset
 from moco_det.errors import UserError
 
@@ -30,19 +33,23 @@ def test_pretraining_curves(tmp_path):
     }
 
 
-def test_detector_numbers_are_those_of_the_last_evaluation(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    experiment = Experiment("quickstart", "", 0, 0, 1)
+    return RunFolder(Run(experiment, "moco", 0, Path("c.yaml"), ()), tmp_path)
+
+
+def test_detector_numbers_are_those_of_the_last_evaluation(folder):
     first = {"iteration": 39, "bbox/AP": 1.0, "bbox/AP50": 2.0, "bbox/AP75": 3.0}
     last = {"iteration": 40, "bbox/AP": 4.0, "bbox/AP50": 5.0, "bbox/AP75": 6.0, "bbox/AP-x": None}
-    losses = [{"iteration": 19, "total_loss": 2.5}, {"iteration": 39, "total_loss": 1.5}]
-    write_lines(tmp_path / "metrics.json", [losses[0], first, losses[1], last])
-    assert outcome.read_ap(tmp_path) == {"AP": 4.0, "AP50": 5.0, "AP75": 6.0}
-    assert outcome.read_loss(tmp_path) == [[20, 2.5], [40, 1.5]]
+    write_lines(folder.path / "metrics.json", [first, last])
+    assert outcome.read_ap(folder) == {"AP": 4.0, "AP50": 5.0, "AP75": 6.0}
 
 
-def test_a_detector_without_evaluation_is_named(tmp_path):
-    write_lines(tmp_path / "metrics.json", [{"iteration": 19, "total_loss": 2.5}])
-    with pytest.raises(UserError, match="no bbox/AP50"):
-        outcome.read_ap(tmp_path)
+def test_a_detector_without_evaluation_is_named(folder):
+    write_lines(folder.path / "metrics.json", [{"iteration": 19, "lr": 0.1, "total_loss": 2.5}])
+    with pytest.raises(UserError, match="no 'bbox/AP'"):
+        outcome.read_ap(folder)
 
 
 def test_predictions(tmp_path):
@@ -77,10 +84,3 @@ def test_pairs_show_true_boxes_and_both_detectors(tmp_path):
     assert pair.random_words == f"0 of {total} objects found, 0 false detections"
     assert pair.moco.count('class="right"') == total
     assert pair.random.count('class="truth"') == total
-
-
-def test_environment_names_what_ran(repository):
-    entries = outcome.environment(repository)
-    for name in ("Processor", "Commit", "Python", "torch", "torchvision"):
-        assert entries[name]
-    assert outcome._commit(repository / "tests" / "nowhere") == "unknown"

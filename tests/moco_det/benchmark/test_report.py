@@ -1,16 +1,15 @@
 """The report: well-formed, self-contained, its statistics equal to values worked out by hand."""
 
 import copy
-import html.parser
 import json
 import math
 import re
 
 import pytest
+from html_page import Page
 
 from moco_det.benchmark import report
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
 # By hand: means (40+30)/2 and (52+36)/2; differences 12 and 6, their mean 9 and, with n - 1 = 1,
 # their standard deviation sqrt(3^2 + 3^2) = 4.24.
 DETECTION = [
@@ -44,48 +43,12 @@ def results():
             "moco": [[[20, 2.5], [40, 1.5]], [[20, 2.4], [40, 1.4]]],
         },
         "steps": [{"name": "pretrain", "command": "python x --y '<z>'", "seconds": 65.0}],
-        "environment": {"Processor": "A CPU, 2 cores", "torch": "2.9.9"},
+        "environment": {"processor": "A CPU, 2 cores", "torch": "2.9.9"},
         "settings": {"recipe.yaml": "lr: 0.06  # see https://example.org\n"},
     }
 
 
 PAIR = report.Pair("007", "<svg></svg>", "1 of 2 objects found", "<svg></svg>", "no <object>")
-
-
-class Page(html.parser.HTMLParser):
-    """Checks that elements close in order; collects links, text and ids."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.links, self.words, self.ids, self.tags = [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "data", "action", "srcset"):
-                self.links.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 def test_statistics_by_hand():

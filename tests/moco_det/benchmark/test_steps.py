@@ -102,7 +102,7 @@ def test_ctrl_c_stops_the_running_step(tmp_path):
     line = next(line for line in process.stdout if "] pid" in line)
     step = int(line.split()[-1])
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:

@@ -19,11 +19,11 @@ from detectron2.modeling import build_proposal_generator
 from detectron2.modeling import build_roi_heads as build_detectron2_roi_heads
 from detectron2.utils.events import EventStorage
 
-import moco_det.plugin  # noqa: F401 (registers what Detectron2 lacks)
 from moco_det.native.rcnn import build_backbone, build_model
 from moco_det.native.roi_heads import build_roi_heads
 from moco_det.native.rpn import build_rpn
 from moco_det.parity import enliven
+from moco_det.plugin.configuration import add_moco_config
 from moco_det.plugin.probe import detectron2_input, in_float32
 
 warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid
@@ -99,6 +99,7 @@ CASES = {
 
 def make_cfg(options: str):
     cfg = get_cfg()
+    add_moco_config(cfg)
     cfg.merge_from_list((COMMON + options).split())
     return cfg
 

@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Checkpoint in, the paper's transfer tables out: fine-tune, evaluate, repeat, report.
+
+    python tools/reproduce.py --weights output/moco/checkpoint_last.pth.tar --tables 2b 5
+    python tools/reproduce.py --weights moco_in1m=A.pth.tar memory_bank=B.pth.tar --tables 3
+    python tools/reproduce.py --weights ... --dry-run      what would run, and for how long
+    python tools/reproduce.py --weights ... --status       how far it is
+    python tools/reproduce.py --weights ... --gpus-per-run 8 --launcher slurm --slurm partition=gpu
+    python tools/reproduce.py --quick                      a toy of it all, on a CPU, without data
+
+The same command again goes on: what is finished is not run again, what was interrupted continues
+from its checkpoint. A name of --weights is the paper's row that the checkpoint is held against
+(moco_in1m where none is given); other names are rows of their own.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from moco_det.benchmark import reproduction
+from moco_det.benchmark.checkpoints import named_checkpoints
+from moco_det.benchmark.execution import Settings
+from moco_det.benchmark.grid import Run, load_grid
+from moco_det.benchmark.quick import prepare_quick, quick_checkpoint, quick_grid
+from moco_det.benchmark.slurm import parse_parameters
+from moco_det.engines import ENGINES, choose_engine
+from moco_det.errors import UserError, exit_cleanly
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICK_JOBS = 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 all runs are finished; 1 an error, or runs that failed; 130 and 143 "
+        "stopped, to be gone on with",
+    )
+    add = parser.add_argument
+    add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
+        help="checkpoints, of MoCo's layout, torchvision's or Detectron2's")  # fmt: skip
+    add("--tables", nargs="+", default=[], metavar="N", help="2a, 2b, 3, ... or 2, 5, 6 (all)")
+    add("--trials", type=int, metavar="N", help="runs of each row (default: the paper's number)")
+    add("--output", type=Path, metavar="DIR", help="default: output/reproduce, or output/quick")
+    add("--engine", choices=ENGINES, default="auto", help="as in tools/train_net.py")
+    add("--launcher", choices=("local", "slurm"), default="local")
+    add("--slurm", nargs="+", default=[], metavar="NAME=VALUE",
+        help="of submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
+    add("--gpus-per-run", type=int, default=1, metavar="N", help="processes of a run, per machine")
+    add("--jobs", type=int, metavar="N",
+        help="runs at a time (default: as the GPUs allow; on a CPU 1, with --quick 2)")  # fmt: skip
+    add("--retries", type=int, default=1, metavar="N", help="of a failed run (default: 1)")
+    add("--quick", action="store_true", help="toy experiments on drawn images, minutes on a CPU")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")
+    mode.add_argument("--status", action="store_true", help="list the state of every run")
+    mode.add_argument("--report", action="store_true", help="report what is there, run nothing")
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys, for every run")
+    return parser.parse_args(arguments)
+
+
+def make_plan(args: argparse.Namespace) -> reproduction.Plan:
+    """Raises UserError for arguments that cannot be."""
+    if len(args.opts) % 2:
+        raise UserError("--opts takes pairs of a key and a value")
+    if args.trials is not None and args.trials < 1:
+        raise UserError("--trials must be at least 1")
+    output = (args.output or Path("output/quick" if args.quick else "output/reproduce")).resolve()
+    grid = quick_grid(output) if args.quick else load_grid()
+    checkpoints = named_checkpoints(args.weights)
+    if args.quick and not checkpoints:
+        checkpoints = quick_checkpoint(output)
+    engine, reason = choose_engine(args.engine)
+    print(f"engine: {engine} ({reason})", flush=True)
+    return reproduction.Plan(
+        grid=grid,
+        tables=grid.select(args.tables),
+        checkpoints=checkpoints,
+        trials=range(1, args.trials + 1) if args.trials else None,
+        configs=REPOSITORY / "configs",
+        options=args.opts,
+        settings=Settings(REPOSITORY, output, engine, args.gpus_per_run, args.retries),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    plan = make_plan(args)
+    if args.dry_run:
+        print(reproduction.dry_run(plan))
+        return 0
+    if args.status:
+        print(reproduction.status(plan))
+        return 0
+    failed = [] if args.report else carry_out(args, plan)
+    print(f"report: {reproduction.write_report(plan)}")
+    return 1 if failed else 0
+
+
+def carry_out(args: argparse.Namespace, plan: reproduction.Plan) -> list[Run]:
+    """Returns the runs that failed."""
+    if args.quick:
+        prepare_quick(REPOSITORY, plan.settings.output, pretraining=not args.weights)
+    if args.launcher == "local":
+        return reproduction.reproduce(plan, args.jobs or (QUICK_JOBS if args.quick else None))
+    jobs = reproduction.submit_to_slurm(plan, parse_parameters(args.slurm))
+    print(f"submitted {len(jobs)} jobs: {' '.join(jobs)}" if jobs else "nothing to submit")
+    print("--status tells how far they are, --report writes the report of what is there")
+    return []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with exit_cleanly():
+        code = run(args)
+    sys.exit(code)
+
+
+def stop(number: int, frame: object) -> None:
+    """End with a shell's exit code, after the running commands have saved their checkpoints."""
+    print("stopping; the same command goes on from here", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
