@@ -1,6 +1,6 @@
 """From what a run logs to what is wrong with it, in plain words.
 
-The thresholds are ours, between what healthy and broken runs log; test_diagnosis.py has one of each.
+The thresholds are ours, between what healthy and broken runs log; test_diagnosis.py has both kinds.
 """
 
 import math
