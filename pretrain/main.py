@@ -30,7 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
     add("data", metavar="DATA",
         help="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
         "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'")  # fmt: skip
@@ -51,9 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
 
     add_launch_flags(parser)
+    add_moco_flags(parser)
+    add_own_flags(parser)
+    return parser
 
-    moco = parser.add_argument_group("MoCo")
-    add = moco.add_argument
+
+def add_moco_flags(parser: argparse.ArgumentParser) -> None:
+    """The official code's flags of the algorithm, and those of the papers' ablations."""
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("MoCo").add_argument
     add("--moco-dim", default=128, type=int, help="feature dimension")
     add("--moco-k", default=65536, type=int, help="length of the queue, or draws from the bank")
     add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
@@ -64,8 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
 
-    ablations = parser.add_argument_group("ablations of the papers")
-    add = ablations.add_argument
+    add = parser.add_argument_group("ablations of the papers").add_argument
     add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
     add("--loss", default="infonce", choices=LOSSES)
     add("--shuffle-bn", action=switch, default=True, help="encode keys in shuffled order")
@@ -76,8 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr-decay", default=0.9, type=float, help="factor of --lr-decay-every")
     add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
 
-    ours = parser.add_argument_group("beyond the official code")
-    add = ours.add_argument
+
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """What the official code has no flags for."""
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("beyond the official code").add_argument
     add("--image-size", default=224, type=int, help="side of a view in pixels")
     add("--small-stem", action=switch, default=False, help="3x3 stem for 32-pixel images")
     add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision")
@@ -90,7 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
     add("--shuffle-buffer", default=1000, type=int,
         help="tar shards: samples that a worker holds back and draws from")  # fmt: skip
-    return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
