@@ -14,8 +14,8 @@ setup(
     name="moco_det",
     version="0.1.0",
     description="Momentum Contrast pretraining and its detection transfer, images to table",
-    packages=find_packages(include=["moco_det", "moco_det.*", "pretrain"]),
-    package_data={"moco_det.benchmark": ["*.css", "*.yaml"]},
+    packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
+    package_data={"moco_det.benchmark": ["jobs/*.yaml", "report/*.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

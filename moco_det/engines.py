@@ -3,8 +3,8 @@
 import importlib
 import importlib.util
 
-from moco_det.errors import UserError
-from moco_det.probe import EngineProbe
+from moco_det.common.errors import UserError
+from moco_det.parity.probe import EngineProbe
 
 ENGINES = ("auto", "native", "detectron2")
 

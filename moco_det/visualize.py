@@ -22,12 +22,12 @@ from torchvision.utils import (
     make_grid,
 )
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, Dataset, Record
 from moco_det.datasets.coco import read_categories
 from moco_det.datasets.semantic import IGNORED
-from moco_det.densepose_points import BOX_SIDE, has_points, read_points
-from moco_det.errors import UserError
-from moco_det.iuv import decode_iuv
+from moco_det.densepose.iuv import decode_iuv
+from moco_det.densepose.points import BOX_SIDE, has_points, read_points
 
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from pretrain.diagnosis import Doctor, Finding
-from pretrain.errors import UserError
+from moco_det.common.errors import UserError, exit_cleanly
+from pretrain.engine.diagnosis import Doctor, Finding
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,4 +56,5 @@ def read(path: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_cleanly():
+        main()

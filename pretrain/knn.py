@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from pretrain.collectives import rank
-from pretrain.errors import UserError
-from pretrain.frozen_features import load_encoder
-from pretrain.knn_monitor import KnnMonitor
-from pretrain.processes import add_launch_flags, launch, workers_per_process
-from pretrain.progress import say
+from moco_det.common.errors import UserError
+from moco_det.common.processes import print_on_main, rank, workers_per_process
+from pretrain.evaluation.features import load_encoder
+from pretrain.evaluation.weighted_knn import KnnMonitor
+from pretrain.flags import add_launch_flags, launch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,11 +65,11 @@ def classify(args, device: torch.device) -> None:
     workers = workers_per_process(args.workers)
     knn = KnnMonitor(data, args.image_size, workers, device, args.k, args.temperature)
     top1 = knn.top1(encoder)
-    say(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
+    print_on_main(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
     if args.output and rank() == 0:
         values = {"knn_top1": top1, "k": args.k, "temperature": args.temperature}
         Path(args.output).write_text(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":
-    launch(classify, parse(sys.argv[1:]))
+    launch(classify, lambda: parse(sys.argv[1:]))

@@ -24,12 +24,11 @@ import sys
 
 import torch
 
-from pretrain import finetuning
-from pretrain.errors import UserError
-from pretrain.linear_probe import LinearProbe
-from pretrain.main import recipe_flags
-from pretrain.processes import add_launch_flags, launch
-from pretrain.training import AMP_DTYPES
+from moco_det.common.errors import UserError
+from pretrain.engine.optimization import AMP_DTYPES
+from pretrain.evaluation import finetuning
+from pretrain.evaluation.linear_probe import LinearProbe
+from pretrain.flags import add_launch_flags, launch, recipe_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,4 +106,4 @@ def classify(args, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    launch(classify, parse(sys.argv[1:]))
+    launch(classify, lambda: parse(sys.argv[1:]))

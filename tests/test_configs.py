@@ -11,7 +11,7 @@ import pytest
 import yaml
 from recording import FOLDER, read
 
-from moco_det.config import get_cfg, leaves, load_config
+from moco_det.config.loading import get_cfg, leaves, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base-"))

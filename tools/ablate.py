@@ -16,12 +16,12 @@ import signal
 import sys
 from pathlib import Path
 
-from moco_det.benchmark.provenance import provenance
-from moco_det.benchmark.steps import Step
-from moco_det.benchmark.trial_table import collect, markdown, write_table
-from moco_det.benchmark.trials import Trial, run_trials
-from moco_det.errors import UserError, exit_cleanly
-from pretrain.ablation import Ablation, Run, read_ablation
+from moco_det.benchmark.jobs.ablation import Ablation, Run, read_ablation
+from moco_det.benchmark.jobs.provenance import provenance
+from moco_det.benchmark.jobs.steps import Step
+from moco_det.benchmark.jobs.trials import Trial, run_trials
+from moco_det.benchmark.report.trial_table import collect, markdown, write_table
+from moco_det.common.errors import UserError, exit_cleanly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXPECTED = {"pretrain": 120, "knn": 15, "linear": 20}  # seconds; the first guess of an ETA

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark.detector_speed import Task, peak_memory, step_functions
+from moco_det.benchmark.speed.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
+from moco_det.benchmark.speed.detector import Task, peak_memory, step_functions
+from moco_det.benchmark.speed.pretraining import alternate, data_path, pretrain_step
+from moco_det.common.errors import exit_cleanly
 from moco_det.engines import ENGINES, require_detectron2
-from moco_det.errors import exit_cleanly
-from pretrain.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
-from pretrain.mechanisms import MECHANISMS
-from pretrain.speed import alternate, data_path, pretrain_step
-from pretrain.training import AMP_DTYPES
+from pretrain.engine.optimization import AMP_DTYPES
+from pretrain.moco.mechanisms import MECHANISMS
 
 NAMES = {"none": "fp32", "bf16": "bf16", "fp16": "fp16"}
 

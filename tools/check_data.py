@@ -14,9 +14,9 @@ needs; classes that do not fit the model; wrong versions.
 import argparse
 import sys
 
-from moco_det.config import load_config
+from moco_det.common.errors import exit_cleanly
+from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import describe, examine, table
-from moco_det.errors import exit_cleanly
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,12 +13,12 @@ import argparse
 
 import torch
 
-from moco_det import parity
-from moco_det.config import load_config
+from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.config.loading import load_config
 from moco_det.engines import require_detectron2
-from moco_det.errors import UserError, exit_cleanly
-from moco_det.native.probe import Probe
-from moco_det.weights import load_backbone_weights
+from moco_det.native.engine.probe import Probe
+from moco_det.parity import comparison as parity
+from moco_det.weights.loading import load_backbone_weights
 
 SMALLEST_SIDE = 64  # pixels: the coarsest map of a pyramid keeps more than one position
 
@@ -74,7 +74,7 @@ def check(args: argparse.Namespace) -> None:
     random = native.model.state_dict().keys()
     if args.weights:
         random = load_backbone_weights(native.model, args.weights).missing
-    parity.enliven(native.model, items, random, args.seed)
+    parity.randomize_for_parity(native.model, items, random, args.seed)
     reference = Detectron2Probe(args.config_file, args.opts)
     reference.model.load_state_dict(native.model.state_dict(), strict=True)
 

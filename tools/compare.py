@@ -8,8 +8,8 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from moco_det.benchmark.comparison import comparison
-from moco_det.errors import UserError, exit_cleanly
+from moco_det.benchmark.report.comparison import comparison
+from moco_det.common.errors import UserError, exit_cleanly
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import argparse
 
 from torch import nn
 
-from moco_det.conversion import convert_file
-from moco_det.errors import exit_cleanly
-from moco_det.native.resnet import ResNet
-from moco_det.resnet_names import Architecture
+from moco_det.common.errors import exit_cleanly
+from moco_det.native.modeling.backbones import ResNet
+from moco_det.weights.conversion import convert_file
+from moco_det.weights.names import Architecture
 
 
 def main(arguments: list[str] | None = None) -> None:

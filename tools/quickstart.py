@@ -13,9 +13,9 @@ import signal
 import sys
 from pathlib import Path
 
-from moco_det.benchmark.quickstart import make_plan, run
-from moco_det.benchmark.steps import StepFailed
-from moco_det.errors import exit_cleanly
+from moco_det.benchmark.jobs.quickstart import make_plan, run
+from moco_det.benchmark.jobs.steps import StepFailed
+from moco_det.common.errors import exit_cleanly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "configs/pretrain/quickstart_r18.yaml"

@@ -18,14 +18,14 @@ import signal
 import sys
 from pathlib import Path
 
-from moco_det.benchmark import reproduction
-from moco_det.benchmark.checkpoints import named_checkpoints
-from moco_det.benchmark.execution import Settings
-from moco_det.benchmark.grid import Run, load_grid
-from moco_det.benchmark.quick import prepare_quick, quick_checkpoint, quick_grid
-from moco_det.benchmark.slurm import parse_parameters
+from moco_det.benchmark.jobs import reproduction
+from moco_det.benchmark.jobs.checkpoints import named_checkpoints
+from moco_det.benchmark.jobs.execution import Settings
+from moco_det.benchmark.jobs.grid import Run, load_grid
+from moco_det.benchmark.jobs.quick import prepare_quick, quick_checkpoint, quick_grid
+from moco_det.benchmark.jobs.slurm import parse_parameters
+from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.engines import ENGINES, choose_engine
-from moco_det.errors import UserError, exit_cleanly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_JOBS = 2

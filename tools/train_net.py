@@ -10,10 +10,10 @@ torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 import argparse
 import os
 
+from moco_det.common.errors import exit_cleanly
+from moco_det.common.launch import launch
 from moco_det.engines import ENGINES, choose_engine
-from moco_det.errors import exit_cleanly
-from moco_det.evaluation.records import verify_results
-from moco_det.launch import launch
+from moco_det.evaluation.predictions import verify_results
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, engine: str) -> None:
     if engine == "detectron2":
         from moco_det.plugin import trainer
     else:
-        from moco_det.native import trainer
+        from moco_det.native.engine import trainer
     cfg = trainer.load_config(args.config_file, args.opts)
     run = trainer.evaluate_weights if args.eval_only else trainer.train
     results = run(cfg, args.resume, args.allow_missing)

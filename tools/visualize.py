@@ -21,9 +21,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.config import load_config
+from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.config.loading import load_config
 from moco_det.datasets import Dataset, Record, get_dataset, read_labels
-from moco_det.errors import UserError, exit_cleanly
 from moco_det.evaluation.predictions import checked
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.dataset_doctor.official import Place
-from moco_det.dataset_doctor.photographs import Photograph
-from moco_det.dataset_doctor.report import Problem, Report
+from moco_det.dataset_doctor.report import Photograph, Problem, Report
 from moco_det.datasets import read_coco
 from moco_det.datasets.densepose import dense_pose
-from moco_det.errors import UserError
 
 
 def check_coco(place: Place, report: Report, masks: bool) -> list[Photograph]:

@@ -1,6 +1,7 @@
 """All checks of all data sets that a config names."""
 
-from moco_det import densepose_files
+from moco_det.common.errors import UserError
+from moco_det.config.tasks import check_dataset
 from moco_det.dataset_doctor.coco import check_coco
 from moco_det.dataset_doctor.label_maps import (
     check_cityscapes,
@@ -8,12 +9,10 @@ from moco_det.dataset_doctor.label_maps import (
     check_semantic_voc,
 )
 from moco_det.dataset_doctor.official import COCO_KINDS, Official, Place, find_place, remedy
-from moco_det.dataset_doctor.photographs import Photograph, check_photographs
-from moco_det.dataset_doctor.report import Report
+from moco_det.dataset_doctor.report import Photograph, Report, check_photographs
 from moco_det.dataset_doctor.voc import check_voc
 from moco_det.datasets import Dataset, get_dataset
-from moco_det.errors import UserError
-from moco_det.tasks import check_dataset
+from moco_det.densepose import files as densepose_files
 
 _LABEL_MAPS = {
     "voc_sem_seg": check_semantic_voc,

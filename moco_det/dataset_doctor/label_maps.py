@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moco_det.common.errors import UserError
 from moco_det.dataset_doctor.official import Place
-from moco_det.dataset_doctor.photographs import Photograph, spread
-from moco_det.dataset_doctor.report import Report
+from moco_det.dataset_doctor.report import Photograph, Report, spread
 from moco_det.dataset_doctor.voc import read_list
 from moco_det.datasets import read_labels
 from moco_det.datasets.semantic import CITYSCAPES_LABEL_IDS, SEMANTIC_VOC_CLASSES
-from moco_det.errors import UserError
 
 _LAST_LABEL = 33  # of Cityscapes' labels
 _PHOTOGRAPH = "_leftImg8bit.png"

@@ -7,8 +7,8 @@ of its split lists. `objects` counts annotations, crowds included.
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import data_root, get_dataset
-from moco_det.errors import UserError
 
 COCO_KINDS = ("coco", "densepose", "lvis")  # of an annotation file and an image folder
 KINDS = (*COCO_KINDS, "voc", "cityscapes", "voc_sem_seg", "cityscapes_sem_seg")

@@ -5,8 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from moco_det.dataset_doctor.official import Place
-from moco_det.dataset_doctor.photographs import Photograph
-from moco_det.dataset_doctor.report import Report
+from moco_det.dataset_doctor.report import Photograph, Report
 from moco_det.datasets.voc import VOC_CLASSES
 
 

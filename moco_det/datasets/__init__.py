@@ -23,6 +23,7 @@ import difflib
 import os
 from pathlib import Path
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import cityscapes, coco, densepose, lvis, semantic, voc
 from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import CocoDataset, read_coco
@@ -31,7 +32,6 @@ from moco_det.datasets.densepose import DensePoseDataset
 from moco_det.datasets.lvis import LvisDataset
 from moco_det.datasets.semantic import SemanticDataset, read_labels
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
-from moco_det.errors import UserError
 
 __all__ = [
     "VOC_CLASSES",

@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.dataset import Dataset, Record, require
-from moco_det.errors import UserError
 
 # Class -> labelId, in the order of the trainIds (cityscapesscripts.helpers.labels), which is
 # Detectron2's. Caravan and trailer, 29 and 30, are not evaluated.

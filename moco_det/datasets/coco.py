@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
-from moco_det.errors import UserError
 
 # name -> (annotation file, image folder)
 _BUILTIN = {

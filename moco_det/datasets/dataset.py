@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
 
-from moco_det.errors import UserError
+from moco_det.common.errors import UserError
 
 Record = dict[str, Any]
 

@@ -6,7 +6,7 @@ Below $DETECTRON2_DATASETS, in Detectron2's layout:
     densepose_coco_2014_minival_100     .../densepose_minival2014_100.json
     densepose_coco_2014_valminusminival .../densepose_valminusminival2014.json
 or `densepose:ANNOTATIONS.json:IMAGE_DIR`. Evaluation needs files of the template body besides; see
-`moco_det.densepose_files`.
+`moco_det.densepose.files`.
 """
 
 import math
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.coco import CocoDataset, open_coco
-from moco_det.errors import UserError
 
 # name -> (annotation file, image folder)
 _BUILTIN = {

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.coco import CocoDataset, read_categories
 from moco_det.datasets.dataset import Record, require
-from moco_det.errors import UserError
 
 NUM_CLASSES = 1230
 _CLASSES_OF_V1 = 1203

@@ -34,9 +34,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
 from moco_det.datasets.voc import VOC_CLASSES
-from moco_det.errors import UserError
 
 IGNORED = 255  # in a label map: void, or no class of the benchmark
 TRAIN_AUG_IMAGES = 10582

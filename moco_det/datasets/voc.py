@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import ClassVar
 from xml.etree import ElementTree
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
-from moco_det.errors import UserError
 
 # fmt: off
 VOC_CLASSES = (

@@ -39,9 +39,9 @@ def evaluate(
             "boxes" (N, 4) XYXY in pixels of the original image, "scores" (N,), "classes" (N,)
             contiguous}, and, where the detector finds them, "segmentations", N compressed RLEs,
             "keypoints" (N, K, 3): x, y in continuous coordinates, score, and "densepose", N of
-            `moco_det.iuv.encode_iuv`; arrays, lists or CPU tensors. An image without one counts as
-            an image without detections. Of a semantic data set {"image_id", "sem_seg"}; see
-            `moco_det.evaluation.semantic`.
+            `moco_det.densepose.iuv.encode_iuv`; arrays, lists or CPU tensors. An image without one
+            counts as an image without detections. Of a semantic data set {"image_id",
+            "sem_seg"}; see `moco_det.evaluation.semantic`.
         keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
 
     Returns:

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.datasets.cityscapes import LABEL_IDS, CityscapesDataset
-from moco_det.errors import UserError
 from moco_det.evaluation.official import import_tool, old_numpy
 from moco_det.evaluation.predictions import check_images, check_mask_sizes
 

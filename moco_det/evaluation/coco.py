@@ -10,9 +10,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, read_coco
 from moco_det.datasets.dataset import image_size
-from moco_det.errors import UserError
 from moco_det.evaluation.predictions import check_images, check_mask_sizes, tasks_of
 
 # COCOeval.stats, in its order. Precision has Detectron2's names; AR1, AR10 and AR100 are recall

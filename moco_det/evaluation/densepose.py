@@ -13,9 +13,10 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import DensePoseDataset
 from moco_det.datasets.densepose import dense_pose
-from moco_det.errors import UserError
+from moco_det.densepose.similarity import Geodesics, Pairs, compare, read_geodesics
 from moco_det.evaluation.coco import (
     KEYPOINT_METRICS,
     as_results,
@@ -24,8 +25,6 @@ from moco_det.evaluation.coco import (
     load_results,
     scored,
 )
-from moco_det.evaluation.densepose_similarity import Pairs, compare
-from moco_det.evaluation.geodesics import Geodesics, read_geodesics
 
 # In Detectron2's names.
 _MEASURES: dict[str, Callable[[Pairs], np.ndarray]] = {

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from moco_det.errors import UserError
+from moco_det.common.errors import UserError
 
 
 class _OldNumPy:

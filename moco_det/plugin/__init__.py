@@ -11,7 +11,7 @@ lacks, so that any `train_net.py` understands this project's YAMLs:
 """
 
 # Importing them registers them.
-from moco_det.plugin import dilated_c5, heads, semantic_head  # noqa: F401
+from moco_det.plugin import modeling  # noqa: F401
 from moco_det.plugin.configuration import add_moco_config, load_config
 
 __all__ = ["add_moco_config", "load_config"]

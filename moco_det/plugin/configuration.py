@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-from moco_det import config as native_config
-from moco_det.config import leaves, nearest, on_available_device
-from moco_det.config_keys import DENSEPOSE_KEYS, OUR_KEYS
-from moco_det.errors import UserError
+from moco_det.common.errors import UserError
+from moco_det.config import loading as native_config
+from moco_det.config.defaults import DENSEPOSE_KEYS, OUR_KEYS
+from moco_det.config.loading import leaves, nearest, on_available_device
 from moco_det.plugin import dense_pose
 
 
 def add_moco_config(cfg: CfgNode) -> None:
-    """Add `moco_det.config_keys.OUR_KEYS`, with their defaults, to a Detectron2 config.
+    """Add `moco_det.config.defaults.OUR_KEYS`, with their defaults, to a Detectron2 config.
 
     Also `DENSEPOSE_KEYS`, where the DensePose project has not added them: this project's YAMLs say
     only there that they are of use, and can be read without it.

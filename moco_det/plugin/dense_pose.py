@@ -7,9 +7,9 @@ from detectron2.data import build_detection_train_loader, get_detection_dataset_
 from detectron2.structures import Instances
 from torch import Tensor
 
-from moco_det import densepose_files
-from moco_det.densepose_points import KEYS, DensePosePoints, has_points
-from moco_det.errors import UserError
+from moco_det.common.errors import UserError
+from moco_det.densepose import files as densepose_files
+from moco_det.densepose.points import KEYS, DensePosePoints, has_points
 
 
 def require() -> None:

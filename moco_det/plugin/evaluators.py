@@ -9,10 +9,10 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.errors import UserError
 from moco_det.evaluation import evaluate, print_table
-from moco_det.evaluation.records import prediction_record, save_predictions
+from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.plugin import dense_pose
 
 # Detectron2's evaluators of these do not run: LVIS's ends in the np.float that NumPy no longer has,

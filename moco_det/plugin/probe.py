@@ -1,4 +1,4 @@
-"""Detectron2's detector, opened up: see `moco_det.probe`."""
+"""Detectron2's detector, opened up: see `moco_det.parity.probe`."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
+from moco_det.parity.probe import EngineProbe, Quantities, of_surfaces, recording
 from moco_det.plugin import dense_pose, load_config
-from moco_det.probe import EngineProbe, Quantities, of_surfaces, recording
 
 # Fields of the dense pose predictor: ours -> Detectron2's.
 CHARTS = {"coarse": "coarse_segm", "fine": "fine_segm", "u": "u", "v": "v"}

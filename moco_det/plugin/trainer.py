@@ -1,25 +1,41 @@
-"""Train and evaluate through Detectron2: its trainer, loaders and evaluators."""
+"""Train and evaluate through Detectron2: its trainer, loaders and evaluators.
+
+Hooks in place of Detectron2's, where its own leave the paper's numbers to chance.
+
+Detectron2's checkpointer, strict about the backbone.
+
+Several forward passes for one optimizer step, in Detectron2's trainer.
+"""
 
 import os
+import time
 import weakref
 from argparse import Namespace
+from contextlib import nullcontext
 
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, default_setup, hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch.nn.parallel import DistributedDataParallel
 
-from moco_det.batch_plan import plan_batch
-from moco_det.errors import UserError
+from moco_det.common.errors import UserError
+from moco_det.config.batch_plan import plan_batch
+from moco_det.config.tasks import check_input, check_metric_files, is_semantic
+from moco_det.native.modeling.layers import precise_bn
 from moco_det.plugin import dense_pose
-from moco_det.plugin.accumulation import AccumulatingTrainer
-from moco_det.plugin.checkpoint import StrictCheckpointer
 from moco_det.plugin.configuration import load_config
-from moco_det.plugin.datasets import check_classes, register_datasets
+from moco_det.plugin.data import (
+    build_semantic_mapper,
+    build_semantic_test_loader,
+    check_classes,
+    register_datasets,
+)
 from moco_det.plugin.evaluators import build_evaluator
-from moco_det.plugin.hooks import SamePreciseBN
-from moco_det.plugin.semantic_mapper import build_semantic_mapper, build_semantic_test_loader
-from moco_det.tasks import check_input, check_metric_files, is_semantic
+from moco_det.weights.loading import check_against_config, load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 
@@ -54,7 +70,7 @@ class Trainer(DefaultTrainer):
         found = super().build_hooks()
         return [self._precise_bn() if isinstance(h, hooks.PreciseBN) else h for h in found]
 
-    def _precise_bn(self) -> SamePreciseBN:
+    def _precise_bn(self) -> "SamePreciseBN":
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
@@ -155,3 +171,99 @@ def missing_file(error: FileNotFoundError) -> str:
     """A message that says where the data were looked for."""
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     return f"{error}; data sets are expected below DETECTRON2_DATASETS, now {root}"
+
+
+class SamePreciseBN(hooks.PreciseBN):
+    """PreciseBN that ends with the same statistics on every process.
+
+    Detectron2's estimates them on each process from its own images alone, so that processes
+    evaluate different models and the saved one is rank 0's (its issues 5398 and 5409).
+    """
+
+    def update_stats(self) -> None:
+        if self._disabled:
+            return
+        if self._data_iter is None:
+            self._data_iter = iter(self._data_loader)
+        with EventStorage():  # what the model logs here is no part of the training
+            precise_bn(self._model, self._data_iter, self._num_iter)
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """Initial weights through `weights.loading`; all else, resuming too, as Detectron2 does it.
+
+    Detectron2 only warns of backbone arrays that a file lacks, and looks at neither the channel
+    order nor the place of the stride that its weights were trained with.
+
+    Args:
+        cfg: that the weights must not contradict.
+        allow_missing: let arrays of the backbone that the file lacks keep their initial values.
+    """
+
+    def __init__(self, model, save_dir, cfg, allow_missing: bool = False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.cfg = cfg
+        self.allow_missing = allow_missing
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """Raises UserError for initial weights that do not fill the backbone or do not fit cfg."""
+        if not path or checkpointables != []:  # [] is what `resume_or_load` asks of other weights
+            return super().load(path, checkpointables)
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        report = load_backbone_weights(model, path, self.allow_missing)
+        check_against_config(report.metadata, self.cfg)
+        return {}
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """SimpleTrainer whose step is the mean gradient of `accumulation` batches of its loader.
+
+    Args:
+        model, data_loader, optimizer: as for SimpleTrainer.
+        accumulation: forward passes of one step.
+        amp: float16 with loss scaling on CUDA, bfloat16 on a CPU.
+    """
+
+    def __init__(self, model, data_loader, optimizer, accumulation: int, amp: bool):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulation = accumulation
+        self.amp = amp
+        self.device = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp and self.device == "cuda")
+
+    def run_step(self) -> None:
+        assert self.model.training, "the model was changed to eval mode"
+        self.optimizer.zero_grad()
+        passes, waited = [], 0.0
+        for number in range(self.accumulation):
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            waited += time.perf_counter() - start
+            passes.append(self._backward(batch, last=number + 1 == self.accumulation))
+        losses = {k: sum(p[k] for p in passes) / self.accumulation for k in passes[0]}
+        self._write_metrics(losses, waited)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, batch: list[dict], last: bool) -> dict[str, torch.Tensor]:
+        """Add a batch's share of the gradients; only the `last` exchange tells other processes."""
+        distributed = isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if distributed and not last else nullcontext():
+            with self._autocast():
+                losses = self.model(batch)
+                total = sum(losses.values()) / self.accumulation
+            self.grad_scaler.scale(total).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _autocast(self):
+        dtype = torch.float16 if self.device == "cuda" else torch.bfloat16
+        return torch.autocast(self.device, dtype, enabled=self.amp)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recording import write
 
-from moco_det.config import leaves
+from moco_det.config.loading import leaves
 
 BASELINES = (
     "PascalVOC-Detection/faster_rcnn_R_50_C4",

@@ -7,7 +7,7 @@ A value is kept as its `repr`, so that tuples stay apart from lists, and 1 from 
 
 from recording import write
 
-from moco_det.config import leaves
+from moco_det.config.loading import leaves
 
 
 def record():

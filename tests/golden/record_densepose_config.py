@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recording import write
 
-from moco_det.config import leaves
+from moco_det.config.loading import leaves
 
 BASELINE = "densepose_rcnn_R_50_FPN_s1x_legacy"
 

@@ -4,7 +4,7 @@
 
 The experiments' own YAMLs, with fewer channels and regions. Weights and inputs come from numpy's
 RandomState and all anchors and proposals are sampled, as in record_model.py, so that no number
-depends on a version of torch. Every quantity of `moco_det.probe` is summarised by its length and
+depends on a version of torch. Every quantity of `parity.probe` is summarised by its length and
 its products with two fixed vectors, which no other tensor of its size is likely to share.
 """
 
@@ -15,7 +15,7 @@ import torch
 from record_model import GT_BOXES, GT_POLYGONS, ORIGINAL, fill, images
 from recording import write
 
-from moco_det.densepose_points import DensePosePoints
+from moco_det.densepose.points import DensePosePoints
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NARROW = """
@@ -48,7 +48,7 @@ def options(depth: int) -> list[str]:
 
 
 def items(cfg) -> list[dict]:
-    """Two training inputs of the kind that the model of `cfg` wants: see `moco_det.probe`."""
+    """Two training inputs of the kind that the model of `cfg` wants: see `parity.probe`."""
     draw = labels if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else objects
     random = np.random.RandomState(1)
     return [

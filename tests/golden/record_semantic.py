@@ -44,10 +44,10 @@ def record_inputs():
     """Consecutive training inputs, drawn from numpy's global generator."""
     from detectron2.data import transforms as T
 
-    from moco_det.plugin.semantic_mapper import RandomScale, SemanticMapper
+    from moco_det.plugin.data import RandomScale, SemanticDatasetMapper
 
     augmentations = [RandomScale(*SCALE), T.RandomFlip(), T.RandomCrop("absolute", CROP)]
-    mapper = SemanticMapper(augmentations, "RGB", CLASSES, CROP, MEAN)
+    mapper = SemanticDatasetMapper(augmentations, "RGB", CLASSES, CROP, MEAN)
     np.random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
         record = make_record(folder)

@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 
 from moco_det import engines
+from moco_det.common.errors import UserError
 from moco_det.engines import choose_engine
-from moco_det.errors import UserError
 
 
 def test_without_detectron2(monkeypatch):

@@ -9,9 +9,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from moco_det import visualize
+from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.errors import UserError
-from moco_det.evaluation.records import prediction_record
+from moco_det.evaluation.predictions import prediction_record
 
 CLASSES = ("cat", "dog")
 

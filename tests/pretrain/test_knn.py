@@ -10,7 +10,7 @@ import torch
 from noisy_colours import slow_features, write_checkpoint, write_images
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain.errors import UserError
+from moco_det.common.errors import UserError
 from pretrain.knn import classify, parse
 
 

@@ -17,13 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from torchvision import transforms
 from torchvision.models import resnet18
 
-from pretrain.checkpoints import LAST
-from pretrain.classification import BEST, correct_within
-from pretrain.errors import EXIT_INTERRUPTED, UserError
-from pretrain.labelled_lists import list_class_folders
-from pretrain.labelled_parts import EvaluationView, RandomCrops
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from pretrain.data.labelled import EvaluationView, RandomCrops, list_class_folders
+from pretrain.engine.checkpoints import LAST
+from pretrain.evaluation.classification import BEST, correct_within
+from pretrain.evaluation.linear_probe import check_frozen, frozen_state
 from pretrain.linear import classify, parse
-from pretrain.linear_probe import check_frozen, frozen_state
 
 CPU = torch.device("cpu")
 FLAGS = [

@@ -15,11 +15,11 @@ import pytest
 import torch
 from same_bits import assert_same_bits
 
-from pretrain import checkpoints
-from pretrain.checkpoints import LAST
-from pretrain.errors import EXIT_INTERRUPTED, UserError
-from pretrain.main import parse
-from pretrain.training import train
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import LAST
+from pretrain.engine.training import train
+from pretrain.flags import parse
 
 FLAGS = [
     "-a", "resnet18", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",

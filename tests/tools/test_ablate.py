@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pretrain import ablation
+from moco_det.benchmark.jobs import ablation
 from tools.ablate import main
 
 BASE = {"arch": "resnet18w0.25x", "image_size": 32}

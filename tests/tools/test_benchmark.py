@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cost import Cost
+from moco_det.benchmark.speed.cost import Cost
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 

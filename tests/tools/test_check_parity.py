@@ -10,9 +10,9 @@ import pytest
 import torch
 from detector_configs import CONFIGS, RUNS
 
-from moco_det.config import leaves, load_config
-from moco_det.native import keypoint_head, rcnn
-from moco_det.native.probe import Probe
+from moco_det.config.loading import leaves, load_config
+from moco_det.native.engine.probe import Probe
+from moco_det.native.modeling import keypoint_head, rcnn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "check_parity.py"

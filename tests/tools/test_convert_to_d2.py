@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from moco_det.resnet_names import infer_architecture, rename
-from pretrain.encoders import build_encoder
+from moco_det.weights.names import infer_architecture, rename
+from pretrain.moco.encoders import build_encoder
 
 ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 ENCODERS += ["resnext50_32x8d", "resnet50w2x", "resnet50w4x"]

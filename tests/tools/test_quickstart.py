@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from moco_det.benchmark import procedural_images
-from moco_det.benchmark.quickstart import MARK, make_plan, prepare_output, steps_of, voc_splits
-from moco_det.errors import UserError
+from moco_det.benchmark.jobs.quickstart import MARK, make_plan, prepare_output, steps_of, voc_splits
+from moco_det.benchmark.synthetic import images as procedural_images
+from moco_det.common.errors import UserError
 
 RECIPE = """
 arch: resnet18

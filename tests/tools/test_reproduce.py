@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from moco_det.benchmark import procedural_tasks
-from moco_det.resnet_names import Architecture, rename
+from moco_det.benchmark.synthetic import tasks as procedural_tasks
+from moco_det.weights.names import Architecture, rename
 
 SMALL = [
     *("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
 
-from moco_det.evaluation.records import encode_masks
+from moco_det.evaluation.predictions import encode_masks
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moco_det.benchmark.spread import Spread
+from moco_det.benchmark.significance import Spread
 
 
 def test_mean_and_sample_deviation_by_hand():

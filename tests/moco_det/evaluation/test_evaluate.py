@@ -7,7 +7,7 @@ from PIL import Image
 
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, print_table
-from moco_det.evaluation.records import prediction_record
+from moco_det.evaluation.predictions import prediction_record
 
 
 @pytest.fixture

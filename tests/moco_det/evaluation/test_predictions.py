@@ -7,9 +7,16 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from moco_det.evaluation.predictions import check_images, check_mask_sizes, checked, tasks_of
-from moco_det.evaluation.records import encode_masks, prediction_record, save_predictions
-from moco_det.iuv import decode_iuv, encode_iuv
+from moco_det.densepose.iuv import decode_iuv, encode_iuv
+from moco_det.evaluation.predictions import (
+    check_images,
+    check_mask_sizes,
+    checked,
+    encode_masks,
+    prediction_record,
+    save_predictions,
+    tasks_of,
+)
 
 
 def detections(**changes):

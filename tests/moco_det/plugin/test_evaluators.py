@@ -13,11 +13,11 @@ pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.errors import UserError
 from moco_det.evaluation import evaluate
 from moco_det.plugin import load_config
-from moco_det.plugin.datasets import check_classes, register_datasets
+from moco_det.plugin.data import check_classes, register_datasets
 from moco_det.plugin.evaluators import build_evaluator
 
 

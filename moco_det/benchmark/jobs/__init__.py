@@ -1,0 +1,1 @@
+"""What is run: grids, reproductions, the quickstart, ablations, and the runner of all of them."""

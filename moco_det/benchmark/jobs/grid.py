@@ -1,0 +1,230 @@
+"""What is run: experiment x initialisation x trial, from a YAML such as paper.yaml.
+
+A row of a table is an initialisation. Some rows have a config of their own (random, supervised);
+the others are checkpoints that the user names, `moco_in1m=CKPT`, and run the `_moco` config with
+them. A name that the grid lacks is a row of the user's own, in every table.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moco_det.benchmark.significance import KnownDeviation
+from moco_det.common.errors import UserError
+
+FOLDER = Path(__file__).parent
+DEFAULT_ROW = "moco_in1m"  # what a checkpoint without a name is held against
+
+
+@dataclass(frozen=True)
+class Row:
+    """An initialisation. `config`: ending of its config file; `weights`: its MODEL.WEIGHTS, None
+    where the config says it; neither: a checkpoint that the user gives."""
+
+    name: str
+    label: str
+    config: str | None = None
+    weights: str | None = None
+
+    @property
+    def built_in(self) -> bool:
+        return self.config is not None or self.weights is not None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A detector, a data set and a schedule.
+
+    `iterations`, `batch` (images per step) and `trials` are the paper's. `file`: its one config,
+    for all rows; None: configs/NAME_ROW.yaml. `seconds_per_iteration` on 8 GPUs, as `measured`
+    says. `options`: config keys and values for every run. `classes`: names to write on pictures,
+    where the data set's own do not apply.
+    """
+
+    name: str
+    title: str
+    iterations: int
+    batch: int
+    trials: int
+    file: str | None = None
+    seconds_per_iteration: float | None = None
+    measured: str | None = None
+    trial_sd: Mapping[str, KnownDeviation] | None = None
+    options: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def config_file(self, configs: Path, ending: str) -> Path:
+        return configs / (self.file or f"{self.name}_{ending}.yaml")
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of one run of the full schedule, an estimate; None where no speed is published."""
+        if self.seconds_per_iteration is None:
+            return None
+        return 8 * self.iterations * self.seconds_per_iteration / 3600
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a table that come from one experiment.
+
+    `columns`: heading -> "task/metric", or None for a number that only the paper has; `published`:
+    row -> a number for each column, or None; `reference`: the row that gaps are given to.
+    """
+
+    experiment: Experiment
+    heading: str
+    columns: Mapping[str, str | None]
+    published: Mapping[str, Sequence[float | None]]
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    source: str
+    parts: tuple[Part, ...]
+
+    def rows(self, own: Iterable[str]) -> list[str]:
+        """Names of the rows, the paper's first; `own`: the user's, which the paper lacks."""
+        published = dict.fromkeys(row for part in self.parts for row in part.published)
+        return [*published, *own]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`note`: what every table has to say of itself."""
+
+    rows: Mapping[str, Row]
+    tables: Mapping[str, Table]
+    note: str = ""
+
+    def select(self, names: Sequence[str]) -> list[Table]:
+        """Tables by name or by how a name begins ("5", "6"); all for no name. Raises UserError."""
+        if not names:
+            return list(self.tables.values())
+        chosen = {}
+        for name in names:
+            found = [t for t in self.tables if re.match(rf"{re.escape(name)}(?!\d)", t)]
+            if not found:
+                raise UserError(f"no table {name!r}: there are {', '.join(self.tables)}")
+            exact = [name] if name in found else found
+            chosen |= {table: self.tables[table] for table in exact}
+        return list(chosen.values())
+
+    def own_rows(self, weights: Iterable[str]) -> list[str]:
+        return [name for name in weights if name not in self.rows]
+
+    def label(self, row: str) -> str:
+        return self.rows[row].label if row in self.rows else row
+
+    def runs(
+        self,
+        tables: Sequence[Table],
+        weights: Mapping[str, Path],
+        trials: Sequence[int] | None,
+        configs: Path,
+        options: Sequence[str] = (),
+    ) -> list["Run"]:
+        """Every run that the tables need, each once, the first trials of all before the second.
+
+        Args:
+            weights: row -> converted weights, the user's.
+            trials: numbers of the trials, which are their seeds; None: 1 to the paper's number.
+            configs: the folder of the config files.
+            options: config keys and values for every run.
+        """
+        runs = {}
+        for table in tables:
+            for part in table.parts:
+                for row in (*part.published, *self.own_rows(weights)):
+                    for trial in trials or range(1, part.experiment.trials + 1):
+                        known = self.rows.get(row, Row(row, row))
+                        run = make_run(part.experiment, known, trial, weights, configs, options)
+                        if run:
+                            runs[run.name] = run
+        return sorted(runs.values(), key=lambda run: run.trial)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its evaluation. `trial` is its seed; `options`: keys and values."""
+
+    experiment: Experiment
+    row: str
+    trial: int
+    config_file: Path
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}/{self.row}/trial{self.trial}"
+
+
+def make_run(
+    experiment: Experiment,
+    row: Row,
+    trial: int,
+    weights: Mapping[str, Path],
+    configs: Path,
+    options: Sequence[str] = (),
+) -> Run | None:
+    """One run, see `Grid.runs`; None for a row that needs a checkpoint which is not given."""
+    if row.name in weights:
+        ending, first = "moco", str(weights[row.name])
+    elif row.built_in:
+        ending, first = row.config or "moco", row.weights
+    else:
+        return None
+    config = experiment.config_file(configs, ending)
+    start = () if first is None else ("MODEL.WEIGHTS", first)
+    return Run(experiment, row.name, trial, config, (*experiment.options, *options, *start))
+
+
+def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
+    """Read a grid; paper.yaml says what is in one.
+
+    `places`: what names in braces stand for in the options, such as {data}.
+    """
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    deviations = {k: KnownDeviation(**v) for k, v in content.get("deviations", {}).items()}
+    rows = {name: Row(name, **entry) for name, entry in content["rows"].items()}
+    experiments = {
+        name: _experiment(name, entry, deviations, places)
+        for name, entry in content["experiments"].items()
+    }
+    tables = {}
+    for name, entry in content["tables"].items():
+        parts = tuple(_part(part, experiments) for part in entry["parts"])
+        tables[name] = Table(name, entry["title"], entry["source"], parts)
+    return Grid(rows, tables, content.get("note", ""))
+
+
+def _experiment(name: str, entry: dict, deviations: Mapping, places: Mapping) -> Experiment:
+    known = {metric: deviations[key] for metric, key in entry.get("trial_sd", {}).items()}
+    return Experiment(
+        name=name,
+        title=entry["title"],
+        trials=entry["trials"],
+        file=entry.get("file"),
+        trial_sd=known,
+        options=tuple(str(option).format(**places) for option in entry.get("options", ())),
+        classes=tuple(entry.get("classes", ())),
+        **entry["schedule"],
+        **entry.get("speed", {}),
+    )
+
+
+def _part(entry: dict, experiments: Mapping[str, Experiment]) -> Part:
+    columns = entry["columns"]
+    return Part(
+        experiments[entry["experiment"]],
+        entry.get("heading", ""),
+        columns,
+        {row: numbers or [None] * len(columns) for row, numbers in entry["published"].items()},
+        entry.get("reference"),
+    )

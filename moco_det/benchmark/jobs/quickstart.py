@@ -1,0 +1,210 @@
+"""The main job on drawn images: draw, pretrain, then a reproduction of one small experiment.
+
+What a run leaves in its folder:
+
+    data/                      the drawn data set, unless the user has brought one
+    pretrain/                  checkpoint_last.pth.tar, metrics.jsonl
+    weights/moco.pkl           the converted backbone
+    runs/quickstart/<start>/trial<seed>/   a detector, see `runs`; <start>: moco, random
+    quickstart.log             what drawing and pretraining have printed
+    report.html, report.json
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco_det.benchmark.jobs.checkpoints import convert, weight_file
+from moco_det.benchmark.jobs.execution import Settings
+from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
+from moco_det.benchmark.jobs.local import places, run_locally
+from moco_det.benchmark.jobs.steps import Step, run_steps
+from moco_det.benchmark.report import outcome
+from moco_det.benchmark.report.quickstart_page import write_report
+from moco_det.benchmark.synthetic import images as procedural_images
+from moco_det.common.errors import UserError
+from moco_det.datasets import get_dataset
+
+ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
+MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
+
+# Seconds on two CPU cores with the embedded data; only the first guess of the ETA.
+EXPECTED = {"draw": 15, "pretrain": 210}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run on what. `train` and `test` are data set names as `get_dataset` takes them."""
+
+    repository: Path
+    output: Path
+    images: Path
+    train: str
+    test: str
+    classes: tuple[str, ...]
+    embedded: bool
+    recipe: Path
+    config_file: Path
+    seed: int
+    seeds: int
+
+    @property
+    def pretrain_folder(self) -> Path:
+        return self.output / "pretrain"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.pretrain_folder / "checkpoint_last.pth.tar"
+
+    @property
+    def detector_seeds(self) -> range:
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.repository, self.output, "native", retries=0)
+
+    def runs(self) -> list[Run]:
+        """A detector for each start and seed; the start changes its first weights, nothing else."""
+        options = {
+            "DATASETS.TRAIN": (self.train,),
+            "DATASETS.TEST": (self.test,),
+            "MODEL.ROI_HEADS.NUM_CLASSES": len(self.classes),
+        }
+        experiment = Experiment(
+            name="quickstart",
+            title="The quickstart's detector",
+            file=str(self.config_file),
+            iterations=0,  # there is no paper whose schedule it could have
+            batch=0,
+            trials=self.seeds,
+            options=tuple(str(word) for pair in options.items() for word in pair),
+        )
+        weights = {"moco": weight_file("moco", self.checkpoint, self.output)}
+        return [
+            make_run(experiment, row, seed, weights, self.repository / "configs")
+            for seed in self.detector_seeds
+            for row in ROWS
+        ]
+
+
+def make_plan(
+    repository: Path,
+    output: Path,
+    recipe: Path,
+    config_file: Path,
+    seed: int,
+    seeds: int,
+    images: Path | None = None,
+    voc: Path | None = None,
+) -> Plan:
+    """Check what can be checked before minutes are spent. Raises UserError.
+
+    Args:
+        repository: folder that holds pretrain/, tools/ and configs/.
+        images, voc: the user's data, both or neither; neither: the embedded data set.
+        seed: of drawing, pretraining and the first pair of detectors; later pairs count up.
+    """
+    if seeds < 1 or seed < 0:
+        raise UserError("--seeds must be at least 1, and --seed at least 0")
+    if (images is None) != (voc is None):
+        raise UserError("--images and --voc go together: unlabelled images, and annotated ones")
+    for path in (recipe, config_file):
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+    output = output.resolve()
+    embedded = images is None
+    if embedded:
+        images, voc, splits = output / "data/images", output / "data/scenes", ("train", "test")
+        classes = procedural_images.CLASSES
+    else:
+        images, voc = images.resolve(), voc.resolve()
+        if not images.is_dir():
+            raise UserError(f"--images {images} is not a folder")
+        splits = voc_splits(voc)
+        classes = get_dataset(f"voc:{voc}:{splits[1]}").classes
+    train, test = (f"voc:{voc}:{split}" for split in splits)
+    where = {"repository": repository, "output": output, "recipe": recipe.resolve()}
+    return Plan(
+        **where, images=images, train=train, test=test, classes=classes, embedded=embedded,
+        config_file=config_file.resolve(), seed=seed, seeds=seeds,
+    )  # fmt: skip
+
+
+def voc_splits(root: Path) -> tuple[str, str]:
+    """Names of the training and the test split among those that `root` has.
+
+    `test` is tested on where there is one, and `trainval` (else `train`) trained on. Without it
+    `train` and `val` are used, since `trainval` contains `val`. Raises UserError otherwise.
+    """
+    folder = root / "ImageSets" / "Main"
+    present = {path.stem for path in folder.glob("*.txt")}
+    for train, test in (("trainval", "test"), ("train", "test"), ("train", "val")):
+        if {train, test} <= present:
+            return train, test
+    raise UserError(
+        f"--voc {root}: {folder} needs train.txt or trainval.txt, and test.txt (or train.txt and "
+        f"val.txt); it has {', '.join(sorted(present)) or 'no .txt file'}"
+    )
+
+
+def prepare_output(output: Path) -> None:
+    """Make `output` a fresh folder: new, empty, or an earlier quickstart's, whose files go.
+
+    Raises UserError for a folder that holds anything else, so that nothing of the user's is lost.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        ours = (output / MARK).exists()
+        if not ours and any(output.iterdir()):
+            raise UserError(f"--output {output} holds other files: name a new or an empty folder")
+        (output / MARK).write_text("Made by tools/quickstart.py; its next run starts afresh.\n")
+        for name in ("data", "pretrain", "weights", "runs"):
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
+        for file in output.glob("report.*"):
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --output {output}: {error.strerror}") from error
+
+
+def steps_of(plan: Plan) -> list[Step]:
+    """What comes before the detectors, each command as one would type it."""
+    draw = ["-m", "moco_det.benchmark.synthetic.images", "--output", plan.images.parent]
+    pretrain = [plan.repository / "pretrain/main.py", plan.images, "--recipe", plan.recipe]
+    pretrain += ["--output", plan.pretrain_folder, "--seed", plan.seed]
+    drawing = [_step("draw", [*draw, "--seed", plan.seed])] if plan.embedded else []
+    return [*drawing, _step("pretrain", pretrain)]
+
+
+def _step(name: str, arguments: Sequence[object]) -> Step:
+    return Step(name, name, [sys.executable, *map(str, arguments)], EXPECTED[name])
+
+
+def run(plan: Plan) -> Path:
+    """Do everything; returns the path of report.html.
+
+    Raises:
+        UserError: the output folder cannot be used, or a detector failed.
+        StepFailed: drawing or pretraining failed.
+    """
+    begun = time.monotonic()
+    prepare_output(plan.output)
+    steps = steps_of(plan)
+    durations = run_steps(steps, plan.output / "quickstart.log")
+    convert({"moco": plan.checkpoint}, plan.output, plan.repository)
+    failed = run_locally(plan.runs(), plan.settings, places(plan.settings.gpus, None))
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")
+    results = outcome.collect(plan, steps, durations)
+    try:
+        pairs = outcome.draw_pairs(plan)
+    except UserError as error:  # the numbers are worth a report without pictures too
+        print(f"warning: the report has no pictures: {error}", flush=True)
+        pairs = []
+    results["seconds"] = round(time.monotonic() - begun, 1)
+    return write_report(results, pairs, plan.output)

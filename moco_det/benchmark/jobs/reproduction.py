@@ -1,0 +1,173 @@
+"""Checkpoints in, tables out: what tools/reproduce.py does.
+
+OUTPUT/weights/ROW.pkl               converted checkpoints
+OUTPUT/runs/EXPERIMENT/ROW/trialN/   see `runs`
+OUTPUT/report.{html,md,csv,json}
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from moco_det.benchmark.jobs import slurm
+from moco_det.benchmark.jobs.checkpoints import convert, weight_file
+from moco_det.benchmark.jobs.execution import Settings
+from moco_det.benchmark.jobs.grid import Grid, Run, Table
+from moco_det.benchmark.jobs.local import places, run_locally
+from moco_det.benchmark.jobs.provenance import provenance
+from moco_det.benchmark.jobs.runs import FINISHED, check_identity, identity
+from moco_det.benchmark.report import table_page
+from moco_det.benchmark.report.results import collect
+from moco_det.benchmark.report.samples import samples
+from moco_det.benchmark.report.tables import as_csv, markdown
+from moco_det.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. `checkpoints`: row -> file; `trials`: their numbers, None for the paper's."""
+
+    grid: Grid
+    tables: Sequence[Table]
+    checkpoints: Mapping[str, Path]
+    trials: Sequence[int] | None
+    configs: Path
+    options: Sequence[str]
+    settings: Settings
+
+    @property
+    def own_rows(self) -> list[str]:
+        return self.grid.own_rows(self.checkpoints)
+
+    def runs(self) -> list[Run]:
+        """Raises UserError for a config that does not exist."""
+        output = self.settings.output
+        files = {name: weight_file(name, at, output) for name, at in self.checkpoints.items()}
+        runs = self.grid.runs(self.tables, files, self.trials, self.configs, self.options)
+        missing = {run.config_file for run in runs if not run.config_file.is_file()}
+        if missing:
+            names = ", ".join(sorted(map(str, missing)))
+            raise UserError(f"no such config: {names}; choose other --tables")
+        return runs
+
+
+def estimated_hours(run: Run) -> float | None:
+    """GPU hours; None where the model zoo has no speed of such a configuration."""
+    hours = run.experiment.gpu_hours
+    if hours is None:
+        return None
+    given = dict(zip(run.options[::2], run.options[1::2], strict=True))
+    iterations = int(given.get("SOLVER.MAX_ITER", run.experiment.iterations))
+    batch = int(given.get("SOLVER.IMS_PER_BATCH", run.experiment.batch))
+    return hours * iterations * batch / (run.experiment.iterations * run.experiment.batch)
+
+
+def dry_run(plan: Plan) -> str:
+    """What would run, with its GPU hours."""
+    runs = [run for run in plan.runs() if plan.settings.folder(run).state() != FINISHED]
+    rows, total, unknown = [], 0.0, 0
+    for run in runs:
+        hours = estimated_hours(run)
+        total, unknown = total + (hours or 0.0), unknown + (hours is None)
+        source = run.experiment.measured if hours is not None else ""
+        rows.append([run.name, "unknown" if hours is None else f"{hours:.1f}", source])
+    table = tabulate(rows, ["run", "GPU hours", "by the speed of"], "simple", disable_numparse=True)
+    more = f", and {unknown} runs whose time is unknown" if unknown else ""
+    return (
+        f"{table}\n\n{len(runs)} runs to do: {total:.0f} GPU hours{more}. Estimates for V100s, "
+        "from the training speeds of Detectron2's model zoo; evaluation is not counted."
+    )
+
+
+def status(plan: Plan) -> str:
+    """Every run's state, now."""
+    rows, counts = [], {}
+    for run in plan.runs():
+        folder = plan.settings.folder(run)
+        state, record = folder.state(), folder.record
+        counts[state] = counts.get(state, 0) + 1
+        begun = record and state != FINISHED
+        progress = f"iteration {folder.iteration()}" if begun else ""
+        attempts = len(record.get("attempts", [])) or ""
+        rows.append([run.name, state, progress, attempts, slurm.job_of(folder) or ""])
+    heads = ["run", "state", "", "attempts ended", "Slurm job"]
+    table = tabulate(rows, heads, "simple", disable_numparse=True)
+    return f"{table}\n\n" + ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def reproduce(plan: Plan, jobs: int | None) -> list[Run]:
+    """Run what is not finished on this machine; returns the runs that failed.
+
+    Args:
+        jobs: runs at a time, see `local.places`.
+    """
+    todo, settings = _to_do(plan), plan.settings
+    return run_locally(todo, settings, places(settings.gpus, jobs)) if todo else []
+
+
+def submit_to_slurm(plan: Plan, parameters: Mapping[str, Any]) -> list[str]:
+    """Submit what is neither finished nor waiting; returns the numbers of the jobs."""
+    todo, settings = _to_do(plan), plan.settings
+    folder = settings.output / "slurm"
+    executor = slurm.make_executor(folder, parameters, settings.gpus)
+    return [job.job_id for job in slurm.submit(todo, settings, executor, parameters["nodes"])]
+
+
+def _to_do(plan: Plan) -> list[Run]:
+    """Convert the checkpoints; the runs that are not finished."""
+    runs, settings = plan.runs(), plan.settings
+    convert(plan.checkpoints, settings.output, settings.repository)
+    for run in runs:
+        check_identity(settings.folder(run), identity(run, settings.engine))
+    todo = [run for run in runs if settings.folder(run).state() != FINISHED]
+    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
+    return todo
+
+
+def write_report(plan: Plan) -> Path:
+    """Write report.html, .md, .csv and .json from what is there; returns the path of the page."""
+    output, runs, found = plan.settings.output, plan.runs(), results(plan)
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "html": table_page.render(found, _curves(runs, plan.settings), _pictures(runs, plan)),
+        "md": markdown(found),
+        "csv": as_csv(found),
+        "json": json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    for ending, text in texts.items():
+        (output / f"report.{ending}").write_text(text, encoding="utf-8")
+    return output / "report.html"
+
+
+def _curves(runs: Sequence[Run], settings: Settings) -> table_page.Curves:
+    curves: dict[str, dict[str, list]] = {}
+    for run in runs:
+        rows = curves.setdefault(run.experiment.name, {})
+        rows.setdefault(run.row, []).append(settings.folder(run).losses())
+    return curves
+
+
+def _pictures(runs: Sequence[Run], plan: Plan) -> table_page.Pictures:
+    pictures = {}
+    for experiment in {run.experiment.name: run.experiment for run in runs}.values():
+        try:
+            pictures[experiment.name] = samples(experiment, runs, plan.settings)
+        except UserError as error:  # the numbers are worth a report without pictures too
+            print(f"warning: no pictures of {experiment.name}: {error}", flush=True)
+    return pictures
+
+
+def results(plan: Plan) -> dict[str, Any]:
+    """What the report is written from; see `results.collect`."""
+    return {
+        "title": "Reproduction of MoCo's transfer tables",
+        "created": datetime.now().strftime("%-d %B %Y, %H:%M"),
+        "checkpoints": {name: str(path) for name, path in plan.checkpoints.items()},
+        "environment": provenance(plan.settings.repository),
+        **collect(plan.grid, plan.tables, plan.runs(), plan.settings, plan.own_rows),
+    }

@@ -1,0 +1,132 @@
+"""Runs as Slurm jobs through submitit: a job a run, on one machine or, by torchrun, several."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moco_det.benchmark.jobs.execution import Execution, Settings
+from moco_det.benchmark.jobs.grid import Run
+from moco_det.benchmark.jobs.runs import FINISHED, RunFolder
+from moco_det.common.errors import UserError
+
+# submitit's names; others are Slurm's own, which it calls slurm_NAME.
+SHARED = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task")
+WAITING = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED")
+JOB_FILE = "slurm.json"  # in the run's folder: {job_id, folder}
+
+
+def parse_parameters(words: Sequence[str]) -> dict[str, Any]:
+    """`partition=gpu timeout_min=2880` -> submitit's parameters. Raises UserError."""
+    parameters: dict[str, Any] = {"nodes": 1, "timeout_min": 24 * 60}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise UserError(f"--slurm {word}: write NAME=VALUE, such as partition=gpu")
+        known = name in SHARED or name.startswith("slurm_")
+        parameters[name if known else f"slurm_{name}"] = int(value) if value.isdigit() else value
+    return parameters
+
+
+def make_executor(folder: Path, parameters: Mapping[str, Any], gpus: int, cluster: str = "slurm"):
+    """submitit's executor; `gpus`: of each machine; `cluster`: "slurm", or "local" and "debug".
+
+    Raises:
+        UserError: submitit is missing, there is no Slurm, or it does not know a parameter.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError(
+            "--launcher slurm needs submitit, which is not installed: pip install submitit"
+        ) from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(
+            **{"name": "moco_det", "gpus_per_node": gpus, "tasks_per_node": 1, **parameters}
+        )
+    except (RuntimeError, ValueError, NameError) as error:
+        raise UserError(f"--launcher slurm: {error}") from error
+    return executor
+
+
+def submit(runs: Sequence[Run], settings: Settings, executor, nodes: int) -> list:
+    """Submit the runs that no job waits for; returns submitit's jobs.
+
+    On several machines a run is not retried within its job: all of them would have to agree on it.
+    """
+    if nodes > 1:
+        settings = replace(settings, retries=0)
+    todo = [run for run in runs if not queued(settings.folder(run))]
+    if not todo:
+        return []
+    with executor.batch():
+        jobs = [executor.submit(SlurmRun(run, settings)) for run in todo]
+    for run, job in zip(todo, jobs, strict=True):
+        folder = settings.folder(run)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        content = {"job_id": job.job_id, "folder": str(executor.folder)}
+        (folder.path / JOB_FILE).write_text(json.dumps(content) + "\n")
+    return jobs
+
+
+def job_of(folder: RunFolder) -> str | None:
+    """The number of the Slurm job that a run was last submitted as."""
+    path = folder.path / JOB_FILE
+    return json.loads(path.read_text())["job_id"] if path.is_file() else None
+
+
+def queued(folder: RunFolder) -> bool:
+    """Whether Slurm says that the run's job waits or runs."""
+    if job_of(folder) is None:
+        return False
+    import submitit
+
+    content = json.loads((folder.path / JOB_FILE).read_text())
+    return submitit.SlurmJob(content["folder"], content["job_id"]).state.upper() in WAITING
+
+
+class SlurmRun:
+    """What a job does; pickled by submitit and called on every machine of the job."""
+
+    def __init__(self, run: Run, settings: Settings):
+        self.run, self.settings = run, settings
+        self._execution: Execution | None = None
+
+    def __call__(self) -> str:
+        """The run's state. On all machines but the first this only takes part in the training."""
+        import submitit
+
+        job = submitit.JobEnvironment()
+        launch = None
+        if job.num_nodes > 1:
+            launch = torchrun(job.num_nodes, job.node, job.hostnames[0], job.job_id, self.settings)
+        command = self.settings.command(self.run, launch or ())
+        if job.global_rank == 0:
+            self._execution = Execution(self.run, self.settings, command=command)
+            return self._execution.carry_out()
+        if self.settings.folder(self.run).state() != FINISHED:
+            subprocess.run(command, check=False)
+        return self.settings.folder(self.run).state()
+
+    def checkpoint(self):
+        """Before the job is preempted or its time is up: the same again, from a checkpoint."""
+        import submitit
+
+        if self._execution:
+            self._execution.stop()
+            self._execution.end_process()
+        return submitit.helpers.DelayedSubmission(SlurmRun(self.run, self.settings))
+
+
+def torchrun(nodes: int, node: int, first_host: str, job_id: str, settings: Settings) -> list[str]:
+    """torchrun on machine `node` of `nodes`, the first of which is called `first_host`."""
+    port = 20000 + sum(map(ord, job_id)) * 7919 % 20000  # jobs that share a machine need several
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes),
+        "--node-rank", str(node), "--nproc-per-node", str(settings.gpus),
+        "--master-addr", first_host, "--master-port", str(port),
+    ]  # fmt: skip

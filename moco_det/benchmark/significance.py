@@ -1,0 +1,118 @@
+"""Differences of rows of trials, and how much of a difference chance would make.
+
+A trial is one run; its seed is its number. All values are in the metric's unit (points of AP).
+
+Several trials of one thing as a mean and a standard deviation.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Two-sided 95 % points of Student's t distribution for 1, 2, ... degrees of freedom.
+# fmt: off
+_T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class KnownDeviation:
+    """What is known beforehand of the deviation of one trial: `sd`, worth as much as if it had been
+    estimated with `freedom` degrees of freedom."""
+
+    sd: float
+    freedom: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two means. `spread`: what chance alone stays within, 19 times in 20; None: unknown."""
+
+    value: float
+    spread: float | None
+
+    @property
+    def marked(self) -> bool:
+        """Whether it exceeds what is expected of chance."""
+        return self.spread is not None and abs(self.value) > self.spread
+
+
+def difference_from_published(
+    trials: Sequence[float], mean: float, n: int, known: KnownDeviation | None = None
+) -> Difference | None:
+    """`trials` against a published mean of `n` trials, whose deviation was not published."""
+    if not trials:
+        return None
+    spread = expected_spread([trials], (len(trials), n), known)
+    return Difference(statistics.fmean(trials) - mean, spread)
+
+
+def difference_of_trials(
+    trials: Sequence[float], others: Sequence[float], known: KnownDeviation | None = None
+) -> Difference | None:
+    """Two rows of trials against each other."""
+    if not trials or not others:
+        return None
+    spread = expected_spread([trials, others], (len(trials), len(others)), known)
+    return Difference(statistics.fmean(trials) - statistics.fmean(others), spread)
+
+
+def expected_spread(
+    groups: Iterable[Sequence[float]], sizes: Iterable[int], known: KnownDeviation | None
+) -> float | None:
+    """The largest difference of two means of `sizes` trials that is expected of chance.
+
+    Trials are taken as normal, with one standard deviation s for all. It is pooled from what is
+    known beforehand and from the `groups` of trials that are at hand, each with its degrees of
+    freedom; the difference then stays within t s sqrt(1/n + 1/m) in 95 of 100 cases, t being
+    Student's for the sum of the degrees of freedom. So two trials by themselves say little (t =
+    12.7), five say more (2.8), and one trial is judged by what is known beforehand, if anything is.
+
+    Returns:
+        None where nothing tells s: single trials without a known deviation.
+    """
+    freedom, squares = (known.freedom, known.freedom * known.sd**2) if known else (0, 0.0)
+    for values in groups:
+        freedom += len(values) - 1
+        squares += (len(values) - 1) * (statistics.variance(values) if len(values) > 1 else 0.0)
+    if freedom == 0:
+        return None
+    return t_95(freedom) * math.sqrt(squares / freedom * sum(1 / size for size in sizes))
+
+
+def t_95(freedom: int) -> float:
+    """The two-sided 95 % point of Student's t distribution, to 0.01 beyond 30 degrees."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    return 1.96 + 2.5 / freedom
+
+
+def signed(value: float) -> str:
+    """+1.5, −1.5 (with a true minus sign), 0.0."""
+    text = f"{value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) of n values; one value has no deviation."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, len(values))
+
+    def text(self, decimals: int = 1) -> str:
+        """For example "52.0 ± 2.8"."""
+        mean = f"{self.mean:.{decimals}f}"
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:.{decimals}f}"

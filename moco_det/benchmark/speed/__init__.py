@@ -1,0 +1,1 @@
+"""Speed and memory, beside a reference in the same run."""

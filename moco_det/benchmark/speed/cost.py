@@ -1,0 +1,194 @@
+"""Memory and time of a mechanism's training step: Table 3 of MoCo v2 (arXiv:2003.04297)."""
+
+import argparse
+import errno
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moco_det.common.errors import UserError
+from moco_det.common.processes import rank, world_size
+from pretrain.engine.training import build_optimizer, contrastive_step, parallelize
+from pretrain.flags import parse
+from pretrain.moco.grouped_batchnorm import choose_bn_groups
+from pretrain.moco.losses import InfoNCE
+from pretrain.moco.mechanisms import MECHANISMS, build_mechanism
+
+IMAGENET = 1_281_167  # training images
+EPOCHS = 200
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes: `memory` in bytes on each device, the largest; `seconds`, the median."""
+
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: MoCo v2's model (MLP head, tau 0.2, K 65536) on images of noise.
+
+    `batch_size` is global; each of `processes` has a GPU of its own, or shares the CPU.
+    """
+
+    mechanism: str
+    batch_size: int
+    arch: str = "resnet50"
+    image_size: int = 224
+    device: str = "cpu"
+    processes: int = 1
+    amp: str = "none"
+
+
+COLUMNS = ("mechanism", "batch", "memory", "s/step", "hours / 200 ep.")
+# Table 3: ResNet-50, 224 pixels, 8 V100 of 16 GB. Mechanism and batch -> GB on each GPU, hours.
+# 93.0 is the authors' estimate: it did not fit.
+TABLE_3 = {
+    ("moco", 256): (5.0, 53.0),
+    ("end-to-end", 256): (7.4, 65.0),
+    ("end-to-end", 4096): (93.0, None),
+}
+
+
+def measure(setting: Setting, steps: int) -> Cost | None:
+    """Run two steps and `steps` timed ones in new processes; None where memory does not suffice.
+
+    The memory is PyTorch's peak on the GPU; on a CPU the peak of the whole process, the libraries
+    included.
+
+    Raises:
+        UserError: there are not as many GPUs, or the batch cannot be shared by the processes.
+    """
+    if setting.device == "cuda" and torch.cuda.device_count() < setting.processes:
+        raise UserError(
+            f"--device cuda --processes {setting.processes} needs as many GPUs; there are "
+            f"{torch.cuda.device_count()}: pass --processes, or --device cpu"
+        )
+    try:
+        choose_bn_groups(setting.batch_size, setting.processes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_run, (setting, steps, Path(folder)), setting.processes)
+        except mp.ProcessExitedException as error:
+            # A killed process: by the kernel, which does so when a CPU's memory is used up.
+            if error.exit_code == errno.ENOMEM or error.signal_name == "SIGKILL":
+                return None
+            raise SystemExit(error.exit_code) from None  # it has said why
+        costs = [torch.load(path) for path in Path(folder).glob("cost*")]
+    return Cost(max(memory for memory, _ in costs), max(seconds for _, seconds in costs))
+
+
+def _run(process: int, setting: Setting, steps: int, folder: Path) -> None:
+    device = torch.device(setting.device, process if setting.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if setting.processes > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        size = {"rank": process, "world_size": setting.processes}
+        dist.init_process_group(backend, init_method=f"file://{folder / 'store'}", **size)
+    try:
+        seconds = _time_steps(setting, steps, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(errno.ENOMEM)  # mp.spawn then ends the processes that wait for this one
+    torch.save((_peak_memory(device), seconds), folder / f"cost{process}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _time_steps(setting: Setting, steps: int, device: torch.device) -> float:
+    """Median seconds of a step but the first two, which set up momentum and libraries."""
+    views = [_noise(setting, device) for _ in range(MECHANISMS[setting.mechanism].view_count)]
+    args = _flags(setting)
+    model = build_mechanism(args, IMAGENET).to(device, memory_format=torch.channels_last)
+    model.train()
+    parallel, loss = parallelize(model), InfoNCE()
+    optimizer = build_optimizer(model, args.lr, args.momentum, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    times = []
+    for step in range(steps + 2):
+        indices = torch.arange(setting.batch_size)
+        begun = time.perf_counter()
+        inputs = model.inputs(views, indices, seed=0, step=step)
+        contrastive_step(parallel, loss, optimizer, scaler, inputs, args.amp)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return median(times[2:])
+
+
+def _noise(setting: Setting, device: torch.device) -> torch.Tensor:
+    shape = (setting.batch_size // world_size(), setting.image_size, setting.image_size, 3)
+    generator = torch.Generator(device).manual_seed(rank())
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+
+def _flags(setting: Setting) -> argparse.Namespace:
+    """Of `pretrain/main.py`: MoCo v2's with a learning rate that keeps the weights finite."""
+    flags = f"-a {setting.arch} -b {setting.batch_size} --mechanism {setting.mechanism} "
+    flags += f"--amp {setting.amp} --mlp --moco-t 0.2 --lr 1e-4"
+    return parse([*flags.split(), "DATA"])
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA's error has a class of its own, the CPU allocator's only its words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss counts the parent process as well
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def hours(cost: Cost, batch_size: int) -> float:
+    """Of 200 epochs of ImageNet; an epoch's last, incomplete batch is dropped."""
+    return EPOCHS * (IMAGENET // batch_size) * cost.seconds / 3600
+
+
+def table_rows(costs: dict[tuple[str, int], Cost | None]) -> list[list[str]]:
+    """Cells under COLUMNS, a row for each (mechanism, batch size), then the paper's rows."""
+    rows = []
+    for (mechanism, batch_size), cost in costs.items():
+        cells = ["n/a"] * 3
+        if cost:
+            time_taken = hours(cost, batch_size)
+            cells = [f"{cost.memory / 2**30:.2f} GiB", f"{cost.seconds:.3f}", f"{time_taken:.1f}"]
+        rows.append([mechanism, str(batch_size), *cells])
+    for (mechanism, batch_size), (memory, time_taken) in TABLE_3.items():
+        time_taken = "n/a" if time_taken is None else f"{time_taken:g}"
+        rows.append([f"paper: {mechanism}", str(batch_size), f"{memory} G", "", time_taken])
+    return rows
+
+
+def ratios(costs: dict[tuple[str, int], Cost | None]) -> list[str]:
+    """End-to-end's memory and time over MoCo's at equal batches, and the paper's at 256."""
+    paper = [e / m for e, m in zip(TABLE_3["end-to-end", 256], TABLE_3["moco", 256], strict=True)]
+    lines = []
+    for batch_size in dict.fromkeys(batch for _, batch in costs):
+        pair = [costs.get((name, batch_size)) for name in ("end-to-end", "moco")]
+        if all(pair):
+            lines.append(
+                f"end-to-end over moco at batch {batch_size}: memory "
+                f"{pair[0].memory / pair[1].memory:.2f}, time "
+                f"{pair[0].seconds / pair[1].seconds:.2f} "
+                f"(paper, batch 256: {paper[0]:.2f}, {paper[1]:.2f})"
+            )
+    return lines

@@ -1,0 +1,78 @@
+"""A detector's training iteration and inference, engine by engine: same weights, same images."""
+
+import multiprocessing
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moco_det.config.loading import load_config
+from moco_det.engines import probe_class
+from moco_det.parity import comparison as parity
+from moco_det.parity.probe import EngineProbe
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed: the detector of a YAML on drawn images, the largest `height` x `width`."""
+
+    config_file: str
+    opts: tuple[str, ...]
+    height: int
+    width: int
+    batch_size: int
+
+    def items(self) -> list[dict]:
+        """A training batch; see `moco_det.parity.probe`."""
+        cfg = load_config(self.config_file, self.opts)
+        return parity.build_items(cfg, self.height, self.width, self.batch_size, seed=0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Random ones with which there are proposals and detections to be handled."""
+        torch.manual_seed(0)
+        model = probe_class("native")(self.config_file, self.opts).model
+        parity.randomize_for_parity(model, self.items(), model.state_dict().keys(), seed=0)
+        return model.state_dict()
+
+
+def step_functions(
+    engine: str, task: Task, weights: Mapping[str, Tensor], precisions: list[str]
+) -> dict[tuple[str, str], Callable]:
+    """("train" or "infer", "none" or "bf16") -> what does it once."""
+    probe, items = _build(engine, task, weights), task.items()
+    return {
+        ("train", amp): lambda amp=amp: probe.train_step(items, amp != "none") for amp in precisions
+    } | {("infer", amp): lambda amp=amp: probe.infer(items[0], amp != "none") for amp in precisions}
+
+
+def peak_memory(engine: str, task: Task, weights: Mapping[str, Tensor], amp: str) -> int:
+    """Bytes that a process of its own, or its GPU memory, takes at most for two iterations."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        state = {name: value.cpu().numpy() for name, value in weights.items()}
+        return pool.apply(_peak, (engine, task, state, amp))
+
+
+def _peak(engine: str, task: Task, state: dict, amp: str) -> int:
+    weights = {name: torch.from_numpy(value) for name, value in state.items()}
+    probe, items = _build(engine, task, weights), task.items()
+    for _ in range(2):  # the second also holds the optimizer's momentum
+        probe.train_step(items, amp != "none")
+    if next(probe.model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss counts the parent process as well
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _build(engine: str, task: Task, weights: Mapping[str, Tensor]) -> EngineProbe:
+    probe = probe_class(engine)(task.config_file, task.opts)
+    probe.model.load_state_dict(weights)
+    for group in probe.optimizer.param_groups:
+        group["lr"] = 0.0  # the weights stay, and with them the work
+    return probe

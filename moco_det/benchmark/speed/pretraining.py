@@ -1,0 +1,192 @@
+"""How fast a training step and the data path are, beside a plain reference timed in the same run.
+
+The references are the ones that users come from: the paper's Algorithm 1 as a plain PyTorch program
+on NCHW float images, and the torchvision + PIL pipeline.
+"""
+
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import nn
+from torchvision import transforms
+
+from moco_det.common.errors import UserError
+from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.images import UnreadableImage, find_images, read_image
+from pretrain.engine.training import build_optimizer, contrastive_step
+from pretrain.moco.encoders import build_encoder
+from pretrain.moco.grouped_batchnorm import choose_bn_groups
+from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD, shuffle_index
+from pretrain.moco.losses import InfoNCE
+from pretrain.moco.momentum_contrast import MoCo
+
+
+class PlainMoCo(nn.Module):
+    """Algorithm 1 with shuffled BN over processes, written down plainly: the reference.
+
+    NCHW fp32, one loop over parameters for the momentum update, `all_gather` of the images, of the
+    keys for the unshuffle and of the keys for the queue, and a copy of the queue in every step.
+    """
+
+    def __init__(self, arch: str, dim: int = 128, queue_size: int = 65536, m=0.999, tau=0.2):
+        super().__init__()
+        self.m, self.tau = m, tau
+        self.f_q = build_encoder(arch, dim, mlp=True)
+        self.f_k = build_encoder(arch, dim, mlp=True).requires_grad_(False)
+        self.f_k.load_state_dict(self.f_q.state_dict())
+        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
+        self.position = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, x_q: torch.Tensor, x_k: torch.Tensor) -> float:
+        """One iteration on float views N x 3 x H x W."""
+        q = F.normalize(self.f_q(x_q), dim=1)
+        with torch.no_grad():
+            for p_q, p_k in zip(self.f_q.parameters(), self.f_k.parameters(), strict=True):
+                p_k.data = p_k.data * self.m + p_q.data * (1.0 - self.m)
+            order = torch.randperm(len(x_k), device=x_k.device)
+            dist.broadcast(order, 0)
+            k = F.normalize(self.f_k(_all_gather(x_k)[order]), dim=1)
+            k = _all_gather(k)[torch.argsort(order)]
+        l_pos = torch.einsum("nc,nc->n", q, k)[:, None]
+        l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
+        logits = torch.cat([l_pos, l_neg], dim=1) / self.tau
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        keys = _all_gather(k)
+        self.queue[:, self.position : self.position + len(keys)] = keys.T
+        self.position = (self.position + len(keys)) % self.queue.shape[1]
+        return loss.item()
+
+
+def pretrain_step(
+    arch: str, batch_size: int, image_size: int, device: str, precisions: list[str], rounds: int
+) -> dict[str, float]:
+    """Median seconds per step of the reference and of ours in each precision, alternated.
+
+    Args:
+        precisions: keys of training.AMP_DTYPES, e.g. ["none", "bf16"].
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is available here; pass --device cpu")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        url = f"tcp://localhost:{s.getsockname()[1]}"
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=url, rank=0, world_size=1
+    )
+    torch.manual_seed(0)
+    shape = (batch_size, image_size, image_size, 3)
+    im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in "qk")
+    steps = {"reference": _plain_step(arch, im_q, im_k)}
+    for precision in precisions:
+        steps[precision] = _our_step(arch, im_q, im_k, precision)
+    seconds = alternate(steps, rounds, torch.cuda.synchronize if device == "cuda" else None)
+    dist.destroy_process_group()
+    return seconds
+
+
+def _plain_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor) -> Callable:
+    device = im_q.device
+    model = PlainMoCo(arch).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+    # The reference's workers normalise; it receives NCHW floats, and that is not timed.
+    x_q, x_k = (((x.permute(0, 3, 1, 2) - mean) / std).contiguous() for x in (im_q, im_k))
+    return lambda: model.step(optimizer, x_q, x_k)
+
+
+def _our_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor, precision: str) -> Callable:
+    device = im_q.device
+    groups = choose_bn_groups(len(im_q), 1)
+    model = MoCo(build_encoder(arch, mlp=True), temperature=0.2, bn_groups=groups)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, 0.03, 0.9, 1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    inputs, loss = (im_q, im_k, shuffle_index(0, 0, len(im_q)).to(device)), InfoNCE()
+    return lambda: contrastive_step(model, loss, optimizer, scaler, inputs, precision)
+
+
+def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
+    """Median seconds per image on one core, decoding and two MoCo v2 views, alternated."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    random.seed(0)
+    torch.manual_seed(0)
+    paths = [str(images / p.decode()) for p in rng.permutation(find_images(images))[:200]]
+    view, transform = MoCoAugmentation(image_size, aug_plus=True), official_transform(image_size)
+
+    def ours():
+        for path in paths:
+            image = read_image(path)
+            view(image, rng), view(image, rng)
+
+    def reference():
+        for path in paths:
+            with open(path, "rb") as file:
+                image = Image.open(file).convert("RGB")
+            transform(image), transform(image)
+
+    try:
+        seconds = alternate({"reference": reference, "ours": ours}, rounds)
+    except UnreadableImage as error:
+        raise UserError(f"unreadable image in --images: {error}") from error
+    return {name: value / len(paths) for name, value in seconds.items()}
+
+
+def official_transform(image_size: int) -> transforms.Compose:
+    """MoCo v2's augmentation as torchvision on PIL images does it, to a normalised tensor."""
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(image_size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([m / 255 for m in PIXEL_MEAN], [s / 255 for s in PIXEL_STD]),
+        ]
+    )
+
+
+def alternate(
+    candidates: dict[str, Callable], rounds: int, synchronize: Callable | None = None
+) -> dict[str, float]:
+    """Median seconds of each candidate over `rounds` rounds in turn, after one untimed round.
+
+    Turns rather than blocks, so that a machine that slows down slows down all candidates.
+    """
+    times = {name: [] for name in candidates}
+    for round_number in range(rounds + 1):
+        for name, candidate in candidates.items():
+            begun = time.perf_counter()
+            candidate()
+            if synchronize:
+                synchronize()
+            if round_number:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    parts = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""What pretraining and detection both stand on: processes, errors, files, ResNet shapes."""

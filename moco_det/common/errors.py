@@ -1,0 +1,42 @@
+"""What a user can put right: one message, an exit code, no traceback."""
+
+import contextlib
+import importlib
+import sys
+from types import ModuleType
+
+# Exit code after SIGTERM: the state is saved, and the same command goes on from it when it resumes.
+# 75 is EX_TEMPFAIL of sysexits.h, "try again later"; schedulers can requeue on it.
+EXIT_INTERRUPTED = 75
+
+
+class UserError(Exception):
+    """Bad input, a missing file, an impossible setting: the message names it and the remedy."""
+
+
+@contextlib.contextmanager
+def exit_cleanly():
+    """Turn a `UserError` into one line on stderr and exit code 1, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
+    """The module of an optional package.
+
+    Args:
+        needed_by: who asks for it, the beginning of the message.
+        install: what `pip install` is to be given.
+
+    Raises:
+        UserError: it cannot be imported; names the package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{needed_by} needs {install}: pip install {install} ({error})") from error

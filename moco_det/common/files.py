@@ -1,0 +1,57 @@
+"""Files written whole or not at all, and told apart by their content."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for the body to write; `path` is whole at every moment.
+
+    After the body the file is flushed to the disk, which is where some file systems report that
+    they are full, and takes its name. Where the body or the disk fails, nothing new is left in the
+    folder, and an earlier file of that name stays.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Raises OSError; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content, indent: int | None = 1) -> None:
+    """Raises OSError; see `replacing`."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """ "sha256:..." of a file's content."""
+    return _hash(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _hash(path: Path, modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,87 @@
+"""How the images of one optimizer step are spread, and what that changes against the paper."""
+
+from dataclasses import dataclass
+
+from moco_det.common.errors import UserError
+from moco_det.config.tasks import is_semantic
+
+# MoCo v1, Sec. 4.2: Detectron2's recipe of 8 GPUs with 2 images each, BN synchronised over all.
+PAPER_IMAGES = 16
+PAPER_LR = 0.02
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The spread of `images`, the batch of one optimizer step.
+
+    Args:
+        images: over all processes and forward passes.
+        processes: that share them.
+        accumulation: forward passes whose gradients are added up for one step.
+        norm: MODEL.RESNETS.NORM.
+        paper_lr: that of the paper's recipe; None where it is each data set's own.
+    """
+
+    images: int
+    processes: int
+    accumulation: int
+    norm: str
+    paper_lr: float | None = PAPER_LR
+
+    @property
+    def images_per_forward(self) -> int:
+        """Images of one process in one forward pass."""
+        return self.images // (self.processes * self.accumulation)
+
+    @property
+    def bn_group(self) -> int:
+        """Images whose BN statistics are computed together; 0 where BN is frozen or absent."""
+        processes = {"SyncBN": self.processes, "BN": 1}.get(self.norm, 0)
+        return processes * self.images_per_forward
+
+    def differences(self, lr: float) -> list[str]:
+        """What is not equivalent to the paper's fine-tuning recipe, at the base learning rate."""
+        found = []
+        if self.paper_lr is not None:
+            linear = self.paper_lr * self.images / PAPER_IMAGES
+            if abs(lr - linear) > 1e-6 * linear:
+                found.append(
+                    f"learning rate {lr:g} (the paper's for {self.images} images would be "
+                    f"{linear:g})"
+                )
+        if self.images != PAPER_IMAGES:
+            found.append(f"a step of {self.images} images (the paper: {PAPER_IMAGES})")
+        if self.bn_group == 0:
+            found.append(f"NORM {self.norm!r} (the paper: trained, synchronised BN)")
+        elif self.bn_group != PAPER_IMAGES:
+            found.append(f"BN statistics over {self.bn_group} images (the paper: {PAPER_IMAGES})")
+        return found
+
+    def describe(self, lr: float) -> str:
+        """One line: the effective batch, the BN group, and what differs from the paper."""
+        groups = f"BN over {self.bn_group} images" if self.bn_group else "no batch statistics"
+        differences = "; ".join(self.differences(lr)) or "nothing"
+        return (
+            f"batch {self.images} = {self.processes} process(es) x {self.images_per_forward} "
+            f"images x {self.accumulation} accumulated; {groups} ({self.norm or 'no norm'}); "
+            f"not as in the paper: {differences}"
+        )
+
+
+def plan_batch(cfg, processes: int) -> BatchPlan:
+    """The plan of a config (of either engine) on `processes` processes.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    images, accumulation = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
+    parts = processes * accumulation
+    if accumulation < 1 or images < 1 or images % parts:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {images} is the batch of one optimizer step: set it to a "
+            f"multiple of {processes} process(es) x SOLVER.GRADIENT_ACCUMULATION_STEPS "
+            f"{accumulation}"
+        )
+    # Of semantic segmentation 0.003 on VOC, 0.01 on Cityscapes (appendix A.5).
+    paper_lr = None if is_semantic(cfg) else PAPER_LR
+    return BatchPlan(images, processes, accumulation, cfg.MODEL.RESNETS.NORM, paper_lr)

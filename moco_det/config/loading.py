@@ -1,0 +1,169 @@
+"""Detectron2's YAML configuration, for both engines.
+
+The keys, their defaults and the file format (`_BASE_`, `KEY VALUE` pairs, tuples written as
+strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, listed in
+`moco_det.config.defaults`:
+
+- honoured: it is in `get_cfg()`;
+- limited: it is in `get_cfg()` too, but the native engine knows only the values in `SUPPORTED`, and
+  any other value is refused;
+- inert (`INERT`, `DENSEPOSE_INERT`): it belongs to a part that `SUPPORTED` keeps switched off. It
+  has no effect in Detectron2 either while that part is off, so it is accepted and dropped, and
+  Detectron2's own YAMLs load unchanged.
+
+Anything else is an error that names the key and the nearest known one.
+"""
+
+import ast
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from moco_det.common.errors import UserError
+from moco_det.config.defaults import DEFAULTS, DENSEPOSE_INERT, INERT, SUPPORTED
+
+
+def get_cfg() -> CfgNode:
+    """A fresh, unfrozen copy of the defaults."""
+    return CfgNode(DEFAULTS).clone()
+
+
+def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a YAML file over the defaults, then the `KEY VALUE KEY VALUE ...` list `opts` over both.
+
+    Returns the frozen config. Raises `UserError` for an unreadable file, an unknown key, a value of
+    the wrong type, and a value that the native engine does not support.
+    """
+    cfg = get_cfg()
+    for key, value in leaves(_read_yaml(path)):
+        _set(cfg, key, value, source=path)
+    for key, value in _pairs(opts):
+        _set(cfg, key, value, source="the command line")
+    check_supported(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_supported(cfg: CfgNode) -> None:
+    """UserError where a key asks for a value that the native engine does not have."""
+    values = dict(leaves(cfg))
+    for key, supported in SUPPORTED.items():
+        if values[key] not in supported:
+            known = ", ".join(map(repr, supported))
+            raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
+
+
+def check_dilated_c5(cfg: CfgNode) -> None:
+    """UserError unless the ResNet of `cfg` ends in a res5 of dilation 2 and returns only that."""
+    needed = {"RES5_DILATION": 2, "OUT_FEATURES": ["res5"]}
+    if cfg.MODEL.RESNETS.DEPTH < 50:
+        needed = {"DEPTH": "50 or more: smaller ones have no dilation"}
+    for key, value in needed.items():
+        if cfg.MODEL.RESNETS[key] != value:
+            raise UserError(
+                f"MODEL.RESNETS.{key} is {cfg.MODEL.RESNETS[key]}; the backbone "
+                f"build_resnet_dilated_c5_backbone needs {value}"
+            )
+
+
+def on_available_device(cfg: CfgNode) -> CfgNode:
+    """`cfg` itself, or with MODEL.DEVICE "cpu" where it asks for CUDA and there is none."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return cfg
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (dotted name, value) pairs of nested dicts, in order."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        content = CfgNode.load_yaml_with_base(str(path))
+    except OSError as error:
+        raise UserError(f"cannot read config {error.filename or path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"config {path} is not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise UserError(f"config {path}: its _BASE_ leads back to itself") from error
+    except (TypeError, AttributeError, AssertionError):  # from merging what are not mappings
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} (or its _BASE_) is not a mapping of sections")
+    return content
+
+
+def _pairs(opts: Sequence[str]) -> Iterable[tuple[str, str]]:
+    if len(opts) % 2:
+        raise UserError(f"options come as KEY VALUE pairs; {opts[-1]!r} is left without a value")
+    return zip(opts[::2], opts[1::2], strict=True)
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    """Set one known leaf of `cfg`, drop an inert one, refuse anything else."""
+    if any(key == name or key.startswith(f"{name}.") for name in (*INERT, *DENSEPOSE_INERT)):
+        return
+    known = dict(leaves(DEFAULTS))
+    if key not in known:
+        if value is None and any(name.startswith(f"{key}.") for name in known):
+            return  # a section left empty in the file
+        raise UserError(
+            f"{source}: unknown key {key}; the nearest known one is {nearest(key, known)}"
+        )
+    section, _, name = key.rpartition(".")
+    node = cfg
+    for part in filter(None, section.split(".")):
+        node = node[part]
+    node[name] = _coerce(key, value, known[key], source)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The entry of `known` that is spelled most like `name`, regardless of case."""
+    by_upper = {entry.upper(): entry for entry in known}
+    return by_upper[difflib.get_close_matches(name.upper(), by_upper, n=1, cutoff=0.0)[0]]
+
+
+def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
+    """`value` as the type of `default`, by Detectron2's rules, and two kindnesses beside them.
+
+    Strings that are Python literals are read as such, and lists and tuples replace each other
+    (Detectron2). An int is taken for a float, and one name for a list of datasets (ours).
+    """
+    if isinstance(value, str):
+        literal = _literal(value)
+        if isinstance(literal, str) or not isinstance(default, str):
+            value = literal
+    if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, str) and value[:1] != "(":
+        value = (value,)
+    if type(value) is type(default) or default is None:
+        return value
+    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
+        return type(default)(value)
+    if type(value) is int and isinstance(default, float):
+        return float(value)
+    raise UserError(
+        f"{source}: {key} takes a {type(default).__name__} such as {default!r}, not {value!r}"
+    )
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,1 @@
+"""The body model's files, points on its surface, and similarity of surfaces."""

@@ -1,0 +1,315 @@
+"""Which images make which batch, and their loading.
+
+Everything here is a function of the seed and of the position in one infinite stream of samples, so
+a run resumed at iteration t sees exactly what the uninterrupted run would have seen, whatever the
+number of loading workers.
+"""
+
+import math
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moco_det.common import processes as comm
+from moco_det.common.errors import UserError
+from moco_det.config.batch_plan import plan_batch
+from moco_det.config.tasks import is_semantic
+from moco_det.datasets import get_dataset
+from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
+from moco_det.densepose.points import has_points
+from moco_det.native.data.mapper import (
+    DatasetMapper,
+    SemanticDatasetMapper,
+    build_semantic_mapper,
+    build_test_mapper,
+    build_train_mapper,
+)
+
+Key = tuple[int, int]  # (position in the stream, index of the record)
+
+
+def training_stream(size: int, seed: int) -> Iterator[Key]:
+    """Endless shuffles of `range(size)`: what Detectron2's `TrainingSampler(size, seed)` yields."""
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in count():
+        permutation = torch.randperm(size, generator=generator).tolist()
+        yield from enumerate(permutation, start=epoch * size)
+
+
+def repeating_stream(factors: torch.Tensor, seed: int) -> Iterator[Key]:
+    """Endless shuffles in which record i comes `factors[i]` times, in the mean over the shuffles.
+
+    What Detectron2's `RepeatFactorTrainingSampler(factors, seed=seed)` yields: in each shuffle the
+    fraction of a factor is rounded up with the probability that it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = factors.trunc()
+    fraction = factors - whole
+    start = 0
+    while True:
+        times = whole + (torch.rand(len(factors), generator=generator) < fraction)
+        indices = torch.arange(len(factors)).repeat_interleave(times.long())
+        order = torch.randperm(len(indices), generator=generator)
+        yield from enumerate(indices[order].tolist(), start)
+        start += len(indices)
+
+
+def repeat_factors(records: list[dict], threshold: float, sqrt: bool) -> torch.Tensor:
+    """How often to show each record in an epoch, (len(records),) float32, at least 1.
+
+    A class in the share f of the images has the factor max(1, sqrt(threshold / f)), without the
+    root where `sqrt` is False; a record has the greatest factor of its classes, crowds included
+    (Detectron2; LVIS paper, appendix B.2).
+    """
+    classes = [{a["category_id"] for a in record["annotations"]} for record in records]
+    images = Counter(label for labels in classes for label in labels)
+    ratio = {label: threshold / (n / len(records)) for label, n in images.items()}
+    factor = {label: max(1.0, math.sqrt(r) if sqrt else r) for label, r in ratio.items()}
+    factors = [max((factor[label] for label in labels), default=1.0) for labels in classes]
+    return torch.tensor(factors, dtype=torch.float32)
+
+
+def batches_by_aspect(
+    keys: Iterable[Key], wide: list[bool], batch_size: int
+) -> Iterator[list[Key]]:
+    """Batches of only wide or only tall images; each is issued as soon as it is full.
+
+    `wide[index]` says on which side a record is. Detectron2's `AspectRatioGroupedDataset`, on keys
+    instead of decoded images.
+    """
+    groups: dict[bool, list[Key]] = {False: [], True: []}
+    for key in keys:
+        group = groups[wide[key[1]]]
+        group.append(key)
+        if len(group) == batch_size:
+            yield group.copy()
+            group.clear()
+
+
+def batches_in_order(keys: Iterator[Key], batch_size: int) -> Iterator[list[Key]]:
+    while batch := list(islice(keys, batch_size)):
+        yield batch
+
+
+def training_batches(
+    stream: Iterable[Key],
+    batch_size: int,
+    wide: list[bool] | None = None,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[Key]]:
+    """One process's batches of keys, without end.
+
+    Args:
+        stream: keys of all processes' samples, dealt out to the processes one by one.
+        batch_size: images of one batch of this process.
+        wide: per record, whether it is wider than tall; None: batches are not grouped by aspect.
+        start: number of batches to leave out, those a resumed run has already seen.
+        rank, world_size: which process this is, of how many.
+    """
+    keys = islice(stream, rank, None, world_size)
+    if wide is None:
+        batches = batches_in_order(keys, batch_size)
+    else:
+        batches = batches_by_aspect(keys, wide, batch_size)
+    return islice(batches, start, None)
+
+
+class MappedRecords(Dataset):
+    """Records through a `DatasetMapper`; the draws of a sample come from (seed, position) alone.
+
+    The records are held as bytes: worker processes share those with their parent, whereas touching
+    a Python object writes its reference count, and so copies its memory to every worker in time.
+
+    A `UserError` is handed over as an item, because a `DataLoader` would bury it in a traceback.
+    """
+
+    def __init__(
+        self, records: list[dict], mapper: DatasetMapper | SemanticDatasetMapper, seed: int = 0
+    ):
+        pickled = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
+        self.ends = np.cumsum([0] + [len(record) for record in pickled])
+        self.pickled = b"".join(pickled)
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, key: Key) -> dict | UserError:
+        position, index = key
+        record = pickle.loads(self.pickled[self.ends[index] : self.ends[index + 1]])
+        try:
+            return self.mapper(record, np.random.default_rng((self.seed, position)))
+        except UserError as error:
+            return error
+
+
+def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) -> Iterator[list]:
+    """Lists of model inputs for `batches`, an iterable of lists of keys. A generator, to be closed.
+
+    Raises:
+        UserError: an image could not be read.
+    """
+    loader = DataLoader(
+        records,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        worker_init_fn=_ignore_sigterm,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        for item in batch:
+            if isinstance(item, UserError):
+                raise item
+        yield batch
+
+
+def _as_list(items: list) -> list:
+    return items
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """SIGTERM to all processes of a run must not take the images from its last iteration.
+
+    Nor does it end a worker when Python exits, which is why the generator that owns it is closed.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def has_objects(record: dict) -> bool:
+    """Whether anything but a crowd is annotated."""
+    return any(not a.get("iscrowd", 0) for a in record["annotations"])
+
+
+def count_keypoints(record: dict) -> int:
+    """Labelled keypoints of all objects, crowds included (Detectron2)."""
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+
+
+def all_records(names: Sequence[str]) -> list[dict]:
+    """Of the data sets `names`, at least one; UserError where there is none."""
+    if not names:
+        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
+    return [record for name in names for record in get_dataset(name).records()]
+
+
+def training_records(
+    names: Sequence[str],
+    filter_empty: bool,
+    with_masks: bool = False,
+    with_keypoints: bool = False,
+    min_keypoints: int = 0,
+    with_densepose: bool = False,
+) -> list[dict]:
+    """The records of all data sets.
+
+    Args:
+        names: of the data sets.
+        filter_empty: leave out the images that hold nothing but crowds.
+        with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
+        min_keypoints: leave out the images with fewer labelled keypoints.
+        with_densepose: keep dense pose, and leave out the images without any.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    records = all_records(names)
+    used = [
+        record
+        for record in records
+        if (has_objects(record) or not filter_empty)
+        and count_keypoints(record) >= min_keypoints
+        and (any(map(has_points, record["annotations"])) or not with_densepose)
+    ]
+    boxes = sum(len(record["annotations"]) for record in used)
+    left_out = len(records) - len(used)
+    comm.print_on_main(
+        f"training on {len(used)} images, {boxes} boxes ({left_out} images left out)"
+    )
+    if not used:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
+            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    kept = {"segmentation": with_masks, "keypoints": with_keypoints}
+    kept |= dict.fromkeys((*DENSEPOSE_KEYS, "dp_masks"), with_densepose)
+    for annotation in (a for record in used for a in record["annotations"]):
+        for field in (name for name, keep in kept.items() if not keep):
+            annotation.pop(field, None)
+    return used
+
+
+def build_training_records(cfg) -> list[dict]:
+    if is_semantic(cfg):
+        records = all_records(cfg.DATASETS.TRAIN)
+        comm.print_on_main(f"training on {len(records)} images with label maps")
+        return records
+    model = cfg.MODEL
+    return training_records(
+        cfg.DATASETS.TRAIN,
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        with_masks=model.MASK_ON,
+        with_keypoints=model.KEYPOINT_ON,
+        min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+        with_densepose=model.DENSEPOSE_ON,
+    )
+
+
+def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
+    """The endless stream of samples that DATALOADER.SAMPLER_TRAIN names."""
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
+        return repeating_stream(factors, seed)
+    return training_stream(len(records), seed)
+
+
+def build_train_loader(
+    cfg, records: list[dict], seed: int, start: int = 0, num_workers: int | None = None
+) -> Iterator[list[dict]]:
+    """This process's batches of one forward pass each, from iteration `start` on, without end.
+
+    `num_workers`: other than DATALOADER.NUM_WORKERS.
+
+    Raises:
+        UserError: the batch does not divide among the processes.
+    """
+    plan = plan_batch(cfg, comm.world_size())
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [record["width"] > record["height"] for record in records]
+    batches = training_batches(
+        build_stream(cfg, records, seed),
+        plan.images_per_forward,
+        wide,
+        start * plan.accumulation,
+        comm.rank(),
+        plan.processes,
+    )
+    mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else build_train_mapper(cfg)
+    mapped = MappedRecords(records, mapper, seed)
+    workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
+    return load(mapped, batches, workers, pin_memory=cfg.MODEL.DEVICE != "cpu")
+
+
+def build_test_loader(cfg, records: list[dict]) -> Iterator[list[dict]]:
+    """This process's share of the records, in order, one image a batch.
+
+    One at a time as Detectron2 does: padding to a neighbour's size would change the numbers.
+    """
+    bounds = np.linspace(0, len(records), comm.world_size() + 1).astype(int)
+    share = range(*bounds[comm.rank() : comm.rank() + 2])
+    # Without the annotations, which may be far larger than the rest and are of no use here.
+    bare = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
+    mapped = MappedRecords(bare, build_test_mapper(cfg))
+    batches = [[(index, index)] for index in share]
+    return load(mapped, batches, cfg.DATALOADER.NUM_WORKERS, pin_memory=cfg.MODEL.DEVICE != "cpu")

@@ -1,0 +1,323 @@
+"""A dataset record to what the detector eats: decode, resize, flip, annotations to tensors.
+
+A semantic record to what the segmentor learns from: decode, scale, flip, crop, pad.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from moco_det.common.errors import UserError
+from moco_det.datasets import get_dataset, read_labels
+from moco_det.densepose.points import (
+    DensePosePoints,
+    Symmetries,
+    has_points,
+    load_symmetries,
+    read_points,
+)
+from moco_det.native.data.transforms import (
+    Augmentation,
+    RandomCrop,
+    RandomScale,
+    Transform,
+    read_image,
+)
+
+MIN_SIDE = 1e-5  # pixels; a box thinner than this after clipping holds nothing (Detectron2's value)
+
+Polygons = list[np.ndarray]  # of one object; each [x0, y0, x1, y1, ...] float64
+
+
+class DatasetMapper:
+    """Turns a Detectron2 standard dict into a model input.
+
+    Args:
+        augmentation: draws the geometry.
+        image_format: channel order the model wants, "BGR" or "RGB".
+        with_targets: also produce "gt_boxes" (N, 4) float32 and "gt_classes" (N,) int64, without
+            crowds and without objects whose box or mask clipping left empty.
+        with_masks: "gt_masks" among the targets, in `mask_format`: "polygon" for a list of
+            `Polygons` per object, "bitmask" for a bool tensor (N, H, W).
+        with_keypoints: "gt_keypoints" (N, K, 3) float32 among the targets: x, y, visibility.
+        with_densepose: "gt_densepose" among the targets: a `DensePosePoints` for each object, None
+            for those that are not annotated.
+        mirrored_keypoints: K numbers; see `Transform.apply_keypoints`.
+        symmetries: of the body's surface; None if no image is flipped.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        image_format: str,
+        with_targets: bool,
+        with_masks: bool = False,
+        with_keypoints: bool = False,
+        mask_format: str = "polygon",
+        mirrored_keypoints: Sequence[int] = (),
+        with_densepose: bool = False,
+        symmetries: Symmetries | None = None,
+    ):
+        self.augmentation = augmentation
+        self.image_format = image_format
+        self.with_targets = with_targets
+        self.with_masks = with_masks
+        self.with_keypoints = with_keypoints
+        self.mask_format = mask_format
+        self.mirrored_keypoints = tuple(mirrored_keypoints)
+        self.with_densepose = with_densepose
+        self.symmetries = symmetries
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+        """The model's input; "image" is uint8 (3, H, W), "height" and "width" are the original's.
+
+        Raises:
+            UserError: the image cannot be read or is not of the size its annotation states, an
+                object lacks the mask or the keypoints that were asked for, or its dense pose is
+                malformed.
+        """
+        image = read_record_image(record)
+        geometry = self.augmentation.draw(rng, image.height, image.width)
+        pixels = torch.from_numpy(geometry.apply_image(image, self.image_format))
+        item = {key: record[key] for key in ("image_id", "height", "width")} | {"image": pixels}
+        if self.with_targets:
+            try:
+                item |= self._targets(record["annotations"], geometry)
+            except UserError as error:
+                raise UserError(f"{record['file_name']}: {error}") from error
+        return item
+
+    def _targets(self, annotations: list[dict], geometry: Transform) -> dict:
+        objects = [a for a in annotations if not a.get("iscrowd", 0)]
+        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
+        boxes = torch.from_numpy(geometry.apply_boxes(boxes)).float()
+        classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        keep = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(dim=1)
+        targets = {"gt_boxes": boxes, "gt_classes": classes}
+        if self.with_keypoints:
+            targets["gt_keypoints"] = self._keypoints(objects, geometry)
+        if self.with_densepose:
+            targets["gt_densepose"] = [self._dense_pose(a, geometry) for a in objects]
+        if self.with_masks:
+            make_masks = bit_masks if self.mask_format == "bitmask" else polygon_masks
+            masks = targets["gt_masks"] = make_masks(objects, geometry)
+            keep &= torch.tensor([_is_filled(mask) for mask in masks], dtype=torch.bool)
+        return {name: _select(values, keep) for name, values in targets.items()}
+
+    def _keypoints(self, objects: list[dict], geometry: Transform) -> Tensor:
+        count = len(self.mirrored_keypoints)
+        rows = [a.get("keypoints", ()) for a in objects]
+        if any(len(row) != 3 * count for row in rows):
+            raise UserError(f"an object does not have the {count} keypoints of its data set")
+        points = np.array(rows, dtype=np.float64).reshape(-1, count, 3)
+        return torch.from_numpy(geometry.apply_keypoints(points, self.mirrored_keypoints)).float()
+
+    def _dense_pose(self, annotation: dict, geometry: Transform) -> DensePosePoints | None:
+        if not has_points(annotation):
+            return None
+        points = read_points(annotation)
+        return points.mirrored(self.symmetries) if geometry.flip else points
+
+
+def read_record_image(record: dict) -> Image.Image:
+    """RGB and upright.
+
+    Raises:
+        UserError: it cannot be read or is not of the size that the record states.
+    """
+    image = read_image(record["file_name"])
+    width, height = image.size
+    if (record["width"], record["height"]) != (width, height):
+        raise UserError(
+            f"{record['file_name']} is {width}x{height} pixels (upright), its annotation says "
+            f"{record['width']}x{record['height']}: correct the annotation or the image"
+        )
+    return image
+
+
+def _is_filled(mask: Tensor | Polygons) -> bool:
+    return bool(mask.any()) if isinstance(mask, Tensor) else len(mask) > 0
+
+
+def _select(values: Tensor | list, keep: Tensor) -> Tensor | list:
+    if isinstance(values, Tensor):
+        return values[keep]
+    return [value for value, kept in zip(values, keep.tolist(), strict=True) if kept]
+
+
+def _segmentation(annotation: dict) -> list | dict:
+    if "segmentation" not in annotation:
+        raise UserError("an object has no segmentation, which MODEL.MASK_ON needs")
+    return annotation["segmentation"]
+
+
+def polygon_masks(objects: list[dict], geometry: Transform) -> list[Polygons]:
+    """The objects' outlines on the new image, as they are: not clipped to it."""
+    segmentations = [_segmentation(a) for a in objects]
+    if any(isinstance(shape, dict) for shape in segmentations):
+        raise UserError("a mask is run-length encoded: set INPUT.MASK_FORMAT bitmask")
+    return [geometry.apply_polygons(shape) for shape in segmentations]
+
+
+def bit_masks(objects: list[dict], geometry: Transform) -> Tensor:
+    """The objects' pixels on the new image, bool (N, H, W)."""
+    masks = torch.zeros((len(objects), *geometry.new), dtype=torch.bool)
+    for mask, annotation in zip(masks, objects, strict=True):
+        mask.copy_(torch.from_numpy(_bit_mask(_segmentation(annotation), geometry)))
+    return masks
+
+
+def _bit_mask(segmentation: list | dict, geometry: Transform) -> np.ndarray:
+    """uint8 (H, W). An RLE is decoded and then resized, polygons are resized and then drawn."""
+    if isinstance(segmentation, dict):
+        try:
+            mask = coco_mask.decode(segmentation)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"a run-length encoded mask is broken: {error}") from error
+        if mask.shape != geometry.old:
+            raise UserError(f"a mask is of size {mask.shape}, the image of {geometry.old}")
+        return geometry.apply_mask(mask)
+    if not segmentation:
+        return np.zeros(geometry.new, dtype=np.uint8)
+    polygons = geometry.apply_polygons(segmentation)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *geometry.new)))
+
+
+def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
+    """For each keypoint of the data sets `names`, the one that takes its place in a mirror.
+
+    Raises:
+        UserError: a data set has no names of keypoints, or others than the first.
+    """
+    datasets = [get_dataset(name) for name in names]
+    keypoints = datasets[0].keypoint_names
+    for dataset in datasets:
+        if not keypoints or dataset.keypoint_names != keypoints:
+            raise UserError(
+                f"dataset {dataset.name} names the keypoints {dataset.keypoint_names}: "
+                "MODEL.KEYPOINT_ON needs one list of names, the same in all of DATASETS.TRAIN"
+            )
+    partner = dict(datasets[0].keypoint_flips)
+    partner |= {right: left for left, right in partner.items()}
+    return tuple(keypoints.index(partner.get(name, name)) for name in keypoints)
+
+
+def build_train_mapper(cfg) -> DatasetMapper:
+    flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
+    augmentation = Augmentation(
+        cfg.INPUT.MIN_SIZE_TRAIN,
+        cfg.INPUT.MAX_SIZE_TRAIN,
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        flip=flip,
+    )
+    return DatasetMapper(
+        augmentation,
+        cfg.INPUT.FORMAT,
+        with_targets=True,
+        with_masks=cfg.MODEL.MASK_ON,
+        with_keypoints=cfg.MODEL.KEYPOINT_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        mirrored_keypoints=mirrored_keypoints(cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else (),
+        with_densepose=cfg.MODEL.DENSEPOSE_ON,
+        symmetries=load_symmetries() if cfg.MODEL.DENSEPOSE_ON and flip else None,
+    )
+
+
+def build_test_mapper(cfg) -> DatasetMapper:
+    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
+
+
+class SemanticDatasetMapper:
+    """Turns a record with a label map into a training input of a `SemanticSegmentor`.
+
+    Args:
+        augmentation: draws size and flip.
+        crop: draws the window; None: all of the image is used.
+        image_format: channel order the model wants, "BGR" or "RGB".
+        num_classes: what the labels must stay below.
+        padding: (3,) pixel, in that order, with which an image is made as large as the crop. The
+            mean pixel is what the literature takes: it is 0 after normalisation.
+        ignore_value: label of such pixels.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation | RandomScale,
+        crop: RandomCrop | None,
+        image_format: str,
+        num_classes: int,
+        padding: tuple[float, float, float],
+        ignore_value: int = 255,
+    ):
+        self.augmentation = augmentation
+        self.crop = crop
+        self.image_format = image_format
+        self.num_classes = num_classes
+        self.padding = torch.tensor(padding, dtype=torch.float32).view(3, 1, 1)
+        self.ignore_value = ignore_value
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+        """The model's input: "image" (3, H, W), "sem_seg" (H, W) int64, and of the record
+        "image_id", "height", "width". (H, W) is the crop's size, where there is a crop.
+
+        The image is uint8, or float32 where it is padded, with a mean that is no whole number.
+
+        Raises:
+            UserError: a file cannot be read, sizes differ, or a label is no class.
+        """
+        image = read_record_image(record)
+        geometry = self.augmentation.draw(rng, image.height, image.width)
+        pixels = geometry.apply_image(image, self.image_format)
+        labels = geometry.apply_mask(read_labels(record, self.num_classes))
+        if self.crop is not None:
+            rows, columns = self.crop.draw(rng, *geometry.new)
+            pixels, labels = pixels[:, rows, columns], labels[rows, columns]
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        labels = torch.from_numpy(labels.astype(np.int64))
+        if self.crop is not None:
+            pixels = pad(pixels, self.crop.size, self.padding)
+            labels = pad(labels, self.crop.size, self.ignore_value)
+        item = {key: record[key] for key in ("image_id", "height", "width")}
+        return item | {"image": pixels, "sem_seg": labels}
+
+
+def pad(x: Tensor, size: tuple[int, int], value: Tensor | int) -> Tensor:
+    """(..., h, w) -> (..., *size), filled with `value` below and on the right.
+
+    A tensor as value gives its dtype to the result. `x` itself, where there is nothing to fill.
+    """
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
+        return x
+    dtype = value.dtype if isinstance(value, Tensor) else x.dtype
+    padded = torch.empty((*x.shape[:-2], *size), dtype=dtype)
+    padded[...] = value
+    padded[..., :height, :width] = x
+    return padded
+
+
+def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
+    """For training; `moco_det.config.tasks.check_input` says what it needs of the INPUT keys."""
+    flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
+    if cfg.INPUT.RANDOM_SCALE:
+        augmentation = RandomScale(*cfg.INPUT.RANDOM_SCALE, flip=flip)
+    else:
+        augmentation = Augmentation(
+            cfg.INPUT.MIN_SIZE_TRAIN,
+            cfg.INPUT.MAX_SIZE_TRAIN,
+            cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+            flip=flip,
+        )
+    return SemanticDatasetMapper(
+        augmentation,
+        RandomCrop(cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None,
+        cfg.INPUT.FORMAT,
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        cfg.MODEL.PIXEL_MEAN,
+        cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+    )

@@ -1,0 +1,199 @@
+"""Training geometry as Detectron2's: a resize with PIL's bilinear filter, a flip, perhaps a crop.
+
+Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
+points (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from moco_det.common.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str) -> Image.Image:
+    """Decode an image file to RGB, upright by its EXIF tag.
+
+    Raises:
+        UserError: the file is missing, not an image, or broken; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return _upright(image).convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a malformed tag says nothing about the pixels
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def shortest_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Height and width after scaling the shorter edge to `short_edge`, the longer to <= `max_size`.
+
+    Detectron2's `ResizeShortestEdge.get_output_shape`, rounding (half up) included.
+    """
+    scale = short_edge / min(height, width)
+    if height < width:
+        new_height, new_width = float(short_edge), scale * width
+    else:
+        new_height, new_width = scale * height, float(short_edge)
+    longest = max(new_height, new_width)
+    if longest > max_size:
+        shrink = max_size / longest
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One drawn transform: a resize from `old` to `new` (height, width), then perhaps a flip."""
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    flip: bool = False
+
+    def apply_image(self, image: Image.Image, image_format: str = "RGB") -> np.ndarray:
+        """The transformed image as a contiguous uint8 array (3, H, W), channels as asked for."""
+        if self.new != self.old:
+            image = image.resize(self.new[::-1], Image.Resampling.BILINEAR)
+        pixels = np.array(image)  # (H, W, 3)
+        if self.flip:
+            pixels = pixels[:, ::-1]
+        if image_format == "BGR":
+            pixels = pixels[:, :, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def apply_boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (N, 4) of the old image on the new one, clipped to it."""
+        (old_height, old_width), (height, width) = self.old, self.new
+        scale_x, scale_y = width / old_width, height / old_height
+        x0, y0, x1, y1 = (boxes * np.array([scale_x, scale_y, scale_x, scale_y])).T
+        if self.flip:
+            x0, x1 = width - x1, width - x0
+        limit = np.array([width, height, width, height])
+        return np.clip(np.stack([x0, y0, x1, y1], axis=1), 0, limit)
+
+    def apply_points(self, points: np.ndarray) -> np.ndarray:
+        """Points (..., 2) of the old image on the new one, not clipped to it."""
+        (old_height, old_width), (height, width) = self.old, self.new
+        moved = points * np.array([width / old_width, height / old_height])
+        if self.flip:
+            moved[..., 0] = width - moved[..., 0]
+        return moved
+
+    def apply_polygons(self, polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
+        """Polygons [x0, y0, x1, y1, ...] as float64 arrays of the same layout, not clipped.
+
+        Detectron2's numbers, but for polygons that are written in whole numbers only: those it
+        moves in integer arithmetic, so that every coordinate is rounded down.
+        """
+        points = (np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons)
+        return [self.apply_points(p).reshape(-1) for p in points]
+
+    def apply_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A uint8 mask (old H, old W) as a contiguous one (H, W), by the nearest pixel."""
+        if self.new != self.old:
+            image = Image.fromarray(mask).resize(self.new[::-1], Image.Resampling.NEAREST)
+            mask = np.array(image)  # writable, as tensors have to be
+        return np.ascontiguousarray(mask[:, ::-1] if self.flip else mask)
+
+    def apply_keypoints(self, keypoints: np.ndarray, mirrored: Sequence[int]) -> np.ndarray:
+        """Keypoints (N, K, 3) float64 of (x, y, visibility).
+
+        `mirrored[k]` is the keypoint that takes the place of keypoint k in a flipped image. As in
+        Detectron2, a point outside the image is no longer labelled (visibility 0), and what is not
+        labelled is all zeros.
+        """
+        points, visibility = self.apply_points(keypoints[..., :2]), keypoints[..., 2:]
+        inside = ((points >= 0) & (points <= self.new[::-1])).all(axis=-1, keepdims=True)
+        labelled = inside & (visibility != 0)
+        moved = np.where(labelled, np.concatenate([points, visibility], axis=-1), 0.0)
+        return moved[:, list(mirrored)] if self.flip else moved
+
+
+class Augmentation:
+    """Draws the `Transform` of an image: a short edge from `sizes`, and a flip half of the time.
+
+    Args:
+        sizes: short edges in pixels. "choice" draws one of them, "range" an integer between the
+            two (both included). A drawn 0 leaves the size alone (Detectron2's convention).
+        max_size: upper limit of the longer edge in pixels.
+        sampling: "choice" or "range".
+        flip: whether to flip left-right at all.
+    """
+
+    def __init__(self, sizes, max_size: int, sampling: str = "choice", flip: bool = False):
+        if sampling == "range" and len(sizes) != 2:
+            raise UserError(
+                f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}: MIN_SIZE_TRAIN_SAMPLING 'range' takes "
+                "two sizes, the smallest and the largest"
+            )
+        self.sizes = tuple(sizes)
+        self.max_size = max_size
+        self.sampling = sampling
+        self.flip = flip
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
+        if self.sampling == "range":
+            short_edge = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
+        else:
+            short_edge = int(rng.choice(self.sizes))
+        old = (height, width)
+        new = shortest_edge_size(height, width, short_edge, self.max_size) if short_edge else old
+        return Transform(old, new, flip=self.flip and rng.random() < 0.5)
+
+
+class RandomScale:
+    """Draws the `Transform` of an image: its own size times a factor, and a flip half of the time.
+
+    Args:
+        smallest, largest: between which the factor is drawn uniformly.
+        flip: whether to flip left-right at all.
+    """
+
+    def __init__(self, smallest: float, largest: float, flip: bool = False):
+        self.smallest = smallest
+        self.largest = largest
+        self.flip = flip
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
+        factor = self.smallest + (self.largest - self.smallest) * rng.random()
+        new = tuple(max(int(side * factor + 0.5), 1) for side in (height, width))
+        return Transform((height, width), new, flip=self.flip and rng.random() < 0.5)
+
+
+class RandomCrop:
+    """Draws a window of `size` (height, width) at a uniform position; all of a shorter side.
+
+    Detectron2's RandomCrop of type "absolute".
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = tuple(size)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice]:
+        """What to index the last two axes of an image of that size with."""
+        crop_height, crop_width = (
+            min(wanted, side) for wanted, side in zip(self.size, (height, width), strict=True)
+        )
+        top = int(rng.integers(height - crop_height + 1))
+        left = int(rng.integers(width - crop_width + 1))
+        return slice(top, top + crop_height), slice(left, left + crop_width)

@@ -1,0 +1,1 @@
+"""Training, evaluation, optimisation and checkpoints of a detector."""

@@ -1,0 +1,107 @@
+"""Where the numbers of a run go, as in Detectron2: the console, metrics.json and TensorBoard."""
+
+import contextlib
+import json
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from fvcore.common.history_buffer import HistoryBuffer
+from torch.utils.tensorboard import SummaryWriter
+
+from moco_det.common.errors import UserError
+
+PERIOD = 20  # iterations between two lines, and the window of the medians in them
+WARMUP = 3  # first iterations, whose time says nothing about the later ones'
+
+
+class MetricLog:
+    """Collects per-iteration scalars, and writes their medians every `PERIOD` iterations.
+
+    metrics.json has one JSON object a line, with the 0-based "iteration"; a resumed run appends.
+
+    Args:
+        folder: OUTPUT_DIR; must exist.
+        start_iter, max_iter: iterations [start_iter, max_iter) are to come.
+    """
+
+    def __init__(self, folder: str | Path, start_iter: int, max_iter: int):
+        self.start_iter, self.max_iter = start_iter, max_iter
+        self._history: dict[str, HistoryBuffer] = {}
+        self._json = open(Path(folder) / "metrics.json", "a", buffering=1)  # noqa: SIM115
+        self._events = SummaryWriter(str(folder))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        with contextlib.suppress(OSError):  # a full disk has been reported when writing
+            self._json.close()
+            self._events.close()
+
+    def step(self, iteration: int, lr: float, seconds: float, metrics: dict[str, float]) -> None:
+        """One finished iteration: it took `seconds`; `metrics` has the losses and "data_time"."""
+        if iteration >= self.start_iter + WARMUP:
+            metrics = metrics | {"time": seconds}
+        for name, value in metrics.items():
+            self._history.setdefault(name, HistoryBuffer()).update(value, iteration)
+        if (iteration + 1) % PERIOD == 0 or iteration + 1 == self.max_iter:
+            scalars = {name: values.median(PERIOD) for name, values in self._history.items()}
+            scalars["lr"] = lr
+            if "time" in self._history:
+                left = self.max_iter - iteration - 1
+                scalars["eta_seconds"] = self._history["time"].median(1000) * left
+            print(_progress_line(iteration, scalars), flush=True)
+            self.write(iteration, scalars)
+
+    def results(self, iteration: int, results: dict) -> None:
+        """Evaluation results, nested or not, as "task/metric"."""
+        self.write(iteration, dict(_flat(results)))
+
+    def write(self, iteration: int, scalars: dict[str, float]) -> None:
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        # JSON has no NaN, which is the AP of a class that the test set does not hold.
+        line = {name: finite.get(name) for name in scalars} | {"iteration": iteration}
+        try:
+            self._json.write(json.dumps(line, sort_keys=True) + "\n")
+            for name, value in finite.items():
+                self._events.add_scalar(name, value, iteration)
+        except OSError as error:
+            raise UserError(f"cannot write the metrics to {self._json.name}: {error}") from error
+
+
+class NoLog:
+    """For the processes that leave logging to the main one."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def step(self, *args) -> None:
+        pass
+
+    def results(self, *args) -> None:
+        pass
+
+
+def _progress_line(iteration: int, scalars: dict[str, float]) -> str:
+    parts = [f"iter: {iteration}"]
+    if "eta_seconds" in scalars:
+        parts.insert(0, f"eta: {timedelta(seconds=int(scalars['eta_seconds']))}")
+    parts += [f"{name}: {value:.4g}" for name, value in scalars.items() if "loss" in name]
+    parts += [f"{key}: {scalars[key]:.4f}" for key in ("time", "data_time") if key in scalars]
+    parts.append(f"lr: {scalars['lr']:.5g}")
+    if torch.cuda.is_available():
+        parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+    return "  ".join(parts)
+
+
+def _flat(results: dict, prefix: str = ""):
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", float(value)

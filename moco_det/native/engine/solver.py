@@ -1,0 +1,182 @@
+"""SGD and its schedule, as Detectron2 builds them from the SOLVER section."""
+
+from collections import defaultdict
+
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from moco_det.common import processes as comm
+from moco_det.common.errors import UserError
+
+NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,  # every BatchNorm, SyncBatchNorm and InstanceNorm
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float,
+    weight_decay_bias: float | None,
+    bias_lr_factor: float,
+) -> list[dict]:
+    """Trainable parameters grouped by learning rate and weight decay.
+
+    A normalisation layer's parameters take `weight_decay_norm`. Anything named "bias", theirs
+    included, takes `lr * bias_lr_factor` and, unless it is None, `weight_decay_bias`.
+    """
+    groups = defaultdict(dict)  # (lr, weight decay) -> its parameters; a dict is an ordered set
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            rate = lr
+            decay = weight_decay_norm if isinstance(module, NORM_LAYERS) else weight_decay
+            if name == "bias":
+                rate = lr * bias_lr_factor
+                decay = decay if weight_decay_bias is None else weight_decay_bias
+            groups[rate, decay][parameter] = None
+    return [
+        {"params": list(parameters), "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def clip_each_gradient(optimizer: SGD, kind: str, limit: float, norm_type: float) -> None:
+    """Have `optimizer` clip every parameter's gradient by itself before each step.
+
+    kind: "value" clamps the entries to [-limit, limit]; "norm" scales the gradient of one
+    parameter, not of the model, to a `norm_type` norm of at most `limit` (Detectron2's rule).
+    """
+
+    def clip(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if kind == "value":
+                    nn.utils.clip_grad_value_(parameter, limit)
+                else:
+                    nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+
+    # A hook, because a GradScaler unscales the gradients just before it calls `step`.
+    optimizer.register_step_pre_hook(clip)
+
+
+def build_optimizer(cfg, model: nn.Module) -> SGD:
+    solver = cfg.SOLVER
+    groups = parameter_groups(
+        model,
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+    )
+    optimizer = SGD(groups, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED:
+        if clip.CLIP_TYPE not in ("value", "norm"):
+            raise UserError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: use 'value' or 'norm'"
+            )
+        clip_each_gradient(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE)
+    return optimizer
+
+
+def with_warmup(
+    schedule: ParamScheduler, factor: float, length: float, method: str
+) -> ParamScheduler:
+    """`schedule` with its first `length` (a fraction of the run) replaced by a warm-up.
+
+    "linear" goes from `factor` times the initial value to what `schedule` has reached where the
+    warm-up ends; "constant" stays at `factor` times the initial value.
+    """
+    first = factor * schedule(0.0)
+    if method == "linear":
+        warmup = LinearParamScheduler(first, schedule(length))
+    elif method == "constant":
+        warmup = ConstantParamScheduler(first)
+    else:
+        raise UserError(f"SOLVER.WARMUP_METHOD is {method!r}: use 'linear' or 'constant'")
+    return CompositeParamScheduler(
+        [warmup, schedule], lengths=[length, 1 - length], interval_scaling=["rescaled", "fixed"]
+    )
+
+
+def build_lr_scheduler(cfg, optimizer: SGD) -> LambdaLR:
+    """WarmupMultiStepLR or WarmupCosineLR; to be stepped once an iteration.
+
+    Both are Detectron2's: multiples of each group's own learning rate, functions of the fraction
+    of SOLVER.MAX_ITER that is done.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        schedule = CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
+    else:
+        schedule = _multistep(solver.STEPS, solver.GAMMA, solver.MAX_ITER)
+    length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
+    multiplier = with_warmup(schedule, solver.WARMUP_FACTOR, length, solver.WARMUP_METHOD)
+    return LambdaLR(optimizer, lambda iteration: multiplier(iteration / solver.MAX_ITER))
+
+
+def _multistep(steps, gamma: float, max_iter: int) -> MultiStepParamScheduler:
+    used = [step for step in steps if step < max_iter]
+    if len(used) < len(steps):
+        comm.print_on_main(
+            f"SOLVER.STEPS not below SOLVER.MAX_ITER {max_iter} are ignored: {tuple(steps)}"
+        )
+    if used != sorted(set(used)):
+        raise UserError(f"SOLVER.STEPS {tuple(steps)} must increase from one step to the next")
+    values = [gamma**drops for drops in range(len(used) + 1)]
+    return MultiStepParamScheduler(values, milestones=used, num_updates=max_iter)
+
+
+def scaled_to_processes(cfg, processes: int):
+    """`cfg` with its recipe moved from SOLVER.REFERENCE_WORLD_SIZE processes to `processes`.
+
+    Batch and learning rate grow with the processes, iterations and periods shrink, so that one
+    process sees as many images per step as in the recipe (Detectron2's `auto_scale_workers`). Off,
+    and `cfg` itself, where SOLVER.REFERENCE_WORLD_SIZE is 0.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, processes):
+        return cfg
+    if cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver, scale = cfg.SOLVER, processes / reference
+    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+    solver.BASE_LR *= scale
+    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+    for section, key in (
+        (solver, "MAX_ITER"),
+        (solver, "WARMUP_ITERS"),
+        (solver, "CHECKPOINT_PERIOD"),
+        (cfg.TEST, "EVAL_PERIOD"),
+    ):
+        section[key] = round(section[key] / scale)
+    solver.REFERENCE_WORLD_SIZE = processes
+    comm.print_on_main(
+        f"recipe scaled to {processes} processes: batch {solver.IMS_PER_BATCH}, learning rate "
+        f"{solver.BASE_LR:g}, {solver.MAX_ITER} iterations, steps {solver.STEPS}"
+    )
+    cfg.freeze()
+    return cfg

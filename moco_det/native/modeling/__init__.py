@@ -1,0 +1,1 @@
+"""The detectors: boxes, backbones, heads, meta-architectures."""

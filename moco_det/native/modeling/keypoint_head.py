@@ -1,0 +1,153 @@
+"""The keypoint branch of Mask R-CNN (He et al. 2017, section 5): network, loss, points found.
+
+A keypoint is one cell of an S x S grid over its region. Continuous coordinates become cells and
+back by Heckbert's rule: cell = floor(x), x = cell + 0.5.
+
+Shapes: N images, Ri regions in image i, R = sum(Ri), P keypoints of an object, D detections.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_det.native.modeling.sampling import RegionSamples
+
+
+class KRCNNConvDeconvUpsampleHead(nn.Sequential):
+    """3x3 convolutions with ReLU, then upsampling twice by 2: transposed convolution, bilinear.
+
+    Args:
+        channels: of the pooled input.
+        num_keypoints: P.
+        conv_dims: widths of the convolutions.
+        loss_weight: factor of the loss.
+        keypoints_per_image: the loss is divided by so many for each image; None: by the number of
+            keypoints that it is the sum over.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_keypoints: int,
+        conv_dims: tuple[int, ...],
+        loss_weight: float,
+        keypoints_per_image: float | None,
+    ):
+        super().__init__()
+        for k, dim in enumerate(conv_dims, start=1):
+            self.add_module(f"conv_fcn{k}", nn.Conv2d(channels, dim, 3, padding=1))
+            self.add_module(f"conv_fcn_relu{k}", nn.ReLU())
+            channels = dim
+        self.score_lowres = nn.ConvTranspose2d(channels, num_keypoints, 4, stride=2, padding=1)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+        self.loss_weight = loss_weight
+        self.keypoints_per_image = keypoints_per_image
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, S / 4, S / 4) -> heatmaps (R, P, S, S), the logits of the cells."""
+        x = super().forward(x)
+        x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def losses(
+        self, x: Tensor, samples: RegionSamples, keypoints: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Cross-entropy over the cells of the keypoints that are labelled and in their region.
+
+        Without any of them it is 0, and still has gradients.
+
+        Args:
+            x: (R, C, S / 4, S / 4), what was pooled for `samples`, which are all foreground.
+            keypoints: N tensors (Gi, P, 3), of the images' objects.
+        """
+        heatmaps = self(x)
+        points = matched_keypoints(samples, keypoints)
+        cells, valid = keypoint_cells(points, torch.cat(samples.boxes), heatmaps.shape[-1])
+        loss = F.cross_entropy(heatmaps.flatten(2)[valid], cells[valid], reduction="sum")
+        if self.keypoints_per_image is None:
+            normalizer = valid.sum().clamp(min=1)
+        else:
+            normalizer = len(samples.boxes) * self.keypoints_per_image
+        return {"loss_keypoint": loss / normalizer * self.loss_weight}
+
+    def predict(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """(D, C, S / 4, S / 4) pooled from `boxes` (D, 4) -> see `heatmaps_to_keypoints`."""
+        return heatmaps_to_keypoints(self(x), boxes)
+
+
+def matched_keypoints(samples: RegionSamples, keypoints: list[Tensor]) -> Tensor:
+    """N tensors (Gi, P, 3) -> those of each region's object, (R, P, 3)."""
+    return torch.cat([k[index] for k, index in zip(keypoints, samples.matched, strict=True)])
+
+
+def with_visible_keypoints(samples: RegionSamples, keypoints: list[Tensor]) -> RegionSamples:
+    """The regions that hold a labelled keypoint of their object, occluded ones included."""
+    points, visibility = matched_keypoints(samples, keypoints).split([2, 1], dim=2)
+    corner, opposite = torch.cat(samples.boxes)[:, None].split([2, 2], dim=2)
+    inside = ((points >= corner) & (points <= opposite)).all(dim=2)
+    return samples.where((inside & (visibility[..., 0] >= 1)).any(dim=1))
+
+
+def keypoint_cells(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The cell of a `side` x `side` grid over its box that each keypoint is in.
+
+    A keypoint on the right or lower border of its box is in the last cell (Detectron2).
+
+    Args:
+        keypoints: (R, P, 3), x, y, visibility.
+        boxes: (R, 4).
+
+    Returns:
+        (R, P) int64, row * side + column; and (R, P) bool, whether the keypoint is labelled and in
+        the box: elsewhere the cell is meaningless.
+    """
+    points, visibility = keypoints[..., :2], keypoints[..., 2]
+    corner, opposite = boxes[:, None].split([2, 2], dim=2)
+    cell = ((points - corner) * (side / (opposite - corner))).floor().long()
+    cell[points == opposite] = side - 1
+    valid = ((cell >= 0) & (cell < side)).all(dim=2) & (visibility > 0)
+    return cell[..., 1] * side + cell[..., 0], valid
+
+
+def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
+    """Where the heatmaps, resized to their boxes, are largest.
+
+    Each is resized (bicubic) to the box's size in whole pixels. The score is the exponential of
+    the maximum over the sum of those of the S x S cells: comparable between boxes of all sizes,
+    it may exceed 1 (Detectron2).
+
+    Args:
+        heatmaps: (D, P, S, S), logits.
+        boxes: (D, 4).
+
+    Returns:
+        (D, P, 3): x, y in the boxes' frame, score.
+    """
+    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    pixels = sizes.ceil()
+    found = heatmaps.new_zeros((*heatmaps.shape[:2], 3))
+    for result, heatmap, (width, height) in zip(
+        found, heatmaps, pixels.int().tolist(), strict=True
+    ):
+        resized = F.interpolate(heatmap[None], (height, width), mode="bicubic", align_corners=False)
+        resized = resized[0].flatten(1)
+        position = resized.argmax(dim=1)
+        result[:, 0], result[:, 1] = position % width, position // width
+        excess = heatmap.flatten(1) - resized.amax(dim=1, keepdim=True)
+        result[:, 2] = 1 / excess.exp().sum(dim=1)
+    found[..., :2] = (found[..., :2] + 0.5) * (sizes / pixels)[:, None] + boxes[:, None, :2]
+    return found
+
+
+def build_keypoint_head(cfg, channels: int) -> KRCNNConvDeconvUpsampleHead:
+    heads, head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    per_image = None
+    if not head.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS:
+        per_image = head.NUM_KEYPOINTS * heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION
+    return KRCNNConvDeconvUpsampleHead(
+        channels, head.NUM_KEYPOINTS, head.CONV_DIMS, head.LOSS_WEIGHT, per_image
+    )

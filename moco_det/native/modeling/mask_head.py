@@ -1,0 +1,180 @@
+"""The mask branch of Mask R-CNN (He et al. 2017): network, targets, loss, masks on the image.
+
+Shapes: N images, Ri regions in image i, R = sum(Ri), K classes, M the side of a predicted mask,
+D detections in one image.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from moco_det.native.modeling.layers import ConvNorm
+from moco_det.native.modeling.sampling import Masks, RegionSamples
+
+
+class ClassConv(nn.Conv2d):
+    """A 1x1 convolution that computes, for each region, one of its output channels only.
+
+    Of the masks of all classes one is ever looked at. The others would take more memory than all
+    else in the head where there are many: with LVIS' 1230 classes, 4 MB for each region.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, channel: Tensor) -> Tensor:
+        """(R, C, H, W), and int64 (R,) -> (R, H, W)."""
+        product = torch.einsum("rchw,rc->rhw", x, self.weight[channel, :, 0, 0])
+        return product + self.bias[channel, None, None]
+
+
+class MaskRCNNConvUpsampleHead(nn.Module):
+    """3x3 convolutions, upsampling by a 2x2 transposed one, and a mask for each class.
+
+    Figure 4 of the paper: no convolution before the upsampling on res5 (C4), four with an FPN.
+
+    Args:
+        channels: of the pooled input.
+        num_classes: K.
+        num_conv: how many 3x3 convolutions there are.
+        dim: width of all layers.
+        norm: normalisation after every 3x3 convolution, "" for none.
+        class_agnostic: one mask per region rather than one for each class.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        num_conv: int,
+        dim: int,
+        norm: str,
+        class_agnostic: bool,
+    ):
+        super().__init__()
+        self.class_agnostic = class_agnostic
+        self.convs = [f"mask_fcn{k}" for k in range(1, num_conv + 1)]
+        for name in self.convs:
+            self.add_module(name, ConvNorm(channels, dim, 3, norm))
+            channels = dim
+        self.deconv = nn.ConvTranspose2d(channels, dim, kernel_size=2, stride=2)
+        self.predictor = ClassConv(dim, 1 if class_agnostic else num_classes)
+        for name in (*self.convs, "deconv"):
+            c2_msra_fill(getattr(self, name))
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        """(R, C, M / 2, M / 2), and the regions' classes (R,) -> logits (R, M, M) of these."""
+        for name in self.convs:
+            x = F.relu_(getattr(self, name)(x))
+        x = F.relu_(self.deconv(x))
+        channel = torch.zeros_like(classes) if self.class_agnostic else classes
+        logits = self.predictor(x, channel)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def losses(self, x: Tensor, samples: RegionSamples, masks: list[Masks]) -> dict[str, Tensor]:
+        """Mean binary cross-entropy over all pixels of the masks of foreground regions.
+
+        Without any region it is 0, and still has gradients: all processes of a run wait for them.
+
+        Args:
+            x: (R, C, M / 2, M / 2), what was pooled for `samples`, which are all foreground.
+            masks: of the N images' objects.
+        """
+        logits = self(x, samples.classes)
+        targets = mask_targets(masks, samples, logits.shape[-1]).to(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        return {"loss_mask": loss / max(targets.numel(), 1)}
+
+    def predict(self, x: Tensor, classes: Tensor) -> Tensor:
+        """(R, C, M / 2, M / 2), (R,) -> (R, M, M), how likely the object covers a pixel."""
+        return self(x, classes).sigmoid()
+
+
+def mask_targets(masks: list[Masks], samples: RegionSamples, side: int) -> Tensor:
+    """What each region should see: bool (R, side, side); polygons give it on the CPU.
+
+    As in Detectron2 polygons are drawn on the region's own grid, by the COCO API, which decides
+    which pixels they cover; bit masks are averaged over each of its pixels, and cover it from a
+    half on.
+    """
+    targets = []
+    for of_image, boxes, matched in zip(masks, samples.boxes, samples.matched, strict=True):
+        crop = crop_bit_masks if isinstance(of_image, Tensor) else crop_polygons
+        targets.append(crop(of_image, matched, boxes, side))
+    return torch.cat(targets)
+
+
+def crop_polygons(
+    polygons: list[list[np.ndarray]], matched: Tensor, boxes: Tensor, side: int
+) -> Tensor:
+    """Objects `matched` (R,), each in its box (R, 4) -> bool (R, side, side), on the CPU."""
+    crops = torch.zeros((len(boxes), side, side), dtype=torch.bool)
+    for crop, index, box in zip(crops, matched.tolist(), boxes.cpu().numpy(), strict=True):
+        crop.copy_(torch.from_numpy(rasterise(polygons[index], box, side)))
+    return crops
+
+
+def rasterise(polygons: list[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
+    """The part of one object's polygons that is in `box` (4,), drawn: uint8 (side, side)."""
+    scale = side / np.maximum(box[2:] - box[:2], 0.1)  # a box may be as thin as it likes
+    moved = [((p.reshape(-1, 2) - box[:2]) * scale).reshape(-1) for p in polygons]
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, side, side)))
+
+
+def crop_bit_masks(masks: Tensor, matched: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Objects `matched` (R,) of (G, H, W), each in its box (R, 4) -> bool (R, side, side).
+
+    Not by `pooling.roi_align`, whose memory grows with the regions' areas on the map, here the
+    image itself.
+    """
+    regions = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
+    return roi_align(masks[:, None].to(boxes.dtype), regions, side, aligned=True)[:, 0] >= 0.5
+
+
+def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks in boxes -> masks on the image: where the object is at least as likely as not.
+
+    Detectron2's convention: a pixel is looked up at its centre, bilinearly, and beyond the mask's
+    outermost centres it fades to 0.
+
+    Args:
+        probabilities: (D, M, M).
+        boxes: (D, 4), not empty, inside the image.
+        size: (height, width) of the image.
+
+    Returns:
+        bool (D, height, width). The memory that it takes beside that is one mask's.
+    """
+    pasted = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
+    # The probability at the border of a box is half of that inside, so nothing is covered beyond.
+    pixels = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).int().tolist()
+    for mask, probability, box, (x0, y0, x1, y1) in zip(
+        pasted, probabilities, boxes, pixels, strict=True
+    ):
+        corner, opposite = box.view(2, 1, 2).unbind()
+        x = torch.arange(x0, x1, device=boxes.device) + 0.5
+        y = torch.arange(y0, y1, device=boxes.device) + 0.5
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        grid = (centres - corner) / (opposite - corner) * 2 - 1  # (-1, -1) to (1, 1) in the box
+        found = F.grid_sample(probability[None, None], grid[None], align_corners=False)
+        mask[y0:y1, x0:x1] = found[0, 0] >= 0.5
+    return pasted
+
+
+def build_mask_head(cfg, channels: int) -> MaskRCNNConvUpsampleHead:
+    head = cfg.MODEL.ROI_MASK_HEAD
+    return MaskRCNNConvUpsampleHead(
+        channels,
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        num_conv=head.NUM_CONV,
+        dim=head.CONV_DIM,
+        norm=head.NORM,
+        class_agnostic=head.CLS_AGNOSTIC_MASK,
+    )

@@ -1,0 +1,267 @@
+"""Region Proposal Network (Ren et al. 2015).
+
+Shapes: N images, L feature maps of size Hi x Wi, A anchors per position, R = sum(Hi * Wi * A)
+anchors per image, Gi ground-truth boxes in image i.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from moco_det.native.modeling.boxes import (
+    AnchorGenerator,
+    Weights,
+    decode,
+    encode,
+    match,
+    nonempty,
+    pairwise_iou,
+    subsample,
+)
+from moco_det.native.modeling.layers import ConvNorm
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution, then 1x1 ones for objectness and box deltas; shared by all levels."""
+
+    def __init__(self, channels: int, num_anchors: int):
+        super().__init__()
+        self.conv = ConvNorm(channels, channels, 3)
+        self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
+        self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
+        for layer in (self.conv, self.objectness_logits, self.anchor_deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """L maps (N, C, Hi, Wi) -> L logits (N, A, Hi, Wi), L deltas (N, 4A, Hi, Wi)."""
+        hidden = [F.relu_(self.conv(x)) for x in features]
+        return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
+
+    def at(self, feature: Tensor, image: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives for single anchors of one map, at the cost of these alone.
+
+        Args:
+            feature: (N, C, H, W).
+            image: (M,) numbers of images.
+            index: (M,) numbers of anchors, counted in the order (H, W, A).
+
+        Returns:
+            logits (M,) and deltas (M, 4).
+        """
+        height, width = feature.shape[2:]
+        num_anchors = self.objectness_logits.out_channels
+        position, anchor = index // num_anchors, index % num_anchors
+        offset = torch.arange(3, device=index.device) - 1
+        row = (position // width)[:, None, None] + offset[:, None]  # (M, 3, 1)
+        column = (position % width)[:, None, None] + offset  # (M, 1, 3)
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        patches = feature[image[:, None, None], :, row, column] * inside[..., None]  # (M, 3, 3, C)
+        weight = self.conv.weight.permute(0, 2, 3, 1)
+        hidden = F.relu_(F.linear(patches.flatten(1), weight.flatten(1), self.conv.bias))
+        hidden = hidden[:, :, None, None]
+        chosen = torch.arange(len(index), device=index.device), anchor
+        deltas = self.anchor_deltas(hidden).view(len(index), num_anchors, 4)
+        return self.objectness_logits(hidden).flatten(1)[chosen], deltas[chosen]
+
+
+class RPN(nn.Module):
+    """Scores and refines anchors; the best, after NMS, are the proposals of the ROI heads.
+
+    Args:
+        head, anchor_generator, in_features: the maps it runs on, and what runs on them.
+        iou_thresholds, iou_labels: see `boxes.match`.
+        batch_size_per_image, positive_fraction: the anchors to train on; see `boxes.subsample`.
+        box_weights: see `boxes.encode`.
+        smooth_l1_beta: where the box loss turns from L2 to L1, in deltas; 0 is L1.
+        loss_weights: factors of the losses, by name.
+        pre_nms_topk: boxes kept per level before NMS, (training, inference).
+        post_nms_topk: proposals per image, over all levels, (training, inference).
+        nms_thresh: IoU from which the lower-scored box of one level is dropped.
+        min_box_size: proposals with a side this short are dropped, pixels.
+    """
+
+    def __init__(
+        self,
+        head: RPNHead,
+        anchor_generator: AnchorGenerator,
+        *,
+        in_features: list[str],
+        iou_thresholds: list[float],
+        iou_labels: list[int],
+        batch_size_per_image: int,
+        positive_fraction: float,
+        box_weights: Weights,
+        smooth_l1_beta: float,
+        loss_weights: dict[str, float],
+        pre_nms_topk: tuple[int, int],
+        post_nms_topk: tuple[int, int],
+        nms_thresh: float,
+        min_box_size: float,
+    ):
+        super().__init__()
+        self.rpn_head = head
+        self.anchor_generator = anchor_generator
+        self.in_features = tuple(in_features)
+        self.iou_thresholds = list(iou_thresholds)
+        self.iou_labels = list(iou_labels)
+        self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
+        self.box_weights = box_weights
+        self.smooth_l1_beta = smooth_l1_beta
+        self.loss_weights = loss_weights
+        self.pre_nms_topk = pre_nms_topk
+        self.post_nms_topk = post_nms_topk
+        self.nms_thresh = nms_thresh
+        self.min_box_size = min_box_size
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        image_sizes: list[tuple[int, int]],
+        gt_boxes: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """
+        Args:
+            features: maps by name, (N, C, Hi, Wi).
+            image_sizes: (height, width) of each image without its padding.
+            gt_boxes: N tensors (Gi, 4); in training only.
+
+        Returns:
+            N tensors (at most post_nms_topk, 4) of proposals, best first, without gradient; and,
+            in training, the losses `loss_rpn_cls` and `loss_rpn_loc`.
+        """
+        # Without gradient: proposals take none, and the losses need only that of the samples.
+        with torch.no_grad():
+            anchors, logits, deltas = self.predict(features)
+        # The losses first: they draw random numbers before the ROI heads do.
+        losses = self.losses(features, anchors, gt_boxes) if self.training else {}
+        return self.propose(anchors, logits, deltas, image_sizes)[0], losses
+
+    def predict(
+        self, features: dict[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level, i from 1 to L: anchors (Hi*Wi*A, 4), logits (N, Hi*Wi*A), deltas (N, ., 4)."""
+        maps = [features[name] for name in self.in_features]
+        logits, deltas = self.rpn_head(maps)
+        # (N, A, Hi, Wi) -> (N, Hi*Wi*A) and (N, A*4, Hi, Wi) -> (N, Hi*Wi*A, 4), as the anchors.
+        logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
+        deltas = [
+            x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas
+        ]
+        return self.anchor_generator(maps), logits, deltas
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """One image: labels (R,) of 1 object, 0 background, -1 not sampled; and targets (R, 4)."""
+        iou = pairwise_iou(gt_boxes, anchors)
+        matched, labels = match(
+            iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=True
+        )
+        positive, negative = subsample(
+            labels, self.batch_size_per_image, self.positive_fraction, background=0
+        )
+        labels.fill_(-1)
+        labels[positive] = 1
+        labels[negative] = 0
+        targets = gt_boxes[matched] if len(gt_boxes) else torch.zeros_like(anchors)
+        return labels, targets
+
+    def losses(
+        self, features: dict[str, Tensor], anchors: list[Tensor], gt_boxes: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Objectness on all sampled anchors, boxes on the positive ones.
+
+        The head runs on the samples alone, some hundreds of the 10^5 anchors of a pyramid: their
+        gradient is all the gradient there is.
+
+        Both are sums divided by batch_size_per_image * N, the number of samples asked for rather
+        than found: Detectron2's normalisation.
+        """
+        all_anchors = torch.cat(anchors)  # (R, 4)
+        labelled = [self.label_anchors(all_anchors, boxes) for boxes in gt_boxes]
+        labels = torch.stack([x for x, _ in labelled])  # (N, R)
+        targets = torch.stack([x for _, x in labelled])  # (N, R, 4)
+        parts, begin = [], 0
+        for name, level in zip(self.in_features, anchors, strict=True):
+            image, index = (labels[:, begin : begin + len(level)] >= 0).nonzero(as_tuple=True)
+            logits, deltas = self.rpn_head.at(features[name], image, index)
+            parts.append((logits.float(), deltas.float(), image, begin + index))
+            begin += len(level)
+        logits, deltas, image, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        label, target = labels[image, index], targets[image, index]
+        positive = label == 1
+        target_deltas = encode(all_anchors[index[positive]], target[positive], self.box_weights)
+        losses = {
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(
+                logits, label.float(), reduction="sum"
+            ),
+            "loss_rpn_loc": F.smooth_l1_loss(
+                deltas[positive], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
+            ),
+        }
+        normaliser = self.batch_size_per_image * len(gt_boxes)
+        return {k: v / normaliser * self.loss_weights[k] for k, v in losses.items()}
+
+    @torch.no_grad()
+    def propose(
+        self,
+        anchors: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The best anchors of each level, refined, clipped, and thinned out by NMS within a level.
+
+        Returns boxes, N tensors (at most post_nms_topk, 4), and their logits, both best first.
+        Boxes that are not finite are dropped (the loss shows them: it is not finite either).
+        """
+        phase = 0 if self.training else 1
+        scores, boxes, levels = [], [], []
+        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            # Only the k best are decoded: the result is that of decoding all of them.
+            score, index = logit.topk(min(self.pre_nms_topk[phase], logit.shape[1]), dim=1)
+            delta = delta.gather(1, index[..., None].expand(-1, -1, 4))
+            scores.append(score)
+            boxes.append(decode(delta, anchor[index], self.box_weights))
+            levels.append(torch.full_like(index[0], level))
+        scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
+
+        kept_boxes, kept_scores = [], []
+        for score, box, size in zip(scores, boxes, image_sizes, strict=True):
+            finite = box.isfinite().all(dim=1) & score.isfinite()
+            box = clip_boxes_to_image(box, size)
+            valid = finite & nonempty(box, self.min_box_size)
+            box, score = box[valid], score[valid]
+            keep = batched_nms(box, score, levels[valid], self.nms_thresh)
+            keep = keep[: self.post_nms_topk[phase]]
+            kept_boxes.append(box[keep])
+            kept_scores.append(score[keep])
+        return kept_boxes, kept_scores
+
+
+def build_rpn(cfg, backbone: nn.Module) -> RPN:
+    rpn, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    strides = [backbone.strides[name] for name in rpn.IN_FEATURES]
+    generator = AnchorGenerator(anchors.SIZES, anchors.ASPECT_RATIOS, strides, anchors.OFFSET)
+    return RPN(
+        RPNHead(backbone.channels[rpn.IN_FEATURES[0]], generator.num_anchors),
+        generator,
+        in_features=rpn.IN_FEATURES,
+        iou_thresholds=rpn.IOU_THRESHOLDS,
+        iou_labels=rpn.IOU_LABELS,
+        batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        box_weights=rpn.BBOX_REG_WEIGHTS,
+        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+        loss_weights={
+            "loss_rpn_cls": rpn.LOSS_WEIGHT,
+            "loss_rpn_loc": rpn.LOSS_WEIGHT * rpn.BBOX_REG_LOSS_WEIGHT,
+        },
+        pre_nms_topk=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        post_nms_topk=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        nms_thresh=rpn.NMS_THRESH,
+        min_box_size=cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
+    )

@@ -1,0 +1,1 @@
+"""An engine opened up, and compared with the other."""

@@ -1,0 +1,1 @@
+"""Names, files, loading and conversion of weights."""

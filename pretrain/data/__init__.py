@@ -1,0 +1,1 @@
+"""Image files, tar shards and labelled folders to batches of views."""

@@ -1,0 +1,186 @@
+"""Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, and their views."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from moco_det.common.errors import UserError
+from pretrain.data.images import UnreadableImage, find_images, read_image
+
+INATURALIST = ("train_val2018", "train2018.json", "val2018.json")
+INATURALIST_HOME = "https://github.com/visipedia/inat_comp/tree/master/2018"
+
+
+@dataclass(frozen=True)
+class LabelledSplit:
+    """One part of a data set.
+
+    Args:
+        name: for messages.
+        folder: what the paths are relative to.
+        labels: class indices, one for each of the paths.
+    """
+
+    name: str
+    folder: Path
+    paths: list[str]
+    labels: np.ndarray
+
+
+def find_parts(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
+    """Names of the classes in the order of their indices, train and val.
+
+    Raises UserError where a part is missing or the two do not agree.
+    """
+    if any((data / name).exists() for name in INATURALIST):
+        return find_inaturalist(data)
+    for part in (data / "train", data / "val"):
+        if not part.is_dir() or not class_folders(part):
+            raise UserError(
+                f"{part} has no class folders: DATA needs train/CLASS and val/CLASS, or "
+                f"iNaturalist 2018's {', '.join(INATURALIST)}"
+            )
+    classes = class_folders(data / "train")
+    return classes, *(list_class_folders(data / part, classes) for part in ("train", "val"))
+
+
+def class_folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+
+
+def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
+    """The CLASS/IMAGE files of `folder`. Raises UserError for a class that is none of `classes`."""
+    paths = [path.decode(errors="surrogateescape") for path in find_images(folder)]
+    labels = {name: i for i, name in enumerate(classes)}
+    unknown = {path.split("/")[0] for path in paths} - set(labels)
+    if unknown:
+        raise UserError(
+            f"{folder} has class folder(s) that the other part lacks: {sorted(unknown)[:5]}; "
+            "make train and val agree (pretraining goes without labels at --knn-every 0)"
+        )
+    indices = np.array([labels[path.split("/")[0]] for path in paths])
+    return LabelledSplit(str(folder), folder, paths, indices)
+
+
+def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
+    """The official layout of iNaturalist 2018; classes are the categories of train2018.json.
+
+    Raises UserError where a part of it is missing, with what to download.
+    """
+    for name in INATURALIST:
+        if not (data / name).exists():
+            raise UserError(
+                f"iNaturalist 2018 in {data} lacks {name}: download {name}.tar.gz, linked at "
+                f"{INATURALIST_HOME}, and unpack it there"
+            )
+    categories, *train = read_inaturalist(data / "train2018.json")
+    _, *val = read_inaturalist(data / "val2018.json")
+    indices = {category: i for i, category in enumerate(sorted(categories))}
+    parts = []
+    for name, (paths, labels) in (("train2018.json", train), ("val2018.json", val)):
+        unknown = set(labels) - set(indices)
+        if unknown:
+            raise UserError(
+                f"{data / name} has categories that train2018.json does not list: "
+                f"{sorted(unknown)[:5]}"
+            )
+        labels = np.array([indices[label] for label in labels])
+        parts.append(LabelledSplit(str(data / name), data, paths, labels))
+    return [str(category) for category in indices], *parts
+
+
+def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
+    """Categories of a list in COCO's format; path and category of each of its images.
+
+    Raises UserError for a file of another format.
+    """
+    try:
+        content = json.loads(path.read_text())
+        categories = {category["id"] for category in content["categories"]}
+        paths = {image["id"]: image["file_name"] for image in content["images"]}
+        labels = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+    except (ValueError, TypeError, KeyError) as error:
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        raise UserError(f"{path} is no list in COCO's format: {lacks}{error}") from error
+    if not paths or paths.keys() != labels.keys():
+        odd = sorted(paths.keys() ^ labels.keys())[:5]
+        raise UserError(f"{path} needs one annotation for every image; not so for ids {odd}")
+    return categories, list(paths.values()), [labels[image] for image in paths]
+
+
+class LabelledImages(Dataset):
+    """index -> view (S, S, 3) uint8 and class index; -1 - index for an unreadable image.
+
+    Args:
+        image_size: S.
+        view: image (H, W, 3), uint8 -> (S, S, 3).
+    """
+
+    def __init__(self, images: LabelledSplit, image_size: int, view: Callable):
+        self.images = images
+        self.image_size = image_size
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.images.paths)
+
+    def file(self, index: int) -> str:
+        return str(self.images.folder / self.images.paths[index])
+
+    def __getitem__(self, index: int):
+        try:
+            image = read_image(self.file(index))
+        except UnreadableImage:
+            return np.zeros((self.image_size, self.image_size, 3), np.uint8), -1 - index
+        return self.view(image), self.images.labels[index]
+
+
+class RandomCrops(LabelledImages):
+    """(epoch, index) -> a random crop (S, S, 3) uint8, flipped or not, and its label.
+
+    The draws are torchvision's, seeded by (seed, epoch, index) alone.
+    """
+
+    def __init__(self, images: LabelledSplit, image_size: int, seed: int):
+        view = transforms.Compose(
+            [
+                Image.fromarray,
+                transforms.RandomResizedCrop(image_size),
+                transforms.RandomHorizontalFlip(),
+                np.array,
+            ]
+        )
+        super().__init__(images, image_size, view)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[0]))
+            return super().__getitem__(index)
+
+
+class EvaluationView:
+    """Short side to 256/224 of `size`, then the central `size` x `size`, by torchvision.
+
+    An image whose short side is `size` already (CIFAR at 32) is not enlarged first, as is usual.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.resize = transforms.Resize(round(size * 256 / 224))
+        self.crop = transforms.CenterCrop(size)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(image)
+        if min(picture.size) != self.size:
+            picture = self.resize(picture)
+        return np.array(self.crop(picture))

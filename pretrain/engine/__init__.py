@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints, its metrics, and the diagnosis of a run."""

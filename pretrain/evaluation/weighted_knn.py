@@ -1,0 +1,91 @@
+"""Weighted kNN classification on frozen features, the monitor of Wu et al. 2018 (Sec. 3.4)."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.data.augmentations import resize_and_center_crop
+from pretrain.data.labelled import LabelledImages, class_folders, list_class_folders
+from pretrain.evaluation.features import extract_all, pooled, share_loader
+
+
+def weighted_knn(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+) -> torch.Tensor:
+    """Class scores Q x classes: each of the k nearest votes with exp(cosine / temperature).
+
+    Scores are relative to the nearest one's vote: at a low temperature votes exceed fp32.
+
+    Args:
+        bank: M x D and queries: Q x D, L2-normalised; bank_labels: M, in [0, classes).
+    """
+    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # Q x k
+    votes = ((similarity - similarity[:, :1]) / temperature).exp()
+    scores = similarity.new_zeros(len(queries), classes)
+    return scores.scatter_add_(1, bank_labels[nearest], votes)
+
+
+class KnnMonitor:
+    """Classifies DATA/val by the labelled features of DATA/train; trains on nothing.
+
+    Features are the globally pooled ones below the projection head, in evaluation mode.
+
+    Args:
+        k, temperature: of `weighted_knn`; the temperature is sigma in later code of its authors.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        image_size: int,
+        workers: int,
+        device: torch.device,
+        k: int = 200,
+        temperature: float = 0.07,
+    ):
+        self.device = device
+        self.k = k
+        self.temperature = temperature
+        self.classes = class_folders(data / "val")
+        self.bank = self._loader(data / "train", image_size, workers)
+        self.queries = self._loader(data / "val", image_size, workers)
+
+    @staticmethod
+    def applies_to(data: Path) -> bool:
+        """Whether DATA has class folders in both train/ and val/."""
+        parts = (data / "train", data / "val")
+        return all(part.is_dir() and class_folders(part) for part in parts)
+
+    @torch.inference_mode()
+    def top1(self, encoder: nn.Module) -> float:
+        """Top-1 accuracy in percent; the same value on every process."""
+        was_training = encoder.training
+        backbone = pooled(encoder.eval())
+        bank, bank_labels = self._features(backbone, self.bank)
+        queries, labels = self._features(backbone, self.queries)
+        encoder.train(was_training)
+        correct = 0
+        vote = partial(weighted_knn, k=self.k, temperature=self.temperature)
+        for some, truth in zip(queries.split(256), labels.split(256), strict=True):
+            scores = vote(bank, bank_labels, some, len(self.classes))
+            correct += int((scores.argmax(1) == truth).sum())
+        return 100.0 * correct / len(labels)
+
+    def _loader(self, folder: Path, image_size: int, workers: int):
+        view = partial(resize_and_center_crop, size=image_size)
+        dataset = LabelledImages(list_class_folders(folder, self.classes), image_size, view)
+        return share_loader(dataset, workers, self.device)
+
+    def _features(self, backbone: nn.Module, loader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features (M, D) and labels (M,) of all readable images."""
+        features, labels = extract_all(backbone, loader, self.device)
+        readable = labels >= 0
+        return F.normalize(features[readable], dim=1), labels[readable]

@@ -1,0 +1,105 @@
+"""The pretext task of all mechanisms: two views of an image match (arXiv:1911.05722, Sec. 3.3).
+
+Shape legend:
+    N: queries of this process      B: queries of all processes (the global batch)
+    C: feature dimension            K: negatives of a query
+    H, W: height and width of a view
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco_det.common.processes import gather, rank, world_size
+from pretrain.moco.grouped_batchnorm import group_batchnorm
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class InstanceDiscrimination(nn.Module):
+    """Encodes queries, and keys under shuffled BN. A mechanism (Fig. 2) says where keys come from.
+
+    A mechanism's `forward(*self.inputs(...))` is one step up to the logits. It returns
+        logits: N x (1+K), the positive at index 0, divided by the temperature, fp32.
+        keys: B x C, the keys of all processes in the order of the global batch.
+        queries: N x C, L2-normalised.
+    After the backward pass `remember(keys)` is called. All of them name their encoder `encoder_q`.
+
+    Args:
+        encoder: the network f_q, images (N, 3, H, W) -> features (N, C).
+        temperature: tau of Eqn. (1).
+        bn_groups: number of groups per process in which BN statistics are computed separately.
+        shuffle_bn: whether keys are normalised among other companions than their queries; False is
+            the ablation of A.9.
+    """
+
+    view_count = 2  # views of an image that a step takes: the query's and the key's
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        temperature: float = 0.07,
+        bn_groups: int = 1,
+        shuffle_bn: bool = True,
+    ):
+        super().__init__()
+        self.temperature = temperature
+        self.bn_groups = bn_groups
+        self.shuffle_bn = shuffle_bn
+        self.encoder_q = group_batchnorm(encoder, bn_groups)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)
+
+    def inputs(
+        self, views: list[torch.Tensor], indices: torch.Tensor, seed: int, step: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The arguments of `forward` in step `step`; all draws are a function of (seed, step).
+
+        Args:
+            views: `view_count` views of this process's images, uint8 RGB, N x H x W x 3.
+            indices: the place in the data set of each image of the global batch, B.
+        """
+        batch_size = len(indices)
+        order = (
+            shuffle_index(seed, step, batch_size) if self.shuffle_bn else torch.arange(batch_size)
+        )
+        return *views, order.to(views[0].device)
+
+    def remember(self, keys: torch.Tensor) -> None:
+        """Keep the keys of this step for later ones, where the mechanism does so."""
+
+    def memory_fill(self, seen: int) -> dict[str, float]:
+        """Under a name for the log: the share of remembered keys that are none of the random
+        initial ones, after `seen` images."""
+        return {}
+
+    def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """uint8 N x H x W x 3 -> L2-normalised features N x C."""
+        pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
+        pixels = (pixels - self.pixel_mean.view(3, 1, 1)) / self.pixel_std.view(3, 1, 1)
+        return F.normalize(encoder(pixels).float(), dim=1)
+
+    def encode_shuffled(
+        self, encoder: nn.Module, im_k: torch.Tensor, order: torch.Tensor
+    ) -> torch.Tensor:
+        """Keys of the global batch (B x C), each normalised in a group of random companions.
+
+        Sec. 3.3, "Shuffling BN". The images travel as uint8, and the keys travel once: one gather
+        serves both to undo the shuffle and to give every process all keys.
+        """
+        mine = order.chunk(world_size())[rank()]
+        shuffled = gather(self.encode(encoder, gather(im_k)[mine]))  # B x C
+        keys = torch.empty_like(shuffled)
+        keys[order] = shuffled
+        return keys
+
+
+def shuffle_index(seed: int, step: int, batch_size: int) -> torch.Tensor:
+    """The key permutation of `step`: a function of (seed, step) alone, equal on all processes."""
+    return torch.randperm(batch_size, generator=step_generator(seed, step))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of what all processes draw alike in `step`."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)

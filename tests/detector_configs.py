@@ -1,8 +1,0 @@
-"""The YAMLs of configs/ for tools/train_net.py, not those of pretraining and its protocols."""
-
-from pathlib import Path
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "quick").rglob("*.yaml")])
-NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
-RUNS = [name for name in NAMES if not Path(name).name.startswith("Base-")]

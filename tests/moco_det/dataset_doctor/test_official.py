@@ -1,0 +1,98 @@
+"""The doctor's table of official sets against the data set modules and the sets' own arithmetic."""
+
+import json
+
+import pytest
+
+from moco_det.common.errors import UserError
+from moco_det.config.loading import load_config
+from moco_det.dataset_doctor import Report
+from moco_det.dataset_doctor.examination import check_files
+from moco_det.dataset_doctor.official import OFFICIAL, find_place, remedy
+from moco_det.datasets import cityscapes, coco, densepose, get_dataset, lvis, semantic, voc
+from moco_det.datasets.semantic import TRAIN_AUG_IMAGES
+
+MODULES = (cityscapes, coco, densepose, lvis, semantic, voc)
+NAMES = sorted({name for module in MODULES for name in module.NAMES})
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return tmp_path
+
+
+def test_every_built_in_set_is_known_and_no_other():
+    assert sorted(OFFICIAL) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_is_what_the_data_set_asks_for(name, root, repository):
+    """Once all that the doctor misses is there, the data set opens; it misses nothing else."""
+    cfg = load_config(repository / "configs" / "Base-RCNN-FPN-BN.yaml")
+    report = Report(name)
+    check_files(cfg, find_place(name), report, None)
+    missing = [problem.text.removesuffix(" does not exist") for problem in report.problems]
+    assert missing
+    with pytest.raises(UserError) as error:
+        get_dataset(name)
+    assert any(path in str(error.value) for path in (*missing, str(root / "coco")))
+    for text in missing:
+        create(root / text)
+    if name.startswith("lvis"):
+        create(root / "coco" / ("val2017" if "val" in name else "train2017"))
+    assert get_dataset(name).name == name
+
+
+def create(path):
+    """An empty folder or file, or annotations of no image."""
+    if not path.suffix or ".5" in path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": i, "name": str(i), "frequency": "f"} for i in range(1, 1231)]
+    content = {"images": [], "annotations": [], "categories": categories}
+    path.write_text(json.dumps(content) if path.suffix == ".json" else "")
+
+
+def test_counts_add_up():
+    count = {name: official.images for name, official in OFFICIAL.items()}
+    for year in (2007, 2012):
+        parts = count[f"voc_{year}_train"] + count[f"voc_{year}_val"]
+        assert count[f"voc_{year}_trainval"] == parts
+    assert (
+        count["coco_2014_minival"] + count["coco_2014_valminusminival"] == (count["coco_2014_val"])
+    )
+    # In 2017 COCO moved all of its 2014 images but 5,000 into train.
+    assert count["coco_2014_train"] + count["coco_2014_val"] == (
+        count["coco_2017_train"] + count["coco_2017_val"]
+    )
+    sem_seg = {name: count[f"voc_2012_sem_seg_{name}"] for name in ("train", "val", "trainval")}
+    assert sem_seg["train"] + sem_seg["val"] == sem_seg["trainval"]
+    # Appendix A.5 of MoCo v1 gives these two.
+    assert count["voc_2012_sem_seg_train_aug"] == TRAIN_AUG_IMAGES == 10582
+    assert count["cityscapes_fine_sem_seg_train"] == 2975
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_remedy_names_files_and_the_place_below_the_data_root(name, root):
+    text = remedy(OFFICIAL[name])
+    assert str(root) in text
+    assert text.startswith("download ")
+    for source in OFFICIAL[name].sources:
+        assert source.site in text
+        assert all(file in text for file in source.files)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("voc_2007_trainvl", "the nearest name is voc_2007_trainval"),
+        ("lvis_v1_val", "only LVIS v0.5"),
+        ("voc:folder", "a data set of one's own is written voc:ROOT:SPLIT"),
+        ("imagenet:folder:train", "a data set of one's own is written"),
+    ],
+)
+def test_wrong_name(name, message):
+    with pytest.raises(UserError, match=message):
+        find_place(name)

@@ -1,0 +1,244 @@
+"""The optimizer and its schedule: values by hand, and Detectron2's own where it is installed."""
+
+import copy
+import math
+
+import pytest
+import record_schedules
+import torch
+from recording import read
+from torch import nn
+
+from moco_det.common.errors import UserError
+from moco_det.config.loading import get_cfg
+from moco_det.native.engine.solver import (
+    build_lr_scheduler,
+    build_optimizer,
+    parameter_groups,
+    scaled_to_processes,
+)
+
+
+def make_cfg(**solver):
+    cfg = get_cfg()
+    for key, value in solver.items():
+        section, _, name = key.rpartition("__")
+        node = cfg.SOLVER[section] if section else cfg.SOLVER
+        node[name] = value
+    return cfg
+
+
+def make_model():
+    """conv (with bias), BN, GN, a frozen layer, and a weight used twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
+    model.add_module("frozen", nn.Conv2d(8, 8, 1).requires_grad_(False))
+    model.add_module("tied", nn.Conv2d(3, 8, 1))
+    model.tied.weight = model[0].weight
+    return model
+
+
+def rates(model, **rules):
+    """Parameter name -> (lr, weight decay)."""
+    defaults = {"lr": 0.1, "weight_decay": 1e-4, "weight_decay_norm": 0.0}
+    groups = parameter_groups(model, **{**defaults, **rules})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [(names[p], (g["lr"], g["weight_decay"])) for g in groups for p in g["params"]]
+    assert len(found) == len(dict(found))
+    return dict(found), groups
+
+
+def test_defaults_spare_only_the_norms_from_decay():
+    found, groups = rates(make_model(), weight_decay_bias=None, bias_lr_factor=1.0)
+    assert found == {
+        "0.weight": (0.1, 1e-4),
+        "0.bias": (0.1, 1e-4),
+        "1.weight": (0.1, 0.0),
+        "1.bias": (0.1, 0.0),
+        "2.weight": (0.1, 0.0),
+        "2.bias": (0.1, 0.0),
+        "tied.bias": (0.1, 1e-4),
+    }
+    assert len(groups) == 2
+
+
+def test_biases_have_their_own_rules_in_norms_too():
+    found, _ = rates(make_model(), weight_decay_bias=5e-5, bias_lr_factor=2.0)
+    assert found["0.weight"] == (0.1, 1e-4)
+    assert found["1.weight"] == (0.1, 0.0)
+    assert found["0.bias"] == found["1.bias"] == found["2.bias"] == (0.2, 5e-5)
+
+
+@pytest.mark.parametrize("bias_decay", [None, 0.0, 3e-4])
+@pytest.mark.parametrize("bias_factor", [1.0, 2.0])
+def test_groups_are_detectron2s(bias_decay, bias_factor):
+    solver = pytest.importorskip("detectron2.solver")
+    cfg = make_cfg(WEIGHT_DECAY_BIAS=bias_decay, BIAS_LR_FACTOR=bias_factor, WEIGHT_DECAY_NORM=2e-5)
+    model = make_model()
+    ours, theirs = build_optimizer(cfg, model), solver.build_optimizer(cfg, model)
+    keys = ("lr", "weight_decay", "momentum", "nesterov")
+
+    def settings(optimizer):
+        return {p: [g[k] for k in keys] for g in optimizer.param_groups for p in g["params"]}
+
+    assert settings(ours) == settings(theirs)
+
+
+def schedule(cfg):
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [nn.Parameter(torch.zeros(1))], "lr": cfg.SOLVER.BASE_LR},
+            {"params": [nn.Parameter(torch.zeros(1))], "lr": 2 * cfg.SOLVER.BASE_LR},
+        ],
+        lr=cfg.SOLVER.BASE_LR,
+    )
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    values = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        values.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert all(double == pytest.approx(2 * single) for single, double in values)
+    return [single for single, _ in values]
+
+
+@pytest.mark.parametrize("method", ["linear", "constant"])
+def test_multistep_by_hand(method):
+    cfg = make_cfg(
+        BASE_LR=0.02, MAX_ITER=100, STEPS=(50, 80), GAMMA=0.1,
+        WARMUP_ITERS=10, WARMUP_FACTOR=0.001, WARMUP_METHOD=method,
+    )  # fmt: skip
+
+    def expected(t):
+        if t < 10:
+            return 0.02 * (0.001 * (1 - t / 10) + t / 10 if method == "linear" else 0.001)
+        return 0.02 * 0.1 ** ((t >= 50) + (t >= 80))
+
+    assert schedule(cfg) == pytest.approx([expected(t) for t in range(100)], rel=1e-9)
+
+
+def test_cosine_by_hand():
+    cfg = make_cfg(
+        LR_SCHEDULER_NAME="WarmupCosineLR", BASE_LR=0.02, BASE_LR_END=0.002, MAX_ITER=100,
+        WARMUP_ITERS=10, WARMUP_FACTOR=0.1,
+    )  # fmt: skip
+
+    def cosine(t):
+        return 0.002 + (0.02 - 0.002) * 0.5 * (1 + math.cos(math.pi * t / 100))
+
+    warmup = [0.002 + (cosine(10) - 0.002) * t / 10 for t in range(10)]
+    expected = warmup + [cosine(t) for t in range(10, 100)]
+    assert schedule(cfg) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", record_schedules.CASES)
+def test_curves_recorded_from_detectron2(case):
+    rates = record_schedules.curve(make_cfg(**record_schedules.CASES[case]), build_lr_scheduler)
+    assert rates == pytest.approx(read("schedules")[case], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"MAX_ITER": 240, "STEPS": (180, 220), "WARMUP_ITERS": 10},
+        {"MAX_ITER": 90, "STEPS": (60, 80, 200), "WARMUP_ITERS": 0},
+        {"MAX_ITER": 70, "STEPS": (), "WARMUP_ITERS": 100, "WARMUP_METHOD": "constant"},
+        {"MAX_ITER": 97, "STEPS": (5, 60), "WARMUP_ITERS": 13, "GAMMA": 0.3},
+        {"MAX_ITER": 97, "LR_SCHEDULER_NAME": "WarmupCosineLR", "WARMUP_ITERS": 7},
+        {"MAX_ITER": 97, "LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 1e-4},
+    ],
+)
+def test_schedule_is_detectron2s(solver):
+    d2 = pytest.importorskip("detectron2.solver")
+    cfg = make_cfg(**solver)
+    cfg.SOLVER.NUM_DECAYS = 3
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = d2.build_lr_scheduler(cfg, optimizer)
+    expected = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert schedule(cfg) == expected
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"STEPS": (30, 20)}, r"SOLVER\.STEPS"),
+        ({"WARMUP_METHOD": "exponential"}, r"SOLVER\.WARMUP_METHOD"),
+    ],
+)
+def test_impossible_schedules_are_refused(solver, message):
+    with pytest.raises(UserError, match=message):
+        schedule(make_cfg(MAX_ITER=100, **solver))
+
+
+def stepped(optimizer, parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clipping_by_hand(kind):
+    cfg = make_cfg(
+        BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, CLIP_GRADIENTS__ENABLED=True,
+        CLIP_GRADIENTS__CLIP_TYPE=kind, CLIP_GRADIENTS__CLIP_VALUE=1.0,
+    )  # fmt: skip
+    model = nn.Linear(2, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    gradients = [torch.tensor([[3.0, -4.0]]), torch.tensor([0.5])]
+    weight, bias = stepped(build_optimizer(cfg, model), list(model.parameters()), gradients)
+    expected = [[-1.0, 1.0]] if kind == "value" else [[-0.6, 0.8]]
+    torch.testing.assert_close(weight, torch.tensor(expected))
+    assert bias.item() == -0.5  # by itself it is within the limit: each parameter has its own norm
+
+
+def test_unknown_clipping_is_refused():
+    cfg = make_cfg(CLIP_GRADIENTS__ENABLED=True, CLIP_GRADIENTS__CLIP_TYPE="full_model")
+    with pytest.raises(UserError, match="CLIP_TYPE"):
+        build_optimizer(cfg, make_model())
+
+
+@pytest.mark.parametrize("clip", [None, "value", "norm"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_detectron2s(clip, nesterov):
+    solver = pytest.importorskip("detectron2.solver")
+    cfg = make_cfg(
+        BASE_LR=0.1, NESTEROV=nesterov, CLIP_GRADIENTS__ENABLED=clip is not None,
+        CLIP_GRADIENTS__CLIP_TYPE=clip or "value", CLIP_GRADIENTS__CLIP_VALUE=0.5,
+    )  # fmt: skip
+    ours = make_model()
+    theirs = copy.deepcopy(ours)
+    for build, model in ((build_optimizer, ours), (solver.build_optimizer, theirs)):
+        optimizer = build(cfg, model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            stepped(
+                optimizer,
+                parameters,
+                [torch.randn(p.shape, generator=generator) for p in parameters],
+            )
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recipe_scales_with_the_processes():
+    """The example in the documentation of Detectron2's `auto_scale_workers`."""
+    cfg = make_cfg(
+        IMS_PER_BATCH=16, BASE_LR=0.1, MAX_ITER=5000, STEPS=(4000,), CHECKPOINT_PERIOD=1000,
+        REFERENCE_WORLD_SIZE=8,
+    )  # fmt: skip
+    solver = scaled_to_processes(cfg, 16).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (32, 0.2)
+    assert (solver.MAX_ITER, solver.STEPS) == (2500, (2000,))
+    assert (solver.CHECKPOINT_PERIOD, solver.WARMUP_ITERS) == (500, 500)
+    assert solver.REFERENCE_WORLD_SIZE == 16
+    assert scaled_to_processes(cfg, 8) is cfg
+    assert scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=0), 3).SOLVER.IMS_PER_BATCH == 16
+    with pytest.raises(UserError, match="REFERENCE_WORLD_SIZE 5"):
+        scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=5), 2)

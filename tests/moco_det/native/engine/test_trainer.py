@@ -1,0 +1,364 @@
+"""The training loop around a detector of a few hundred parameters, and once around a real one."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_voc import write_tiny_config, write_tiny_voc
+from torch import nn
+
+from moco_det.common.errors import UserError
+from moco_det.common.launch import launch
+from moco_det.config.loading import load_config
+from moco_det.datasets import get_dataset
+from moco_det.evaluation import evaluate
+from moco_det.evaluation.predictions import verify_results
+from moco_det.native.data.loader import build_train_loader, build_training_records
+from moco_det.native.engine import run, trainer
+from moco_det.native.engine.run import prepare
+from moco_det.native.engine.trainer import STOPPED_BY_SIGTERM, train
+from moco_det.native.modeling.layers import SyncBatchNorm
+
+
+class Stub(nn.Module):
+    """Has what the loop handles: losses that use boxes and draws, BN, detections."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+        self.bn = SyncBatchNorm(4)
+        self.box = nn.Linear(4, 4)
+        self.score = nn.Linear(4, 2)
+        self.at_iteration = {}  # training forward pass (from 0) -> what happens there
+        self.passes = 0
+
+    def forward(self, batch):
+        images = torch.stack([x["image"][:, :48, :48] for x in batch]).float() / 255
+        features = self.bn(self.conv(images)).relu().mean((2, 3))
+        if not self.training:
+            found = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "classes": torch.tensor([1])}
+            return [found | {"scores": s[:1].sigmoid()} for s in self.score(features)]
+        loss_scale = 1.0
+        if torch.is_grad_enabled():  # not in precise BN
+            loss_scale = self.at_iteration.get(self.passes, lambda: 1.0)() or 1.0
+            self.passes += 1
+        targets = torch.cat([x["gt_boxes"][:1] for x in batch]) / 64
+        classes = torch.cat([x["gt_classes"][:1] for x in batch])
+        noise = self.noise(len(batch))
+        return {
+            "loss_cls": nn.functional.cross_entropy(self.score(features + noise), classes),
+            "loss_box_reg": (self.box(features) - targets).square().mean() * loss_scale,
+        }
+
+    def noise(self, count):
+        return 0.1 * torch.randn(count, 4)
+
+
+@pytest.fixture
+def make_cfg(tmp_path):
+    root = write_tiny_voc(tmp_path / "voc")
+
+    def make(output, *opts):
+        path = write_tiny_config(tmp_path / "tiny.yaml", root)
+        return load_config(str(path), ["OUTPUT_DIR", str(tmp_path / output), *opts])
+
+    return make
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """The next detectors built are stubs; returns the dict of what happens when in them."""
+    happenings = {}
+
+    def build(cfg):
+        model = Stub()
+        model.at_iteration = dict(happenings)
+        return model
+
+    monkeypatch.setattr(run, "build_model", build)
+    monkeypatch.setattr(trainer, "build_model", build)
+    return happenings
+
+
+def final(cfg):
+    return torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_accumulated_gradients_are_the_mean_over_the_passes(make_cfg, stub):
+    """The oracle: the gradients of each batch alone, averaged by hand."""
+    cfg = prepare(make_cfg("out", "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
+    state = run.build_run(cfg)
+    batches = build_train_loader(cfg, build_training_records(cfg), seed=0)
+    two = [next(batches), next(batches)]
+    assert [len(batch) for batch in two] == [1, 1]
+    expected, losses_by_hand = [], []
+    for number, batch in enumerate(two):
+        trainer.seed_draws(state.seed, 3 * 2 + number)
+        state.model.zero_grad()
+        losses = state.model(batch)
+        sum(losses.values()).backward()
+        expected.append([p.grad.clone() for p in state.model.parameters()])
+        losses_by_hand.append({k: v.detach() for k, v in losses.items()})
+    losses, _ = trainer.gradients(state, state.model, iter(two), iteration=3)
+    for parameter, first, second in zip(state.model.parameters(), *expected, strict=True):
+        torch.testing.assert_close(parameter.grad, (first + second) / 2)
+    for name, value in losses.items():
+        torch.testing.assert_close(value, sum(x[name] for x in losses_by_hand) / 2)
+
+
+def metrics(cfg):
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as file:
+        return [json.loads(line) for line in file]
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        ("DATALOADER.NUM_WORKERS", "1"),
+        ("SOLVER.AMP.ENABLED", "True"),
+        ("SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"),
+    ],
+)
+def test_sigterm_then_resume_equals_one_run(make_cfg, stub, capsys, opts):
+    whole = make_cfg("whole", *opts)
+    results = train(whole)
+    parts = make_cfg("parts", *opts)
+    # After the evaluation and the precise BN of iteration 3.
+    fifth = 4 * parts.SOLVER.GRADIENT_ACCUMULATION_STEPS
+    stub[fifth] = sigterm
+    with pytest.raises(SystemExit) as stopped:
+        train(parts)
+    assert stopped.value.code == STOPPED_BY_SIGTERM == 75
+    assert "model_0000004.pth" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    del stub[fifth]
+    assert train(parts, resume=True) == results
+    assert same(final(whole), final(parts))
+    assert metrics(parts)[-1] == metrics(whole)[-1]
+
+
+def test_a_crash_then_resume_equals_one_run(make_cfg, stub):
+    whole, parts = make_cfg("whole", "SEED", "-1"), make_cfg("parts", "SEED", "-1")
+    stub[5] = crash
+    with pytest.raises(KeyboardInterrupt):
+        train(parts)
+    del stub[5]
+    train(parts, resume=True)  # from iteration 4, with the drawn seed of the first attempt
+    seed = final(parts)["seed"]
+    train(make_cfg("whole", "SEED", str(seed)))
+    assert same(final(whole), final(parts))
+
+
+def test_another_seed_is_another_run(make_cfg, stub):
+    first, second = make_cfg("first"), make_cfg("second", "SEED", "4")
+    train(first)
+    train(second)
+    assert not same(final(first)["model"], final(second)["model"])
+
+
+def test_what_a_run_leaves_behind(make_cfg, stub, tmp_path):
+    cfg = make_cfg("out")
+    results = train(cfg)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.pth")) == [
+        "model_0000001.pth", "model_0000003.pth", "model_0000005.pth", "model_final.pth",
+    ]  # fmt: skip
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    assert not list(out.glob("*tmp*"))
+    checkpoint = final(cfg)
+    assert {"model", "optimizer", "scheduler", "iteration"} <= checkpoint.keys()
+    assert checkpoint["iteration"] == 5
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
+    assert load_config(str(out / "config.yaml")) == cfg
+
+    periodic, training, last = metrics(cfg)
+    assert periodic["iteration"] == 2
+    assert last["iteration"] == 6
+    assert last["bbox/AP50"] == pytest.approx(results["bbox"]["AP50"])
+    assert last["bbox/AP-bar"] == 0.0
+    assert training["iteration"] == 5
+    assert training["lr"] == pytest.approx(0.001)
+    assert {"loss_cls", "loss_box_reg", "time", "data_time", "eta_seconds"} <= training.keys()
+    assert training["total_loss"] > 0
+
+    events = EventAccumulator(str(out)).Reload()
+    assert {"total_loss", "lr", "bbox/AP50"} <= set(events.Tags()["scalars"])
+
+
+def test_an_undefined_metric_is_null_in_json(make_cfg, stub, monkeypatch):
+    monkeypatch.setattr(
+        trainer, "evaluate_model", lambda cfg, model: {"bbox": {"AP": 1.5, "AP-cow": float("nan")}}
+    )
+    cfg = make_cfg("out")
+    train(cfg)
+    assert metrics(cfg)[-1] == {"iteration": 6, "bbox/AP": 1.5, "bbox/AP-cow": None}
+
+
+def test_a_progress_line_every_twenty_iterations(make_cfg, stub, capsys):
+    train(make_cfg("out", "SOLVER.MAX_ITER", "41", "TEST.EVAL_PERIOD", "0"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "iter: " in line]
+    assert [line.split("iter: ")[1].split()[0] for line in lines] == ["19", "39", "40"]
+    for part in ("eta: 0:00:0", "total_loss: ", "loss_cls: ", "time: ", "data_time: ", "lr: "):
+        assert part in lines[0]
+
+
+def test_a_finished_run_is_only_evaluated_again(make_cfg, stub, capsys):
+    cfg = make_cfg("out")
+    results = train(cfg)
+    before = os.stat(f"{cfg.OUTPUT_DIR}/model_final.pth").st_mtime_ns
+    assert train(cfg, resume=True) == results
+    assert os.stat(f"{cfg.OUTPUT_DIR}/model_final.pth").st_mtime_ns == before
+
+
+def test_resume_without_a_checkpoint_starts_from_the_weights(make_cfg, stub, capsys):
+    train(make_cfg("out"), resume=True)
+    assert "random initialisation" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_cfg, stub, monkeypatch):
+    cfg = make_cfg("out")
+    train(cfg)
+    monkeypatch.setattr(run, "build_model", lambda cfg: nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"model_final\.pth is from another configuration"):
+        train(cfg, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(make_cfg, stub, tmp_path):
+    cfg = make_cfg("out")
+    train(cfg)
+    (tmp_path / "out" / "model_final.pth").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"model_final\.pth"):
+        train(cfg, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, stub):
+    stub[3] = lambda: float("nan")
+    with pytest.raises(
+        UserError, match=r"iteration 3 .*last good checkpoint: .*model_0000001\.pth"
+    ):
+        train(make_cfg("out"))
+    stub.clear()
+    stub[0] = lambda: float("inf")
+    with pytest.raises(UserError, match=r"iteration 0 .*none was saved"):
+        train(make_cfg("empty"))
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(make_cfg, stub, tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk():  # no file may grow beyond 2 kB from here on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, unlimited[1]))
+
+    stub[2] = fill_disk
+    out = tmp_path / "out"
+    try:
+        with pytest.raises(UserError, match=r"model_0000003\.pth.*model_0000001\.pth, is intact"):
+            train(make_cfg("out", "TEST.EVAL_PERIOD", "0"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert [path.name for path in out.glob("model*")] == ["model_0000001.pth"]
+    assert torch.load(out / "model_0000001.pth", weights_only=True)["iteration"] == 1
+
+
+class NoiselessStub(Stub):
+    """Without draws of its own, which differ from process to process."""
+
+    def noise(self, count):
+        return 0.0
+
+
+def train_noiseless(cfg):
+    run.build_model = lambda cfg: NoiselessStub()
+    train(cfg)
+
+
+def test_two_processes_train_as_one(make_cfg, monkeypatch):
+    opts = ("DATALOADER.ASPECT_RATIO_GROUPING", "False")
+    one, two = make_cfg("one", *opts), make_cfg("two", *opts)
+    monkeypatch.setattr(run, "build_model", run.build_model)  # restored after `train_noiseless`
+    train_noiseless(one)
+    launch(train_noiseless, num_gpus=2, args=(two,))
+    for (name, a), b in zip(final(one)["model"].items(), final(two)["model"].values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    assert metrics(one)[-1] == pytest.approx(metrics(two)[-1])
+    assert metrics(one)[1]["loss_cls"] == pytest.approx(metrics(two)[1]["loss_cls"])
+
+
+def test_number_of_classes_must_be_the_data_sets(make_cfg):
+    message = r"NUM_CLASSES is 80, but voc:.* has 2 classes \(bar, square\): set it to 2"
+    with pytest.raises(UserError, match=message):
+        prepare(make_cfg("out", "MODEL.ROI_HEADS.NUM_CLASSES", "80"))
+
+
+def test_data_sets_must_share_their_classes(make_cfg, tmp_path):
+    other = write_tiny_voc(tmp_path / "other")
+    for path in (other / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("square", "disc"))
+    with pytest.raises(UserError, match="different classes"):
+        prepare(make_cfg("out", "DATASETS.TEST", f"voc:{other}:test"))
+
+
+def test_files_of_a_metric_are_asked_for_before_the_run(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"densepose:{tmp_path}/a.json:{tmp_path}"
+    data = ("DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)")
+    cfg = make_cfg("out", *data, "MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.DENSEPOSE_ON", "True")
+    with pytest.raises(UserError, match=r"needs SMPL_subdiv\.mat.* in .*densepose/data: download"):
+        prepare(cfg)
+
+
+def test_cuda_is_optional(make_cfg, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prepare(make_cfg("out", "MODEL.DEVICE", "cuda")).MODEL.DEVICE == "cpu"
+    assert "using the CPU" in capsys.readouterr().out
+
+
+def test_output_dir_that_cannot_be_made(make_cfg, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="OUTPUT_DIR"):
+        prepare(make_cfg("file/out"))
+
+
+def test_expected_results():
+    results = {"bbox": {"AP": 40.0, "AP50": 60.0, "AP75": float("nan")}}
+    verify_results([], results)
+    verify_results([["bbox", "AP", 38.5, 1.5], ["bbox", "AP50", 60.0, 0.1]], results)
+    for missed in (["bbox", "AP", 38.4, 1.5], ["bbox", "AP75", 1.0, 9.0], ["segm", "AP", 1.0, 9.0]):
+        with pytest.raises(UserError, match=f"{missed[0]}/{missed[1]} is"):
+            verify_results([["bbox", "AP50", 60.0, 0.1], missed], results)
+
+
+def test_a_real_detector_is_trained_and_loaded_again(make_cfg, capsys):
+    cfg = make_cfg("out", "SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0")
+    results = train(cfg)
+    assert set(results) == {"bbox"}
+    again = make_cfg("again", "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    assert trainer.evaluate_weights(again) == results
+    assert trainer.evaluate_weights(cfg, resume=True) == results
+    (written,) = Path(cfg.OUTPUT_DIR, "inference").glob("*.json")
+    assert evaluate(get_dataset(cfg.DATASETS.TEST[0]), json.loads(written.read_text())) == results

@@ -1,0 +1,162 @@
+"""Training through Detectron2, and the same detector in both engines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_voc import write_tiny_config, write_tiny_voc
+
+pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
+
+from detectron2.engine import SimpleTrainer
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from moco_det.config.loading import load_config as load_native
+from moco_det.datasets import get_dataset
+from moco_det.evaluation import evaluate
+from moco_det.native.engine import trainer as native
+from moco_det.native.modeling.rcnn import build_model as build_native
+from moco_det.plugin import load_config
+from moco_det.plugin import trainer as plugin
+from moco_det.plugin.trainer import AccumulatingTrainer
+from moco_det.weights.loading import load_backbone_weights
+
+ROOMS = {"native": (native, load_native), "detectron2": (plugin, load_config)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return str(write_tiny_config(folder / "tiny.yaml", write_tiny_voc(folder / "voc", 18)))
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """Function: engine, output name, KEY VALUE ... -> results of training there."""
+
+    def run(engine, output, *opts, evaluate=False):
+        room, load = ROOMS[engine]
+        cfg = load(tiny, [*opts, "OUTPUT_DIR", str(tmp_path / output), "TEST.EVAL_PERIOD", "0"])
+        return (room.evaluate_weights if evaluate else room.train)(cfg)
+
+    return run
+
+
+@pytest.mark.parametrize(("first", "second"), [("native", "detectron2"), ("detectron2", "native")])
+def test_weights_of_one_engine_go_on_in_the_other(run, tiny, tmp_path, first, second):
+    opts = ("SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(50,)", "SOLVER.CHECKPOINT_PERIOD", "100")
+    run(first, "first", *opts)
+    path = str(tmp_path / "first" / "model_final.pth")
+    report = load_backbone_weights(build_native(load_native(tiny)), path)
+    assert report.missing == report.unexpected == report.skipped == ()
+    for output, engine in (("here", first), ("there", second)):
+        assert run(engine, output, "MODEL.WEIGHTS", path, evaluate=True)["bbox"]["AP50"] > 0
+    # With one evaluator: Detectron2's rounds scores to 0.001 and takes those that are then equal in
+    # any order, which on six images makes tenths of a point.
+    records = [saved_records(tmp_path / output) for output in ("here", "there")]
+    dataset = get_dataset(load_native(tiny).DATASETS.TEST[0])
+    here, there = (evaluate(dataset, found)["bbox"] for found in records)
+    for metric in ("AP", "AP50", "AP75"):
+        assert there[metric] == pytest.approx(here[metric], abs=0.1)
+    for a, b in zip(*records, strict=True):
+        assert a["image_id"] == b["image_id"]
+        assert a["classes"] == b["classes"]
+        for key, tolerance in (("boxes", 1e-2), ("scores", 1e-4)):
+            found, expected = torch.tensor(a[key]), torch.tensor(b[key])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
+    run(second, "more", "MODEL.WEIGHTS", path, "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)")
+
+
+def saved_records(folder):
+    (path,) = [p for p in (folder / "inference").iterdir() if p.name.startswith("voc_")]
+    return json.loads(path.read_text())
+
+
+def test_the_command_trains_resumes_and_evaluates(tiny, tmp_path, repository):
+    def command(*arguments):
+        tool = [sys.executable, repository / "tools" / "train_net.py", "--config-file", tiny]
+        opts = ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "OUTPUT_DIR", tmp_path / "out"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*tool, *arguments, *opts],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    done = command("--engine", "auto", "SOLVER.CHECKPOINT_PERIOD", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "engine: detectron2 (it is installed)"
+    assert "batch 2 = 1 process(es) x 2 images x 1 accumulated" in done.stdout
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000001.pth")
+    done = command("--engine", "detectron2", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Starting training from iteration 2" in done.stdout
+    done = command("--num-gpus", "2")
+    assert done.returncode == 1
+    assert "error: 2 processes on CPUs" in done.stderr
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_accumulated_gradients_are_the_mean_over_the_passes(tiny, amp):
+    """The oracle: the gradients of each batch alone, averaged by hand."""
+    cfg = load_config(tiny, ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DEVICE", "cpu"])
+    model = plugin.Trainer.build_model(cfg)
+    batches = [[example(seed)] for seed in (0, 1)]
+
+    def gradients():
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    expected = []
+    with EventStorage():
+        for batch in batches:
+            torch.manual_seed(5)
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                losses = model(batch)
+            sum(losses.values()).backward()
+            expected.append(gradients())
+        trainer = AccumulatingTrainer(Seeded(model), batches, build_optimizer(cfg, model), 2, amp)
+        trainer.iter = 0
+        trainer.optimizer.step = lambda: None
+        trainer.run_step()
+    for found, first, second in zip(gradients(), *expected, strict=True):
+        torch.testing.assert_close(found, (first + second) / 2)
+
+
+class Seeded(torch.nn.Module):
+    """A detector that samples the same in every pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        torch.manual_seed(5)
+        return self.model(batch)
+
+
+def example(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = 4.0 + 10 * seed
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[x, 8.0, x + 30, 50.0]]))
+    instances.gt_classes = torch.tensor([seed])
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+    return {"image": image, "instances": instances, "height": 64, "width": 64}
+
+
+def test_accumulation_is_asked_for_by_its_key(tiny, tmp_path):
+    out = ["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    cfg = load_config(tiny, ["SOLVER.GRADIENT_ACCUMULATION_STEPS", "2", *out])
+    plugin.prepare(cfg, eval_only=False)
+    trainer = plugin.Trainer(cfg)
+    assert trainer._trainer.accumulation == 2
+    assert len(next(trainer._trainer._data_loader_iter)) == 1
+    assert type(plugin.Trainer(load_config(tiny, out))._trainer) is SimpleTrainer

@@ -1,0 +1,354 @@
+"""Conversion: the official converter's rule is the oracle, every fault is named."""
+
+import os
+import pickle
+import re
+
+import pytest
+import torch
+import torchvision
+
+from moco_det.common.errors import UserError
+from moco_det.native.modeling.backbones import ResNet
+from moco_det.weights.conversion import convert_file, feature_difference, find_resnet
+from moco_det.weights.files import read_state_dict, write_weights
+from moco_det.weights.names import Architecture
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+def randomise(network, seed=0):
+    """Weights and statistics such that no two arrays of a network can be exchanged unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(11)
+        elif value.dim() == 1:
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:
+            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
+    return network
+
+
+def moco_checkpoint(arch="resnet18", mlp=False, **changes):
+    """A checkpoint with the names of facebookresearch/moco: DistributedDataParallel(MoCo)."""
+    encoder = randomise(torchvision.models.get_model(arch, num_classes=8))
+    if mlp:
+        width = encoder.fc.in_features
+        encoder.fc = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), encoder.fc)
+    state = {}
+    for name, value in encoder.state_dict().items():
+        state[f"module.encoder_q.{name}"] = value
+        state[f"module.encoder_k.{name}"] = value.new_zeros(()).expand(value.shape)  # a small file
+    state |= {"module.queue": torch.ones(8, 16), "module.queue_ptr": torch.zeros(1).long()}
+    return {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {}} | changes
+
+
+def official_converter(state_dict):
+    """facebookresearch/moco's detection/convert-pretrain-to-detectron2.py."""
+    model = {}
+    for name, value in state_dict.items():
+        if not name.startswith("module.encoder_q."):
+            continue
+        name = name.replace("module.encoder_q.", "")
+        if "layer" not in name:
+            name = "stem." + name
+        for t in (1, 2, 3, 4):
+            name = name.replace(f"layer{t}", f"res{t + 1}")
+        for t in (1, 2, 3):
+            name = name.replace(f"bn{t}", f"conv{t}.norm")
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        model[name] = value.numpy()
+    return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
+
+
+def native_backbone(architecture: Architecture, stride_in_1x1=False):
+    return ResNet(
+        architecture.depth,
+        out_features=STAGES,
+        norm="BN",
+        freeze_at=0,
+        stride_in_1x1=stride_in_1x1,
+        groups=architecture.groups,
+        width_per_group=architecture.width_per_group,
+        stem_channels=architecture.stem_channels,
+        res2_channels=architecture.res2_channels,
+    )
+
+
+def convert(source, out, to="detectron2", build=native_backbone):
+    return convert_file(source, out, to, build)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Function: checkpoint content -> path of a file that holds it."""
+
+    def write(content, name="checkpoint.pth.tar"):
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_equals_the_official_converter(tmp_path, checkpoint, mlp):
+    content = moco_checkpoint(mlp=mlp)
+    conversion = convert(checkpoint(content), tmp_path / "ours.pkl")
+    ours = pickle.loads((tmp_path / "ours.pkl").read_bytes())
+    official = official_converter(content["state_dict"])
+    heads = {name for name in official["model"] if name.startswith("stem.fc.")}
+    assert len(heads) == (4 if mlp else 2)
+    assert ours["model"].keys() == official["model"].keys() - heads
+    for name, array in ours["model"].items():
+        assert array.dtype == official["model"][name].dtype
+        assert (array == official["model"][name]).all(), name
+    assert {k: ours[k] for k in official if k != "model"} == {
+        k: v for k, v in official.items() if k != "model"
+    }
+    assert ours["requires"] == Architecture(18).config()
+    assert conversion.difference <= 1e-5
+
+
+def test_every_key_is_mapped_or_dropped_by_name(tmp_path, checkpoint):
+    state = moco_checkpoint()["state_dict"]
+    conversion = convert(checkpoint(moco_checkpoint()), tmp_path / "w.pkl")
+    assert set(conversion.names) | set(conversion.source.dropped) == set(state)
+    dropped = {re.sub(r"encoder_k\..*", "encoder_k", name) for name in conversion.source.dropped}
+    heads = {f"module.encoder_q.fc.{kind}" for kind in ("weight", "bias")}
+    assert dropped == heads | {"module.encoder_k", "module.queue", "module.queue_ptr"}
+    every = conversion.describe(verbose=True).splitlines()
+    assert "  module.encoder_q.layer1.0.bn1.bias -> res2.0.conv1.norm.bias" in every
+    assert "  module.queue_ptr" in every
+    assert len(every) == len(state) + 4
+
+
+@pytest.mark.parametrize("memory", [{}, {"module.bank": torch.ones(50, 8)}])
+def test_checkpoints_of_the_other_mechanisms(memory):
+    """End-to-end has one encoder and no memory, a memory bank one encoder and the bank."""
+    state = {k: v for k, v in moco_checkpoint()["state_dict"].items() if "encoder_q" in k} | memory
+    source = find_resnet(state, {"arch": "resnet18"})
+    heads = {f"module.encoder_q.fc.{kind}" for kind in ("weight", "bias")}
+    assert set(source.dropped) == heads | memory.keys()
+
+
+def test_checkpoint_without_module_prefix(tmp_path, checkpoint):
+    content = moco_checkpoint()
+    state = content["state_dict"]
+    content["state_dict"] = {k.removeprefix("module."): v for k, v in state.items()}
+    convert(checkpoint(content), tmp_path / "bare.pth")
+    convert(checkpoint(moco_checkpoint()), tmp_path / "w.pth")
+    assert torch.load(tmp_path / "bare.pth")["model"].keys() == (
+        torch.load(tmp_path / "w.pth")["model"].keys()
+    )
+
+
+def test_round_trip_of_an_official_checkpoint(tmp_path, checkpoint):
+    content = moco_checkpoint()
+    convert(checkpoint(content), tmp_path / "w.pkl")
+    convert(tmp_path / "w.pkl", tmp_path / "back.pth", to="torchvision")
+    back = torch.load(tmp_path / "back.pth")
+    prefix = "module.encoder_q."
+    encoder = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if prefix in k}
+    assert back.keys() == {name for name in encoder if not name.startswith("fc.")}
+    assert all(torch.equal(back[name], encoder[name]) for name in back)
+    keys = torchvision.models.resnet18().load_state_dict(back, strict=False)
+    assert keys.missing_keys == ["fc.weight", "fc.bias"]
+    assert keys.unexpected_keys == []
+
+
+def test_file_of_the_official_converter_goes_back_to_torchvision(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(
+        pickle.dumps(official_converter(moco_checkpoint()["state_dict"]))
+    )
+    conversion = convert(tmp_path / "w.pkl", tmp_path / "back.pth", to="torchvision")
+    assert conversion.source.dropped == ("stem.fc.weight", "stem.fc.bias")
+
+
+def test_moco_checkpoint_to_torchvision(tmp_path, checkpoint):
+    convert(checkpoint(moco_checkpoint()), tmp_path / "encoder.pth", to="torchvision")
+    expected = randomise(torchvision.models.resnet18(num_classes=8)).state_dict()
+    got = torch.load(tmp_path / "encoder.pth")
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_torchvision_state_dict_older_than_the_batch_counter(tmp_path, checkpoint):
+    state = randomise(torchvision.models.resnet18()).state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    conversion = convert(checkpoint(old, "resnet18.pth"), tmp_path / "w.pkl")
+    assert conversion.source.dropped == ("fc.weight", "fc.bias")
+    assert len(conversion.names) == len(old) - 2
+    content = pickle.loads((tmp_path / "w.pkl").read_bytes())
+    assert content["__author__"] == "torchvision"
+
+
+@pytest.mark.parametrize("c4", [False, True])
+def test_backbone_of_a_detector_goes_back_to_torchvision(tmp_path, c4):
+    backbone = randomise(native_backbone(Architecture(18)))
+    model = {}
+    for name, value in backbone.state_dict().items():
+        head = c4 and name.startswith("res5.")
+        prefix = "roi_heads." if head else "backbone." if c4 else "backbone.bottom_up."
+        model[prefix + name] = value
+    heads = {"proposal_generator.rpn_head.conv.weight": torch.ones(1), "pixel_mean": torch.ones(3)}
+    heads["roi_heads.box_predictor.cls_score.weight"] = torch.ones(1)
+    new = ["roi_heads.res5.norm.weight"]
+    if not c4:  # an FPN's layers, and those of a dilated C5
+        new = ["backbone.fpn_lateral2.weight", "backbone.reduce.norm.running_mean"]
+    heads |= {name: torch.ones(1) for name in new}
+    write_weights(tmp_path / "model_final.pth", {"model": model | heads, "iteration": 9})
+    conversion = convert(tmp_path / "model_final.pth", tmp_path / "back.pth", to="torchvision")
+    assert set(conversion.source.dropped) == set(heads)
+    network = torchvision.models.resnet18()
+    network.load_state_dict(torch.load(tmp_path / "back.pth"), strict=False)
+    assert feature_difference(network, backbone) <= 1e-5
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_bottleneck_networks(tmp_path, checkpoint, arch):
+    state = randomise(torchvision.models.get_model(arch)).state_dict()
+    path = checkpoint(state, f"{arch}.pth")
+    conversion = convert(path, tmp_path / "w.pkl")
+    assert conversion.difference <= 1e-5
+    os.remove(tmp_path / "w.pkl")
+
+    def wrong(architecture):
+        return native_backbone(architecture, stride_in_1x1=True)
+
+    # Same names, same shapes: only the features tell that the stride is in the wrong place.
+    with pytest.raises(UserError, match="features differ by .*was not written"):
+        convert(path, tmp_path / "w.pkl", build=wrong)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_feature_difference_is_the_largest_of_all_stages():
+    class Constant(torch.nn.Module):
+        def __init__(self, **values):
+            super().__init__()
+            self.values = {stage: torch.zeros(1, 2, 2, 2) for stage in STAGES}
+            for stage, value in values.items():
+                self.values[stage][0, 1, 1, 0] = value
+
+        def forward(self, image):
+            return self.values
+
+    assert feature_difference(Constant(), Constant(res3=-0.5, res5=0.25)) == 0.5
+    difference = feature_difference(Constant(res2=1.0), Constant(res4=float("nan")))
+    assert not difference <= 1e-5  # not a number is no agreement
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layer4.1.conv2.weight"), r"layer4\.1\.conv2\.weight is missing"),
+        (lambda s: s.pop("layer2.0.bn1.running_var"), r"layer2\.0\.bn1\.running_var is missing"),
+        (lambda s: s.pop("conv1.weight"), r"conv1\.weight is missing"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("layer3.1.")],
+            r"layer3\.1\.bn1\.bias is missing.*layer3\.1\.conv2\.weight is missing",
+        ),
+        (
+            lambda s: s.update({"layer1.2.conv1.weight": torch.ones(64, 64, 3, 3)}),
+            r"layer1\.2\.conv1\.weight is unexpected",
+        ),
+        (
+            lambda s: s.update({"layer1.0.se.weight": torch.ones(1)}),
+            r"unexpected keys in a MoCo checkpoint: module\.encoder_q\.layer1\.0\.se\.weight",
+        ),
+        (
+            lambda s: s.update({"bn1.weight": torch.ones(32)}),
+            r"bn1\.weight has the shape \(32,\), not \(64,\)",
+        ),
+        (
+            lambda s: s["layer1.0.conv1.weight"].fill_(float("nan")),
+            r"layer1\.0\.conv1\.weight is not finite",
+        ),
+    ],
+)
+def test_faulty_backbone_keys_are_named(change, message):
+    encoder = dict(torchvision.models.resnet18().state_dict())
+    change(encoder)
+    state = {f"module.encoder_q.{name}": value for name, value in encoder.items()}
+    with pytest.raises(UserError, match=message):
+        find_resnet(state, {"arch": "resnet18"})
+
+
+def test_faulty_file_is_named_and_nothing_written(tmp_path, checkpoint):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer4.1.conv2.weight"]
+    path = checkpoint(state, "resnet18.pth")
+    with pytest.raises(UserError, match=r"resnet18\.pth: not a whole ResNet-18: layer4\.1\.conv2"):
+        convert(path, tmp_path / "w.pkl")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_unexpected_key_beside_the_encoders():
+    state = moco_checkpoint()["state_dict"] | {"module.predictor.weight": torch.ones(1)}
+    with pytest.raises(UserError, match=r"unexpected keys .*: module\.predictor\.weight$"):
+        find_resnet(state, {})
+
+
+def test_another_architecture_than_the_checkpoint_says():
+    state = moco_checkpoint("resnet34")["state_dict"]
+    with pytest.raises(UserError, match="says it holds a resnet50, its arrays are a ResNet-34"):
+        find_resnet(state, {"arch": "resnet50"})
+
+
+def test_small_stem_is_refused_with_the_reason():
+    state = moco_checkpoint()["state_dict"]
+    with pytest.raises(UserError, match="7x7 convolution of stride 2"):
+        find_resnet(state, {"config": {"small_stem": True}})
+    small = state | {"module.encoder_q.conv1.weight": torch.ones(64, 3, 3, 3)}
+    with pytest.raises(UserError, match="7x7 convolution of stride 2"):
+        find_resnet(small, {"config": {"small_stem": False}})
+    assert find_resnet(state, {"config": {"small_stem": False}}).architecture == Architecture(18)
+
+
+def test_unknown_schema():
+    with pytest.raises(UserError, match=r"its names \(patch_embed\.proj\.weight, .* no known kind"):
+        find_resnet({"patch_embed.proj.weight": torch.ones(1)}, {"arch": "vit_small"})
+
+
+def test_two_resnets_in_one_file():
+    state = {k: v for k, v in moco_checkpoint()["state_dict"].items() if "encoder_q" in k}
+    state |= {name.removeprefix("module."): value for name, value in state.items()}
+    with pytest.raises(UserError, match="two ResNets"):
+        find_resnet(state, {})
+
+
+def test_impossible_requests(tmp_path, checkpoint):
+    path = checkpoint(randomise(torchvision.models.resnet18()).state_dict(), "resnet18.pth")
+    with pytest.raises(UserError, match=r"w\.onnx: a file for detectron2 ends in \.pkl or \.pth"):
+        convert(path, tmp_path / "w.onnx")
+    with pytest.raises(UserError, match="would replace the file it is made from"):
+        convert(path, path)
+    with pytest.raises(UserError, match="already a torchvision state_dict"):
+        convert(path, tmp_path / "w.pth", to="torchvision")
+    caffe2 = {"model": {"conv1_w": torch.ones(64, 3, 7, 7)}, "__author__": "Caffe2"}
+    write_weights(tmp_path / "R-50.pkl", caffe2)
+    with pytest.raises(UserError, match="Caffe2 file"):
+        convert(tmp_path / "R-50.pkl", tmp_path / "w.pth", to="torchvision")
+
+
+@pytest.mark.parametrize(("arch", "suffix"), [("resnet50", "pkl"), ("resnet18", "pth")])
+def test_detectron2_loads_the_file(tmp_path, checkpoint, arch, suffix):
+    """Detectron2's own loader and network give the source's features, where it is installed."""
+    pytest.importorskip("detectron2")
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    network = randomise(torchvision.models.get_model(arch))
+    out = tmp_path / f"w.{suffix}"
+    config = convert(checkpoint(network.state_dict(), "in.pth"), out).source.architecture.config()
+    cfg = get_cfg()
+    cfg.merge_from_list([item for pair in config.items() for item in pair])
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = STAGES
+    detector = torch.nn.Module()
+    detector.backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    rest = DetectionCheckpointer(detector).load(str(out))
+    assert rest["requires"] == config  # tolerated and handed back
+    assert feature_difference(network, detector.backbone) <= 1e-5
+    assert read_state_dict(out)[0].keys() == detector.backbone.state_dict().keys()

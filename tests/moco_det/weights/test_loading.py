@@ -1,0 +1,295 @@
+"""Loading weights into detectors: every name finds its place, or the user hears of it."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from moco_det.common.errors import UserError
+from moco_det.config.loading import get_cfg
+from moco_det.native.modeling.backbones import ResNet
+from moco_det.native.modeling.rcnn import build_model
+from moco_det.weights.loading import check_against_config, load_backbone_weights, write_weights
+from moco_det.weights.names import FIELDS, NAMES, Architecture
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+def resnet(depth=18, norm="BN", stages=STAGES):
+    network = ResNet(
+        depth,
+        out_features=stages,
+        norm=norm,
+        freeze_at=0,
+        res2_channels=64 if depth < 50 else 256,
+    )
+    for value in network.state_dict().values():
+        if value.dim() == 1:
+            value.uniform_(0.5, 1.5)
+    return network
+
+
+class C4(nn.Module):
+    """The names of Detectron2's C4 detectors: res5 is part of the heads, with a norm after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = resnet(stages=["res4"])
+        self.roi_heads = nn.Module()
+        self.roi_heads.res5 = resnet().res5
+        self.roi_heads.res5.norm = nn.BatchNorm2d(512)
+        self.roi_heads.box_predictor = nn.Linear(512, 5)
+
+
+class FPN(nn.Module):
+    """The names of Detectron2's FPN detectors."""
+
+    def __init__(self, depth=18, norm="BN", classes=4):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.bottom_up = resnet(depth, norm)
+        self.backbone.fpn_lateral2 = nn.Conv2d(64, 8, 1)
+        self.roi_heads = nn.Module()
+        self.roi_heads.box_predictor = nn.Linear(8, classes + 1)
+
+
+@pytest.fixture
+def weight_file(tmp_path):
+    """Function: arrays, metadata -> path of a Detectron2 file that holds them."""
+
+    def write(arrays, **metadata):
+        path = tmp_path / "weights.pkl"
+        content = {"model": dict(arrays), "__author__": "MOCO", "matching_heuristics": True}
+        write_weights(path, content | metadata)
+        return path
+
+    return write
+
+
+def test_backbone_into_fpn_detector(weight_file):
+    source, model = resnet(), FPN()
+    head = model.roi_heads.box_predictor.weight.clone()
+    report = load_backbone_weights(model, weight_file(source.state_dict()))
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.backbone.bottom_up.state_dict()[name], value), name
+    assert torch.equal(model.roi_heads.box_predictor.weight, head)
+    heads = ("backbone.fpn_lateral2", "roi_heads.box_predictor")
+    assert report.missing == tuple(f"{h}.{kind}" for h in heads for kind in ("weight", "bias"))
+    assert report.unexpected == report.skipped == ()
+    assert len(report.loaded) == len(source.state_dict())
+
+
+def test_backbone_into_c4_detector(weight_file):
+    source, model = resnet(), C4()
+    norm = model.roi_heads.res5.norm.state_dict()
+    report = load_backbone_weights(model, weight_file(source.state_dict()))
+    for name, value in source.state_dict().items():
+        part = model.roi_heads if name.startswith("res5.") else model.backbone
+        assert torch.equal(part.state_dict()[name], value), name
+    assert "roi_heads.res5.norm.weight" in report.missing  # new in MoCo's detectors
+    assert torch.equal(model.roi_heads.res5.norm.weight, norm["weight"])
+
+
+def test_detectors_of_the_native_engine(weight_file, capsys):
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeadsExtraNorm"
+    cfg.MODEL.RESNETS.NORM = "BN"
+    path = weight_file(resnet(50).state_dict() | {"stem.fc.weight": torch.ones(1)})
+    report = load_backbone_weights(build_model(cfg), path)
+    assert report.unexpected == ("stem.fc.weight",)
+    started = {name.split(".")[1] for name in report.missing}
+    assert started == {"rpn_head", "res5", "box_predictor"}
+    assert all(n.startswith("roi_heads.res5.norm.") for n in report.missing if ".res5." in n)
+    printed = capsys.readouterr().out
+    assert "weights.pkl: 318 arrays loaded" in printed
+    assert "1 unused: stem.fc" in printed
+
+
+@pytest.mark.parametrize("kind", ["weight", "running_var"])
+def test_backbone_array_left_at_random_is_an_error(weight_file, kind):
+    arrays = resnet().state_dict()
+    del arrays[f"res3.0.conv1.norm.{kind}"]
+    path, model = weight_file(arrays), FPN()
+    before = model.backbone.bottom_up.stem.conv1.weight.clone()
+    with pytest.raises(UserError, match=rf"weights\.pkl .*: .*res3\.0\.conv1\.norm\.{kind};"):
+        load_backbone_weights(model, path)
+    assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, before)
+    report = load_backbone_weights(model, path, allow_missing=True)
+    assert f"backbone.bottom_up.res3.0.conv1.norm.{kind}" in report.missing
+    assert not torch.equal(model.backbone.bottom_up.stem.conv1.weight, before)
+
+
+def test_batch_counter_may_be_missing(weight_file):
+    arrays = {k: v for k, v in resnet().state_dict().items() if "num_batches" not in k}
+    report = load_backbone_weights(FPN(), weight_file(arrays))
+    assert not any("num_batches" in name for name in report.missing)
+
+
+def test_names_of_no_detector(weight_file):
+    path = weight_file({"patch_embed.weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"backbone\.bottom_up\.stem\.conv1\.weight.* and 80 more"):
+        load_backbone_weights(FPN(), path)
+
+
+# The ResNet-34 file holds every array that a ResNet-18 asks for, in the right shape.
+@pytest.mark.parametrize(("held", "wanted"), [(50, 18), (18, 50), (34, 18)])
+def test_another_depth_is_said_so(weight_file, held, wanted):
+    path = weight_file(resnet(held).state_dict())
+    message = rf"holds a ResNet-{held}, the config asks for a ResNet-{wanted} .*DEPTH {wanted}"
+    with pytest.raises(UserError, match=message):
+        load_backbone_weights(FPN(wanted), path)
+
+
+def test_wrong_shape_in_the_backbone_names_the_key(weight_file):
+    path = weight_file(resnet().state_dict() | {"stem.conv1.weight": torch.ones(64, 3, 3, 3)})
+    message = r"stem\.conv1\.weight has the shape \(64, 3, 3, 3\), not \(64, 3, 7, 7\)"
+    with pytest.raises(UserError, match=message):
+        load_backbone_weights(FPN(), path)
+
+
+def test_whole_detector(weight_file):
+    source, model = FPN(), FPN()
+    path = weight_file(source.state_dict(), matching_heuristics=False)
+    report = load_backbone_weights(model, path)
+    assert report.missing == report.unexpected == report.skipped == ()
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_detector_saved_while_data_parallel(weight_file):
+    source, model = FPN(), FPN()
+    path = weight_file({f"module.{k}": v for k, v in source.state_dict().items()})
+    assert load_backbone_weights(model, path).missing == ()
+
+
+def test_predictor_of_other_classes_is_skipped_with_a_line(weight_file, capsys):
+    source, model = FPN(classes=20), FPN(classes=4)
+    head = model.roi_heads.box_predictor.weight.clone()
+    report = load_backbone_weights(model, weight_file(source.state_dict()))
+    line = "roi_heads.box_predictor.weight has the shape (21, 8), not (5, 8)"
+    assert line in report.skipped
+    assert f"not loaded: {line}" in capsys.readouterr().out.splitlines()
+    assert torch.equal(model.roi_heads.box_predictor.weight, head)
+    assert torch.equal(model.backbone.fpn_lateral2.weight, source.backbone.fpn_lateral2.weight)
+
+
+@pytest.mark.parametrize("prefix", ["module.encoder_q.", ""])
+def test_unconverted_checkpoint_says_how_to_convert_it(tmp_path, prefix):
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"state_dict": {f"{prefix}layer1.0.conv1.weight": torch.ones(1)}}, path)
+    with pytest.raises(UserError, match=r"convert it first: python tools/convert_to_d2\.py"):
+        load_backbone_weights(FPN(), path)
+
+
+def test_one_array_for_two_places(weight_file):
+    path = weight_file(resnet().state_dict() | {"weight": torch.ones(1)})
+    with pytest.raises(UserError, match="weight fits several arrays"):
+        load_backbone_weights(FPN(), path)
+
+
+def caffe2_arrays(network, norms):
+    """The arrays of `network` under Caffe2's names; `norms` spells the kinds that a norm has."""
+    arrays = {}
+    places = product(FIELDS["stage"], FIELDS["block"], FIELDS["conv"], norms.items())
+    for (_, stage, _), (_, block, _), (_, conv, letter), (kind, short) in places:
+        for _, detectron2, caffe2 in NAMES:
+            name = detectron2.format(stage=stage, block=block, conv=conv, norm=kind)
+            if name in network:
+                old = caffe2.format(stage=stage, block=block, conv=letter, norm=short)
+                arrays[old] = network[name]
+    return arrays
+
+
+def test_caffe2_file_with_folded_statistics(weight_file):
+    source = resnet().state_dict()
+    arrays = caffe2_arrays(source, {"weight": "s", "bias": "b"}) | {"fc1000_b": torch.ones(1)}
+    assert "res2_0_branch2a_bn_s" in arrays
+    path = weight_file(arrays, __author__="Caffe2")
+    model = FPN(norm="FrozenBN")
+    report = load_backbone_weights(model, path)
+    assert report.unexpected == ("fc1000_b",)
+    loaded = model.backbone.bottom_up.state_dict()
+    for name, value in loaded.items():
+        if name.endswith("running_mean"):
+            assert torch.equal(value, torch.zeros_like(value))
+        elif name.endswith("running_var"):
+            assert torch.equal(value, torch.ones_like(value))
+        else:
+            assert torch.equal(value, source[name]), name
+    with pytest.raises(UserError, match=r"MODEL\.RESNETS\.NORM FrozenBN"):
+        load_backbone_weights(FPN(norm="BN"), path)
+
+
+def test_caffe2_file_with_statistics(weight_file):
+    source = resnet().state_dict()
+    spelling = {"weight": "gamma", "bias": "beta"}
+    spelling |= {kind: kind for kind in ("running_mean", "running_var")}
+    model = FPN(norm="BN")
+    load_backbone_weights(model, weight_file(caffe2_arrays(source, spelling)))
+    for name, value in model.backbone.bottom_up.state_dict().items():
+        assert "num_batches" in name or torch.equal(value, source[name]), name
+
+
+def test_config_that_contradicts_the_file():
+    metadata = {"requires": Architecture(50).config()}
+    cfg = get_cfg()
+    with pytest.raises(UserError) as caught:
+        check_against_config(metadata, cfg)
+    for key in (
+        "INPUT.FORMAT RGB",
+        "MODEL.PIXEL_MEAN [123.675",
+        "MODEL.RESNETS.STRIDE_IN_1X1 False",
+    ):
+        assert key in str(caught.value)
+    assert "DEPTH" not in str(caught.value)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    check_against_config(metadata, cfg)
+    cfg.MODEL.RESNETS.DEPTH = 101
+    with pytest.raises(UserError, match=r"need MODEL\.RESNETS\.DEPTH 50 \(the config says 101\)$"):
+        check_against_config(metadata, cfg)
+
+
+@pytest.mark.parametrize("requires", [["INPUT.FORMAT"], "RGB", 3])
+def test_requirements_that_are_no_dict(requires):
+    with pytest.raises(UserError, match="'requires' is not a dict of config keys: convert again"):
+        check_against_config({"requires": requires}, get_cfg())
+
+
+@pytest.mark.parametrize("needed", [["a", "b", "c"], [1.0], 5, {"a": 1}])
+def test_a_requirement_of_another_kind_is_a_contradiction(needed):
+    with pytest.raises(UserError, match="need MODEL.PIXEL_MEAN"):
+        check_against_config({"requires": {"MODEL.PIXEL_MEAN": needed}}, get_cfg())
+
+
+def test_file_that_says_nothing_contradicts_nothing():
+    check_against_config({"__author__": "MOCO"}, get_cfg())
+
+
+@pytest.mark.parametrize("kind", ["moco", "caffe2", "detector"])
+def test_same_result_as_detectron2s_checkpointer(weight_file, kind):
+    """Detectron2's loader and this one leave the same arrays in the same model."""
+    checkpoint = pytest.importorskip("detectron2.checkpoint")
+    from detectron2.layers import FrozenBatchNorm2d
+
+    ours, theirs = FPN(), FPN()
+    ours = FrozenBatchNorm2d.convert_frozen_batchnorm(ours)
+    theirs = FrozenBatchNorm2d.convert_frozen_batchnorm(theirs)
+    theirs.load_state_dict(ours.state_dict())  # the same heads
+    source = resnet().state_dict()
+    if kind == "moco":
+        path = weight_file(source | {"stem.fc.weight": torch.ones(2)})
+    elif kind == "caffe2":
+        arrays = caffe2_arrays(source, {"weight": "s", "bias": "b"})
+        path = weight_file(arrays, __author__="Caffe2")
+    else:
+        path = weight_file(FPN(classes=20).state_dict())
+    load_backbone_weights(ours, path)
+    checkpoint.DetectionCheckpointer(theirs).load(str(path))
+    expected = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, expected[name]), name

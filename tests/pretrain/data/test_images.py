@@ -1,0 +1,179 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco_det.common.errors import UserError
+from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.images import (
+    DistributedBatchSampler,
+    TwoViews,
+    UnreadableImage,
+    collate_views,
+    find_images,
+    read_image,
+    training_folder,
+)
+
+
+def photograph(seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize((80, 60), Image.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        target = tmp_path / "images" / f"class{i % 2}" / f"{i}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        photograph(i).save(target)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def views_of(folder) -> TwoViews:
+    return TwoViews(folder, find_images(folder), MoCoAugmentation(16, True), seed=3)
+
+
+def test_images_are_found_recursively_in_sorted_order(folder):
+    assert list(find_images(folder)) == [
+        b"class0/0.jpg", b"class0/2.jpg", b"class0/4.jpg",
+        b"class1/1.jpg", b"class1/3.jpg", b"class1/5.jpg",
+    ]  # fmt: skip
+
+
+def test_train_folder_is_preferred(folder):
+    assert training_folder(folder) == folder
+    (folder / "train").mkdir()
+    assert training_folder(folder) == folder / "train"
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such folder: .*absent"):
+        find_images(tmp_path / "absent")
+    with pytest.raises(UserError, match="no images below"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_decoding_equals_pil(tmp_path, mode):
+    photograph().convert(mode).save(tmp_path / "image.jpg")
+    oracle = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB"), dtype=int)
+    ours = read_image(str(tmp_path / "image.jpg")).astype(int)
+    assert np.abs(ours - oracle).mean() < 2
+
+
+def test_exif_orientation_is_ignored_as_in_the_official_loader(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    photograph().save(tmp_path / "image.jpg", exif=exif)
+    assert read_image(str(tmp_path / "image.jpg")).shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_truncated_files_are_refused_as_pil_refuses_them(tmp_path, kind):
+    buffer = io.BytesIO()
+    photograph().save(buffer, kind)
+    whole, path = buffer.getvalue(), tmp_path / f"image.{kind.lower()}"
+    path.write_bytes(whole)
+    assert read_image(str(path)).shape == (60, 80, 3)
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(OSError, match="truncated"):
+        Image.open(path).load()
+    with pytest.raises(UnreadableImage, match="truncated"):
+        read_image(str(path))
+
+
+def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused(tmp_path):
+    thumbnail = io.BytesIO()
+    photograph(1).resize((16, 12)).save(thumbnail, "JPEG")
+    buffer = io.BytesIO()
+    photograph().save(buffer, "JPEG")
+    body = buffer.getvalue()
+    segment = b"Exif\0\0" + thumbnail.getvalue()
+    with_thumbnail = (
+        body[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + body[2:]
+    )
+    path = tmp_path / "image.jpg"
+    path.write_bytes(with_thumbnail)
+    assert read_image(str(path)).shape == (60, 80, 3)
+    path.write_bytes(with_thumbnail[:-200])
+    with pytest.raises(UnreadableImage, match="truncated"):
+        read_image(str(path))
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
+    one, again = views_of(folder), views_of(folder)
+    for key in [(0, 1), (0, 2), (1, 1)]:
+        assert np.array_equal(one[key][0], again[key][0])
+        assert np.array_equal(one[key][1], again[key][1])
+    assert not np.array_equal(one[(0, 1)][0], one[(1, 1)][0])
+    assert not np.array_equal(one[(0, 1)][0], one[(0, 1)][1])
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_reported(folder):
+    (folder / "class0" / "2.jpg").write_bytes(b"not an image")
+    query, key, unreadable = views_of(folder)[(0, 1)]
+    assert query.shape == key.shape == (16, 16, 3)
+    assert len(unreadable) == 1
+    assert "class0/2.jpg" in unreadable[0]
+
+
+def test_nothing_readable_gives_no_batch(folder):
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"")
+    queries, keys, unreadable = collate_views([views_of(folder)[(0, 0)]])
+    assert queries is None
+    assert keys is None
+    assert len(set(unreadable)) == 6
+
+
+def test_batches_are_stacked_as_uint8(folder):
+    dataset = views_of(folder)
+    queries, keys, unreadable = collate_views([dataset[(0, i)] for i in range(4)])
+    assert queries.shape == keys.shape == (4, 16, 16, 3)
+    assert queries.dtype == keys.dtype
+    assert np.array_equal(queries[2].numpy(), dataset[(0, 2)][0])
+    assert unreadable == []
+
+
+def test_without_keys_the_query_stays_and_no_key_is_made(folder):
+    dataset = TwoViews(folder, find_images(folder), MoCoAugmentation(16, True), seed=3, keys=False)
+    queries, keys, _ = collate_views([dataset[(0, i)] for i in range(3)])
+    assert keys is None
+    assert np.array_equal(queries[2].numpy(), views_of(folder)[(0, 2)][0])
+
+
+def test_the_global_batch_is_what_all_processes_load():
+    parts = [DistributedBatchSampler(100, 8, rank, 2, seed=5) for rank in (0, 1)]
+    for part in parts:
+        part.start(3, 7)
+    loaded = [index for part in parts for _, index in next(iter(part))]
+    assert parts[0].global_batch(7).tolist() == parts[1].global_batch(7).tolist() == loaded
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(world_size):
+    whole = list(DistributedBatchSampler(100, 8, rank=0, world_size=1, seed=5))
+    parts = [
+        list(DistributedBatchSampler(100, 8, rank, world_size, seed=5))
+        for rank in range(world_size)
+    ]
+    joined = [sum(slices, []) for slices in zip(*parts, strict=True)]
+    assert joined == whole
+    assert len(whole) == 12
+    seen = [index for batch in whole for _, index in batch]
+    assert len(set(seen)) == 96
+
+
+def test_an_epoch_can_be_entered_in_its_middle():
+    batches = DistributedBatchSampler(100, 8, rank=0, world_size=1, seed=5)
+    batches.start(3)
+    whole = list(batches)
+    batches.start(3, 7)
+    assert list(batches) == whole[7:]
+    assert len(batches) == 5
+    batches.start(4)
+    assert [i for _, i in next(iter(batches))] != [i for _, i in whole[0]]

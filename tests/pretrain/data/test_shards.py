@@ -1,0 +1,309 @@
+"""Tar shards: what is read, in which order, and what a killed run loses or repeats: nothing."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from same_bits import assert_same_bits
+
+pytest.importorskip("webdataset")
+import webdataset
+from recorded_run import SIZE, numbered_image, write_shards
+
+from moco_det.common.errors import UserError
+from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.shards import BrokenShard, Position, Stream
+from pretrain.data.sources import ShardSource, build_source, find_shards, is_shards
+from pretrain.engine.checkpoints import LAST
+from pretrain.engine.training import train
+from pretrain.flags import parse
+
+CPU = torch.device("cpu")
+COUNTS = [9, 12, 10, 11, 8, 10, 13]  # samples of each shard
+SAMPLES = sum(COUNTS)
+FLAGS = [
+    "-a", "resnet18w0.25x", "--image-size", str(SIZE), "-b", "8", "--moco-k", "16",
+    "--moco-dim", "8", "--lr", "1e-4", "--seed", "7", "-j", "0", "-p", "1", "--shuffle-buffer", "6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), COUNTS)
+
+
+def stream(
+    urls,
+    number=0,
+    streams=1,
+    position=Position(),  # noqa: B008
+    view=MoCoAugmentation(8, True),  # noqa: B008
+    buffer=6,
+):
+    return Stream(urls, number, streams, position, view, seed=3, buffer=buffer)
+
+
+def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
+    """The numbers of a stream's samples in pass `epoch`."""
+    reader = stream(urls, number, streams, Position(epoch))
+    samples = itertools.takewhile(lambda _: reader.position.epoch == epoch, reader.samples())
+    return [int(sample["__key__"]) for sample in samples]
+
+
+def source(pattern, *flags) -> ShardSource:
+    return build_source(parse([pattern, *FLAGS, "--iterations", "9", *flags]), CPU, seed=7)
+
+
+@pytest.mark.parametrize(("shards", "streams"), [(7, 3), (8, 4), (5, 5), (9, 1)])
+def test_each_pass_deals_every_shard_once_and_streams_keep_up(shards, streams):
+    names = [str(i) for i in range(shards)]
+    dealt = Counter()
+    for epoch in range(6):
+        parts = [stream(names, number, streams).part(epoch) for number in range(streams)]
+        assert sorted(sum(parts, [])) == names
+        dealt.update({number: len(part) for number, part in enumerate(parts)})
+        assert max(dealt.values()) - min(dealt[n] for n in range(streams)) <= 1
+    assert stream(names).part(0) != stream(names).part(1)
+
+
+def test_a_pass_gives_every_sample_once_shuffled(pattern):
+    urls = find_shards(pattern)
+    first, second = ([one_pass(urls, number, 3, epoch) for number in range(3)] for epoch in (0, 1))
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(SAMPLES))
+    assert first != second
+    steps = np.diff(one_pass(urls[1:2]))  # one shard: only the buffer shuffles
+    assert (steps != 1).any()
+
+
+def test_views_are_those_of_the_folder_code(pattern):
+    reader = stream(find_shards(pattern), view=MoCoAugmentation(16, True))
+    views = reader.next_views(reader.samples())[:2]
+    again = stream(find_shards(pattern))
+    sample = next(again.samples())
+    image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
+    rng = np.random.default_rng((3, 0, 1, 0))  # seed, pass, sample of it, stream
+    expected = MoCoAugmentation(16, True)
+    for view in views:
+        assert np.array_equal(view, expected(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), rng))
+
+
+@pytest.mark.parametrize("taken", [1, 7, 15])
+def test_a_stream_continues_from_its_position_across_passes(pattern, taken):
+    urls = find_shards(pattern)[:4]  # two of them make 20 to 23 samples a pass
+    whole = stream(urls, 1, 2).batches(4)
+    batches = list(itertools.islice(whole, 16))
+    rest = stream(urls, 1, 2, batches[taken - 1].position).batches(4)
+    for before, after in zip(batches[taken:], rest, strict=False):
+        assert_same_bits(list(after), list(before))
+    assert batches[-1].position.epoch >= 2
+
+
+def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(5):
+            content = numbered_image(number)
+            writer.write(
+                {"__key__": f"{number:04d}", "png": content[:99] if number == 2 else content}
+            )
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+    batch = next(stream([str(tmp_path / "a.tar")], buffer=1).batches(4))
+    assert batch.query.shape == batch.key.shape == (4, 8, 8, 3)
+    assert batch.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
+    assert batch.position == (0, 5)
+
+
+def test_nothing_readable_ends_the_run(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(8):
+            writer.write({"__key__": str(number), "jpg": b"no image"})
+    argv = [str(tmp_path / "a.tar"), *FLAGS, "--iterations", "9", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"images are unreadable.*a\.tar: \d\.jpg: not an image"):
+        train(parse(argv), CPU)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda tar: tar[:14000], "unexpected end of data"),
+        (lambda tar: b"<html>", "broken shard .*broken.tar: "),
+        (lambda tar: b"", "empty file"),
+    ],
+    ids=["cut", "html", "empty"],
+)
+def test_a_broken_shard_is_named_with_the_last_key(pattern, tmp_path, content, message):
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(content(Path(find_shards(pattern)[0]).read_bytes()))
+    argv = [str(broken), *FLAGS, "--iterations", "9", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=message) as error:
+        train(parse(argv), CPU)
+    assert f"broken shard {broken}" in str(error.value)
+    if content(b"x" * 20000) == b"x" * 14000:
+        assert "after sample 000" in str(error.value)
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "text.tar")) as writer:
+        writer.write({"__key__": "0", "txt": "no image"})
+    for url, message in (
+        (str(tmp_path / "text.tar"), "no images in .*text.tar"),
+        (str(tmp_path / "gone.tar"), "broken shard .*gone.tar: No such file"),
+        ("pipe:false", "broken shard pipe:false: "),
+    ):
+        with pytest.raises(BrokenShard, match=message):
+            next(stream([url]).samples())
+
+
+def test_shards_are_named_as_webdataset_users_do(pattern, tmp_path):
+    folder = Path(pattern).parent
+    names = [str(folder / f"train-0{i}.tar") for i in range(7)]
+    assert find_shards(pattern) == find_shards(f"{folder}/train-*.tar") == names
+    assert find_shards("::".join(names[:2])) == names[:2]
+    assert find_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+    assert find_shards("https://host/{0..1}.tar")[1] == "https://host/1.tar"
+    assert one_pass([f"pipe:cat {names[0]}"]) == one_pass(names[:1])
+    assert not is_shards(str(folder))
+    assert not is_shards("images/train")
+    for data in (pattern, "a.tar.gz", "a.tgz", "pipe:cat a", "gs://bucket/a"):
+        assert is_shards(data)
+    with pytest.raises(UserError, match="no such shard: .*train-07.tar"):
+        find_shards(str(folder / "train-{06..07}.tar"))
+
+
+def test_without_webdataset_the_command_to_install_it_is_named(pattern, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(UserError, match="pip install webdataset"):
+        source(pattern)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mechanism", "memory-bank"], "memory-bank .* pass a folder"),
+        (["-j", "8"], "7 shards cannot feed 8 workers.* pass a smaller -j"),
+        (["--samples-per-epoch", "7"], "--samples-per-epoch must be at least --batch-size"),
+    ],
+)
+def test_what_shards_cannot_do_is_said(pattern, flags, message):
+    with pytest.raises(UserError, match=message):
+        source(pattern, *flags)
+
+
+def test_the_length_of_an_epoch_must_be_known(pattern, tmp_path):
+    with pytest.raises(UserError, match="--samples-per-epoch N .* or .* --iterations N"):
+        build_source(parse([pattern, *FLAGS]), CPU, seed=7)
+    assert source(pattern).steps_per_epoch == 9
+    assert source(pattern, "--samples-per-epoch", "31").steps_per_epoch == 3
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="--samples-per-epoch belongs to tar shards"):
+        build_source(parse([str(tmp_path), *FLAGS, "--samples-per-epoch", "9"]), CPU, seed=7)
+
+
+def test_a_folder_of_shards_is_told_from_a_folder_of_images(pattern):
+    folder = str(Path(pattern).parent)
+    with pytest.raises(UserError, match=r"no images below .*; for its shards pass '.*/\*\.tar'"):
+        build_source(parse([folder, *FLAGS]), CPU, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        (["-j", "2"], r"workers \[1\] -> \[2\]"),
+        (["--shuffle-buffer", "9"], "shuffle_buffer 6 -> 9"),
+    ],
+)
+def test_dealt_otherwise_a_new_pass_begins_and_the_run_says_so(pattern, capsys, flags, change):
+    before = source(pattern)
+    for _ in zip(range(12), before, strict=False):  # 96 images: in the second pass
+        pass
+    state = before.state()
+    same = source(pattern)
+    same.resume(state, Path("checkpoint"))
+    assert (same.positions, same.turn) == ([(1, 96 - SAMPLES)], 0)
+    assert capsys.readouterr().out == ""
+    other = source(pattern, *flags)
+    other.resume(state, Path("checkpoint"))
+    assert set(other.positions) == {(2, 0)}
+    printed = capsys.readouterr().out
+    assert "a new pass begins" in printed
+    assert re.search(change, printed)
+
+
+def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repository, tmp_path):
+    """configs/pretrain/moco_v1_r50_ig1b.yaml, made small by flags."""
+    recipe = str(repository / "configs" / "pretrain" / "moco_v1_r50_ig1b.yaml")
+    flags = ["--iterations", "5", "--lr", "0.01", "--lr-decay-every", "2", "--save-steps", "2"]
+    argv = [pattern, "--recipe", recipe, *FLAGS, *flags, "--output", str(tmp_path)]
+    train(parse(argv), CPU)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081])
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 5
+
+
+def start_pair(tmp_path, name: str, runs: list[list[str]]) -> list[subprocess.Popen]:
+    """Two gloo processes, each the leader of a group that its loading workers belong to."""
+    script = str(Path(__file__).parents[2] / "support" / "recorded_run.py")
+    store = str(tmp_path / f"store_{name}")
+    return [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), store, json.dumps(runs)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def seen(output, rank: int) -> list[tuple[int, list[int]]]:
+    """[step, images] as written; a line cut short by the kill is left out."""
+    path = output / f"seen.{rank}"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [tuple(json.loads(line)) for line in lines if line.endswith("]]")]
+
+
+def test_a_killed_run_neither_loses_nor_repeats_a_sample(pattern, tmp_path):
+    """Two processes of two workers, SIGKILL at a random moment, against an uninterrupted run."""
+    steps = 24
+    flags = [pattern, *FLAGS, "-j", "4", "--samples-per-epoch", "40", "--iterations", str(steps)]
+    flags += ["--save-steps", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs = [[*flags, "--output", str(output)] for output in (whole, killed)]
+    pair = start_pair(tmp_path, "first", runs)
+    rng = np.random.default_rng()
+    wanted = int(rng.integers(5, steps - 3))
+    while len(seen(killed, 0)) < wanted:
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.01)
+    time.sleep(float(rng.uniform(0, 0.2)))
+    for process in pair:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stopped_at = torch.load(killed / LAST, weights_only=True)["step"]
+    before = [seen(killed, rank) for rank in (0, 1)]
+
+    pair = start_pair(tmp_path, "second", [[*runs[1], "--resume", "auto"]])
+    assert [process.wait(timeout=300) for process in pair] == [0, 0]
+    for rank in (0, 1):
+        expected = seen(whole, rank)
+        assert [step for step, _ in expected] == list(range(steps))
+        done_again = seen(killed, rank)[len(before[rank]) :]
+        assert before[rank] == expected[: len(before[rank])]
+        assert done_again == expected[stopped_at:]
+    images = Counter(n for rank in (0, 1) for _, batch in seen(whole, rank) for n in batch)
+    assert set(images) == set(range(SAMPLES))  # 192 images: two passes and a half
+    assert max(images.values()) - min(images.values()) <= 2
+    one, two = (torch.load(output / LAST, weights_only=True) for output in (whole, killed))
+    assert_same_bits(two, one)

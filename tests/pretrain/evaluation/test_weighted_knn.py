@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco_det.common.errors import UserError
+from pretrain.evaluation.features import pooled
+from pretrain.evaluation.weighted_knn import KnnMonitor, weighted_knn
+from pretrain.moco.encoders import build_encoder
+
+
+def test_votes_are_weighted_by_similarity():
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(30, 6), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(7, 6), dim=1)
+    labels = torch.arange(30) % 3
+    scores = weighted_knn(bank, labels, queries, 3, k=5, temperature=0.1)
+    for i, query in enumerate(queries.tolist()):
+        cosines = [sum(a * b for a, b in zip(query, row, strict=True)) for row in bank.tolist()]
+        nearest = sorted(range(30), key=lambda j, c=cosines: -c[j])[:5]
+        for c in range(3):
+            slow = sum(math.exp(cosines[j] / 0.1) for j in nearest if labels[j] == c)
+            slow /= math.exp(max(cosines) / 0.1)
+            assert float(scores[i, c]) == pytest.approx(slow, rel=1e-4, abs=1e-6)
+
+
+def test_a_low_temperature_does_not_overflow():
+    scores = weighted_knn(torch.eye(2), torch.arange(2), torch.eye(2), 2, temperature=1e-4)
+    assert scores.tolist() == [[1, 0], [0, 1]]
+
+
+def test_fewer_images_than_neighbours():
+    bank = torch.eye(3)
+    assert weighted_knn(bank, torch.arange(3), bank, 3).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_pooled_features_are_those_below_the_head():
+    encoder = build_encoder("resnet18", 8, mlp=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    seen = []
+    encoder.fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encoder(x)
+    torch.testing.assert_close(pooled(encoder)(x), seen[0])
+
+
+def colour_folders(root, parts=("train", "val"), colours=("blue", "red")):
+    for part in parts:
+        for colour in colours:
+            folder = root / part / colour
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = np.full((32, 32, 3), 20 * i, np.uint8)
+                pixels[..., {"red": 0, "green": 1, "blue": 2}[colour]] = 250
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_colours_are_told_apart(tmp_path):
+    monitor = KnnMonitor(colour_folders(tmp_path), 32, 0, torch.device("cpu"))
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18", 8).train()
+    assert monitor.top1(encoder) == 100.0
+    assert encoder.training
+
+
+def test_an_unreadable_image_does_not_count(tmp_path):
+    data = colour_folders(tmp_path)
+    (data / "val" / "red" / "0.png").write_bytes(b"broken")
+    (data / "train" / "blue" / "1.png").write_bytes(b"broken")
+    monitor = KnnMonitor(data, 32, 0, torch.device("cpu"))
+    torch.manual_seed(0)
+    assert monitor.top1(build_encoder("resnet18", 8)) == 100.0
+
+
+def test_applies_where_both_parts_have_class_folders(tmp_path):
+    assert not KnnMonitor.applies_to(tmp_path)
+    colour_folders(tmp_path, parts=("train",))
+    assert not KnnMonitor.applies_to(tmp_path)
+    colour_folders(tmp_path, parts=("val",))
+    assert KnnMonitor.applies_to(tmp_path)
+
+
+def test_a_class_that_val_lacks_is_named(tmp_path):
+    colour_folders(tmp_path)
+    colour_folders(tmp_path, parts=("train",), colours=("green",))
+    with pytest.raises(UserError, match="green"):
+        KnnMonitor(tmp_path, 32, 0, torch.device("cpu"))
