@@ -11,6 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+# torch 2.14 renamed it, and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -52,7 +55,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
         out = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(out, tensor)
+        _all_gather(out, tensor)
         return out
 
     @staticmethod

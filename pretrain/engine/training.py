@@ -1,5 +1,6 @@
 """The training loop: batches in, checkpoints and metrics out."""
 
+import inspect
 import math
 import os
 import random
@@ -23,6 +24,15 @@ from pretrain.evaluation.weighted_knn import KnnMonitor
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
 from pretrain.moco.losses import LOSSES
 from pretrain.moco.mechanisms import build_mechanism
+
+# torch 2.14 renamed it, and warns of the old name; under the new one, buffers are broadcast once,
+# by the constructor, which changes nothing where all processes have loaded the same.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in _DDP_ARGUMENTS
+    else "broadcast_buffers": False
+}
 
 
 def train(args, device: torch.device) -> None:
@@ -299,12 +309,12 @@ def contrastive_step(
 def parallelize(model: InstanceDiscrimination) -> InstanceDiscrimination | DistributedDataParallel:
     """Average gradients over the processes, where there are several.
 
-    Buffers are not broadcast: the queue and the bank are equal everywhere by construction, and
-    running statistics are read from rank 0 only.
+    Buffers are not broadcast in steps: the queue and the bank are equal everywhere by construction,
+    and running statistics are read from rank 0 only.
     """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, **OWN_BUFFERS, gradient_as_bucket_view=True)
 
 
 def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float):

@@ -1,10 +1,10 @@
 """Chains of real processes: prefix, order, exit codes, interruption, and the ETA by hand."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -86,29 +86,35 @@ def test_a_killed_step_has_the_shells_code(tmp_path):
 
 
 def test_ctrl_c_stops_the_running_step(tmp_path):
-    """A real SIGINT to the process that runs the chain; its step must not outlive it."""
-    inner = "import os, time; print('pid', os.getpid()); time.sleep(60)"
+    """A real SIGINT to the process that runs the chain; its step must not outlive it.
+
+    The step holds the only writing end of a pipe, so that the pipe's end is the step's.
+    """
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    inner = f"import time; pipe = open({str(held)!r}, 'w'); print('begun'); time.sleep(600)"
     outer = (
-        "import sys, pathlib; from moco_det.benchmark.jobs.steps import Step, run_steps\n"
+        "import sys, pathlib, signal; from moco_det.benchmark.jobs.steps import Step, run_steps\n"
+        # A shell has the commands that it runs in the background ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"run_steps([Step('s', 'k', [sys.executable, '-c', {inner!r}], 1)], "
         f"pathlib.Path({str(tmp_path / 'log')!r}))"
     )
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", outer],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    line = next(line for line in process.stdout if "] pid" in line)
-    step = int(line.split()[-1])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            os.kill(step, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("the step survived")
+    try:
+        assert any("] begun" in line for line in process.stdout)
+        assert not select.select([reader], [], [], 0)[0]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+        ended, _, _ = select.select([reader], [], [], 120)
+        assert ended and os.read(reader, 1) == b"", "the step survived"
+    finally:
+        process.kill()
+        os.close(reader)
