@@ -12,10 +12,10 @@ from types import ModuleType
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-READMES = sorted(
+READMES = [Path("README.md")] + sorted(
     path.relative_to(REPOSITORY)
-    for path in (REPOSITORY / "README.md", *REPOSITORY.glob("*/**/README.md"))
-    if not any(part.startswith(("output", "datasets", ".")) for part in path.parts[1:])
+    for folder in ("configs", "moco_det", "pretrain", "tools", "tests")
+    for path in (REPOSITORY / folder).rglob("README.md")
 )
 CONFIGS = sorted(
     path.relative_to(REPOSITORY)
