@@ -1,4 +1,4 @@
-"""The script that the README shows, run as it stands there."""
+"""The script that the plugin's README shows, run as it stands there."""
 
 import os
 import re
@@ -25,7 +25,8 @@ def as_voc2007(root):
 
 
 def test_the_script_in_the_readme_trains_the_paper_s_c4_detector(repository, tmp_path):
-    (script,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.S)
+    readme = (repository / "moco_det/plugin/README.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     (tmp_path / "user_train_net.py").write_text(script)
     out = tmp_path / "out"
     own = ["DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "('voc_2007_test',)"]

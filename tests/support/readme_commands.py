@@ -1,0 +1,136 @@
+"""The commands that READMEs and YAML headers show, as lists of words, and the commands' parsers."""
+
+import argparse
+import importlib.util
+import re
+import runpy
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+READMES = [Path("README.md")] + sorted(
+    path.relative_to(REPOSITORY)
+    for folder in ("configs", "moco_det", "pretrain", "tools", "tests")
+    for path in (REPOSITORY / folder).rglob("README.md")
+)
+CONFIGS = sorted(
+    path.relative_to(REPOSITORY)
+    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    if not path.name.startswith("Base-")
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """`words` as a shell passes them on; `where`: the file that shows it, and its line."""
+
+    words: list[str]
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {shlex.join(self.words)}"
+
+    @property
+    def script(self) -> Path | None:
+        """The script that it runs, or the module of `python -m`; None for other programs."""
+        at = self._script_at()
+        if at is None:
+            return None
+        if self.words[at - 1] == "-m":
+            return Path(*self.words[at].split(".")).with_suffix(".py")
+        return Path(self.words[at])
+
+    @property
+    def arguments(self) -> list[str]:
+        """Those of the script."""
+        at = self._script_at()
+        return [] if at is None else self.words[at + 1 :]
+
+    def _script_at(self) -> int | None:
+        words = self.words
+        if words[0] not in ("python", "torchrun"):
+            return None
+        if words[1] == "-m":
+            return 2
+        return next(i for i, word in enumerate(words) if word.endswith(".py"))
+
+
+def readme_commands(path: Path) -> list[Command]:
+    """Those of every ```bash block of a README, in their order."""
+    lines = (REPOSITORY / path).read_text().splitlines()
+    shown, inside = [], False
+    for number, line in enumerate(lines, 1):
+        if line.startswith("```"):
+            inside = line == "```bash"
+        elif inside:
+            shown.append((number, line))
+    return _commands(path, shown)
+
+
+def header_commands(path: Path) -> list[Command]:
+    """Those of a YAML's opening comment: lines that begin with a program, continued by a `\\`."""
+    shown, continued = [], False
+    for number, line in enumerate((REPOSITORY / path).read_text().splitlines(), 1):
+        if not line.startswith("#"):
+            break
+        text = re.sub(r"^Command: *", "", line[1:].strip())
+        if continued or text.startswith(("python ", "torchrun ", "pip ")):
+            shown.append((number, text))
+            continued = text.endswith("\\")
+    return _commands(path, shown)
+
+
+def _commands(path: Path, lines: list[tuple[int, str]]) -> list[Command]:
+    """Split at line ends that no backslash continues, and at `&&`."""
+    found, open_line = [], ""
+    for number, line in lines:
+        if line.endswith("\\"):
+            open_line += line[:-1]
+            continue
+        words: list[str] = []
+        for word in [*shlex.split(open_line + line, comments=True), "&&"]:
+            if word != "&&":
+                words.append(word)
+            elif words:
+                found.append(Command(words, f"{path}:{number}"))
+                words = []
+        open_line = ""
+    return found
+
+
+class _Parsed(BaseException):
+    """Carries the flags out of a command, past all that it does with them."""
+
+
+def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
+    """By the command's own parser and checks, which raise SystemExit or UserError."""
+    module = load_script(script)
+    if hasattr(module, "parse"):
+        return module.parse(arguments)
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        raise _Parsed(original(self, args, namespace))
+
+    words = [str(script), *arguments]
+    with patch.object(argparse.ArgumentParser, "parse_args", parse_args), patch("sys.argv", words):
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except _Parsed as parsed:
+            return parsed.args[0]
+    raise AssertionError(f"{script} parses no flags")
+
+
+@cache
+def load_script(path: Path) -> ModuleType:
+    """A command as a module; by its path, since Detectron2's checkout has a package `tools` too."""
+    spec = importlib.util.spec_from_file_location(
+        "_".join(path.with_suffix("").parts), REPOSITORY / path
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
