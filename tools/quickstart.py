@@ -9,12 +9,11 @@ labels, converts it, and fine-tunes the same detector from it and from random we
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from moco_det.benchmark.jobs.quickstart import make_plan, run
-from moco_det.benchmark.jobs.steps import StepFailed
+from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
 from moco_det.common.errors import exit_cleanly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,17 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with exit_cleanly():
-        plan = make_plan(REPOSITORY, **vars(args))
+    with exit_cleanly(), exit_on_signals(f"stopping; what is done so far is in {args.output}"):
         try:
-            page = run(plan)
-        except StepFailed as failure:
+            page = run(make_plan(REPOSITORY, **vars(args)))
+        except JobFailed as failure:
             print(f"error: {failure}", file=sys.stderr)
             sys.exit(failure.code)
-        except KeyboardInterrupt:
-            print(f"stopped; what was done so far is in {plan.output}", file=sys.stderr)
-            sys.exit(130)
     print(f"report: {page}")
 
 

@@ -14,15 +14,14 @@ from its checkpoint. A name of --weights is the paper's row that the checkpoint 
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from moco_det.benchmark.jobs import reproduction
-from moco_det.benchmark.jobs.checkpoints import named_checkpoints
-from moco_det.benchmark.jobs.execution import Settings
-from moco_det.benchmark.jobs.grid import Run, load_grid
-from moco_det.benchmark.jobs.quick import prepare_quick, quick_checkpoint, quick_grid
+from moco_det.benchmark.jobs.grid import load_grid
+from moco_det.benchmark.jobs.job import Job
+from moco_det.benchmark.jobs.runner import exit_on_signals
+from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.engines import ENGINES, choose_engine
@@ -61,20 +60,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_plan(args: argparse.Namespace) -> reproduction.Plan:
+def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
     """Raises UserError for arguments that cannot be."""
     if len(args.opts) % 2:
         raise UserError("--opts takes pairs of a key and a value")
     if args.trials is not None and args.trials < 1:
         raise UserError("--trials must be at least 1")
     output = (args.output or Path("output/quick" if args.quick else "output/reproduce")).resolve()
-    grid = quick_grid(output) if args.quick else load_grid()
+    grid = reproduction.quick_grid(output) if args.quick else load_grid()
     checkpoints = named_checkpoints(args.weights)
     if args.quick and not checkpoints:
-        checkpoints = quick_checkpoint(output)
+        checkpoints = reproduction.quick_checkpoint(output)
     engine, reason = choose_engine(args.engine)
     print(f"engine: {engine} ({reason})", flush=True)
-    return reproduction.Plan(
+    return reproduction.Reproduction(
         grid=grid,
         tables=grid.select(args.tables),
         checkpoints=checkpoints,
@@ -99,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def carry_out(args: argparse.Namespace, plan: reproduction.Plan) -> list[Run]:
+def carry_out(args: argparse.Namespace, plan: reproduction.Reproduction) -> list[Job]:
     """Returns the runs that failed."""
     if args.quick:
-        prepare_quick(REPOSITORY, plan.settings.output, pretraining=not args.weights)
+        output, pretraining = plan.settings.output, not args.weights
+        reproduction.prepare_quick(REPOSITORY, output, pretraining)
     if args.launcher == "local":
         return reproduction.reproduce(plan, args.jobs or (QUICK_JOBS if args.quick else None))
     jobs = reproduction.submit_to_slurm(plan, parse_parameters(args.slurm))
@@ -113,17 +113,9 @@ def carry_out(args: argparse.Namespace, plan: reproduction.Plan) -> list[Run]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    with exit_cleanly():
+    with exit_cleanly(), exit_on_signals("stopping; the same command goes on from here"):
         code = run(args)
     sys.exit(code)
-
-
-def stop(number: int, frame: object) -> None:
-    """End with a shell's exit code, after the running commands have saved their checkpoints."""
-    print("stopping; the same command goes on from here", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -183,5 +183,5 @@ def test_a_killed_grid_ends_with_the_same_table(repository, data, tmp_path):
     subprocess.run([*command, str(killed)], check=True, timeout=600, env=environment)
     assert "resumed" in (killed / "base/seed0/log.txt").read_text()
     assert (killed / "table.md").read_text() == (whole / "table.md").read_text()
-    one, two = (json.loads((o / "base/seed0/result.json").read_text()) for o in (whole, killed))
+    one, two = (json.loads((o / "base/seed0/run.json").read_text()) for o in (whole, killed))
     assert one["measures"] == two["measures"]

@@ -6,8 +6,14 @@ import sys
 
 import pytest
 
-from moco_det.benchmark.jobs.quickstart import MARK, make_plan, prepare_output, steps_of, voc_splits
-from moco_det.benchmark.synthetic import images as procedural_images
+from moco_det.benchmark.jobs.quickstart import (
+    MARK,
+    make_plan,
+    preparation,
+    prepare_output,
+    voc_splits,
+)
+from moco_det.benchmark.synthetic import images as synthetic_images
 from moco_det.common.errors import UserError
 
 RECIPE = """
@@ -45,10 +51,10 @@ TEST:
 @pytest.fixture
 def small(tmp_path, repository):
     """A few drawn images, and a recipe and a config that do next to nothing."""
-    procedural_images.write_image_folder(tmp_path, "train", seed=0, per_class=4)
-    procedural_images.write_image_folder(tmp_path, "val", seed=0, per_class=1)
-    procedural_images.write_voc_scenes(tmp_path, "train", seed=0, count=4)
-    procedural_images.write_voc_scenes(tmp_path, "test", seed=0, count=3)
+    synthetic_images.write_image_folder(tmp_path, "train", seed=0, per_class=4)
+    synthetic_images.write_image_folder(tmp_path, "val", seed=0, per_class=1)
+    synthetic_images.write_voc_scenes(tmp_path, "train", seed=0, count=4)
+    synthetic_images.write_voc_scenes(tmp_path, "test", seed=0, count=3)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     base = repository / "configs/quick/quickstart_R18_FPN.yaml"
     (tmp_path / "config.yaml").write_text(CONFIG.format(base=base))
@@ -67,10 +73,11 @@ def plan_for(repository, root, **changes):
 
 
 def test_embedded_chain(repository, tmp_path):
-    steps = steps_of(plan_for(repository, tmp_path))
-    assert [step.kind for step in steps] == ["draw", "pretrain"]
-    assert all(step.command[0] == sys.executable for step in steps)
-    assert sum(step.expected for step in steps) < 300
+    jobs = preparation(plan_for(repository, tmp_path))
+    assert [job.name for job in jobs] == ["draw", "pretrain"]
+    (draw,), (pretrain,) = (job.commands for job in jobs)
+    assert draw.argv[0] == pretrain.argv[0] == sys.executable
+    assert draw.seconds + pretrain.seconds < 300
 
 
 def test_pairs_of_detectors_differ_in_their_first_weights_only(repository, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 
 import pytest
 
-from moco_det.benchmark.synthetic import tasks as procedural_tasks
+from moco_det.benchmark.synthetic import tasks
 from moco_det.weights.names import Architecture, rename
+from tools.reproduce import main
 
 SMALL = [
     *("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1"),
@@ -99,8 +101,8 @@ def _read(path):
 def test_killed_at_random_moments_it_ends_with_the_same_table(tool, weights, tmp_path):
     def arguments(name):
         root = tmp_path / name
-        procedural_tasks.write_scenes(root / "data", "train", 0, 4)
-        procedural_tasks.write_scenes(root / "data", "test", 0, 2)
+        tasks.write_scenes(root / "data", "train", 0, 4)
+        tasks.write_scenes(root / "data", "test", 0, 2)
         (root / "draw.done").touch()
         return [
             "--quick", "--tables", "6-semantic", "--trials", 1, "--weights", f"moco={weights}",
@@ -137,9 +139,40 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tool, weights, tmp
     assert code == 0 and "2 of 2 runs are finished" in out
 
 
+def test_runs_of_the_first_version_are_read(weights, repository, tmp_path, capsys):
+    """See record_folders.py: row random is finished there."""
+    output = tmp_path / "output"
+    shutil.copytree(repository / "tests/golden/previous_version/reproduce", output)
+    run = output / "runs/voc_R50_FCN16/random/trial1"
+    for path in (run / "run.json", run / "config.yaml"):
+        path.write_text(path.read_text().replace("{output}", str(output)))
+    options = json.loads((run / "run.json").read_text())["identity"]["options"].items()
+    changed = [word for key, value in options if "DATASETS" not in key for word in (key, value)]
+    arguments = [
+        "--quick", "--tables", "6-semantic", "--trials", "1", "--weights", f"moco={weights}",
+        "--output", str(output), "--opts", *changed,
+    ]  # fmt: skip
+
+    def start(*more):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *more])
+        return end.value.code, *capsys.readouterr()
+
+    code, out, _ = start("--status")
+    assert code == 0 and out.splitlines()[-1] == "1 finished, 1 to do"
+    assert start("--report")[0] == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["runs"][0]["results"]["sem_seg/mIoU"] == pytest.approx(0.5606581240881428)
+    # It is finished with these settings only; nothing is drawn, for draw.done is there.
+    arguments[arguments.index("SOLVER.MAX_ITER") + 1] = "3"
+    code, out, err = start()
+    assert code == 1 and "[1/" not in out
+    assert "holds a trial with other settings (options was" in err
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_reported_with_the_end_of_its_log(tool, weights, tmp_path):
-    procedural_tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
+    tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
     (tmp_path / "draw.done").touch()
     process = tool(
         "--quick", "--tables", "6-semantic", "--trials", 1, "--weights", f"moco={weights}",

@@ -18,16 +18,35 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from moco_det.benchmark.jobs.job import (
+    FINISHED,
+    INTERRUPTED,
+    REPOSITORY,
+    TO_DO,
+    Command,
+    Job,
+    JobFolder,
+    unfinished,
+)
+from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
 from moco_det.common.errors import UserError
-from pretrain import knn, linear, main
-from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM
+from pretrain.flags import as_flags, nearest, read_yaml
+from pretrain.flags import build_parser as pretraining_parser
+from pretrain.flags import parse as parse_pretraining
+from pretrain.knn import build_parser as knn_parser
+from pretrain.knn import parse as parse_knn
+from pretrain.linear import build_parser as linear_parser
+from pretrain.linear import parse as parse_linear
 
-FOLDER = Path(__file__).resolve().parents[3] / "pretrain"
+FOLDER = REPOSITORY / "pretrain"
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
 UNTRAINED = "untrained"
 # Flags of main.py that no number depends on.
@@ -35,11 +54,15 @@ NO_SETTINGS = (
     "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
 )  # fmt: skip
+EXPECTED = {"pretrain": 120, "knn": 15, "linear": 20}  # seconds; the first guess of an ETA
 
 
 @dataclass(frozen=True)
-class Row:
-    """Runs that differ in the seed alone. `name`: the varied flags as typed; "(base)" if none."""
+class Variant:
+    """A row of the table: trials that differ in the seed alone.
+
+    `name`: the varied flags as typed; "(base)" where there are none.
+    """
 
     name: str
     flags: list[str]
@@ -53,7 +76,7 @@ class Row:
 class Ablation:
     """The content of an ablation file. `knn`, `linear`: flags of the evaluations."""
 
-    rows: list[Row]
+    rows: list[Variant]
     seeds: int
     knn: list[str]
     linear: list[str]
@@ -61,15 +84,15 @@ class Ablation:
 
 def read_ablation(path: Path) -> Ablation:
     """Raises UserError for what is no ablation, naming the key and the nearest known one."""
-    content = main.read_yaml(path, "ablation")
+    content = read_yaml(path, "ablation")
     for key in content:
         if key not in KEYS:
-            raise UserError(f"unknown key '{key}' in {path}{main.nearest(str(key), KEYS)}")
+            raise UserError(f"unknown key '{key}' in {path}{nearest(str(key), KEYS)}")
     base = _base_flags(content, path)
-    rows = [Row(UNTRAINED, base)] if content.get("untrained") else []
+    rows = [Variant(UNTRAINED, base)] if content.get("untrained") else []
     for varied in _variants(content, path):
-        flags = main.as_flags(varied, main.build_parser(), str(path))
-        rows.append(Row(" ".join(flags) or "(base)", base + flags))
+        flags = as_flags(varied, pretraining_parser(), str(path))
+        rows.append(Variant(" ".join(flags) or "(base)", base + flags))
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -78,14 +101,14 @@ def read_ablation(path: Path) -> Ablation:
     if not isinstance(seeds, int) or seeds < 1:
         raise UserError(f"'seeds' in {path} must be a number of at least 1, not {seeds!r}")
     knn_flags, linear_flags = (
-        main.as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
-        for key, parser in (("knn", knn.build_parser()), ("linear", linear.build_parser()))
+        as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
+        for key, parser in (("knn", knn_parser()), ("linear", linear_parser()))
     )
     return Ablation(rows, seeds, knn_flags, linear_flags)
 
 
 def _base_flags(content: dict, path: Path) -> list[str]:
-    flags = main.as_flags(_mapping(content, "base", path), main.build_parser(), f"'base' of {path}")
+    flags = as_flags(_mapping(content, "base", path), pretraining_parser(), f"'base' of {path}")
     if "recipe" in content:
         return ["--recipe", str((path.parent / str(content["recipe"])).resolve()), *flags]
     return flags
@@ -116,17 +139,107 @@ def _variants(content: dict, path: Path) -> list[dict]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+# -- trials ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Run:
-    """One row with one seed, in a folder of its own. Raises UserError for flags that do not do.
+class Trial:
+    """One row of the table with one seed."""
+
+    row: str
+    seed: int
+    job: Job
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    def result(self) -> dict[str, Any] | None:
+        """{measures, seconds} of a finished trial, else None."""
+        record = self.job.folder.record
+        if record.get("state") != FINISHED:
+            return None
+        return {"measures": record["measures"], "seconds": record["seconds"]}
+
+
+def plan_trials(
+    ablation: Ablation,
+    source: Path,
+    data: Path,
+    output: Path,
+    seeds: int | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+) -> list[Trial]:
+    """All trials, a seed of every row after another: a table cut short has all its rows.
 
     Args:
         source: the ablation file, for messages.
-        data: ImageFolder root.
+        data: ImageFolder root with train/CLASS and val/CLASS.
+        seeds: in place of the file's.
         workers: data loading processes; None: the commands' default.
+        processes: of each command; more than one are started by torchrun.
+
+    Raises:
+        UserError: what cannot be run, before anything is.
+    """
+    if seeds is not None and seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    if not (data / "train").is_dir() or not (data / "val").is_dir():
+        raise UserError(f"--data {data} needs train/CLASS and val/CLASS: both are read")
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launch.append(str(processes))
+    common = {"ablation": ablation, "source": source, "data": data.resolve(), "workers": workers}
+    trials = []
+    for seed in range(seeds or ablation.seeds):
+        for variant in ablation.rows:
+            path = output / re.sub(r"[^\w.]+", "_", variant.name).strip("_") / f"seed{seed}"
+            chain = Chain(variant, seed, path, **common)
+            trials.append(Trial(variant.name, seed, chain.job(launch)))
+    return trials
+
+
+def listing(trials: Sequence[Trial]) -> str:
+    """The state and the commands of each."""
+    lines = []
+    for trial in trials:
+        trial.job.check_identity()
+        state = {FINISHED: "done", TO_DO: TO_DO}.get(trial.job.folder.state(), "begun")
+        lines.append(f"{state:5s}  {trial.name}")
+        lines += [f"         {command.as_typed()}" for command in trial.job.commands]
+    return "\n".join(lines)
+
+
+def run_trials(trials: Sequence[Trial]) -> dict[str, str]:
+    """Run what is not done; returns the reasons of those that failed, by the trials' names.
+
+    Raises:
+        UserError: a folder holds another trial, or cannot be written.
+        KeyboardInterrupt, SystemExit: after the running command was stopped.
+    """
+    todo = unfinished([trial.job for trial in trials])
+    failures, eta = {}, ScreenEta(todo)
+    print(f"{len(trials) - len(todo)} of {len(trials)} trials are done", flush=True)
+    for number, job in enumerate(todo, 1):
+        print(f"== trial {number} of {len(todo)}: {job.name}", flush=True)
+        try:
+            run_on_screen(job, eta)
+        except JobFailed as failure:
+            failures[job.name] = f"{job.folder.log_end()[-1]} ({failure})"
+            print(f"== failed: {job.name}: {failure}", flush=True)
+    return failures
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The commands of one trial, in a folder of their own.
+
+    Raises UserError for flags that do not do. The other fields are those of `plan_trials`.
     """
 
-    row: Row
+    variant: Variant
     seed: int
     folder: Path
     ablation: Ablation
@@ -134,22 +247,35 @@ class Run:
     data: Path
     workers: int | None = None
 
+    def job(self, launch: Sequence[str]) -> Job:
+        """`launch`: what starts each of the commands."""
+        name = f"{self.variant.name}, seed {self.seed}"
+        return Job(
+            JobFolder(name, self.folder, lambda: earlier_record(self.folder)),
+            [
+                Command(name, [*launch, *command], EXPECTED[name])
+                for name, command in self.commands().items()
+            ],
+            identity=self.settings(),
+            read_result=lambda: {"measures": self.measures()},
+        )
+
     def commands(self) -> dict[str, list[str]]:
         """Name of each command -> script and arguments, in the order to run them in."""
         common = ["--seed", str(self.seed)]
         common += ["--workers", str(self.workers)] if self.workers is not None else []
-        pretrain = [*self.row.flags, *common, "--output", str(self.folder), "--resume", "auto"]
-        args = self._accepted(main.parse, pretrain)
-        checkpoint = str(self.folder / checkpoints.LAST) if self.row.trained else RANDOM
+        pretrain = [*self.variant.flags, *common, "--output", str(self.folder), "--resume", "auto"]
+        args = self._accepted(parse_pretraining, pretrain)
+        checkpoint = str(self.folder / LAST) if self.variant.trained else RANDOM
         common += ["--pretrained", checkpoint, "--arch", args.arch]
         common += ["--image-size", str(args.image_size)]
         common += ["--small-stem"] if args.small_stem else []
         neighbours = [*common, *self.ablation.knn, "--output", str(self.folder / "knn.json")]
         probe = [*common, *self.ablation.linear, "--output", str(self.folder / "linear")]
         probe += ["--resume", "auto"]
-        self._accepted(knn.parse, neighbours)
-        self._accepted(linear.parse, probe)
-        commands = {"pretrain": ("main.py", pretrain)} if self.row.trained else {}
+        self._accepted(parse_knn, neighbours)
+        self._accepted(parse_linear, probe)
+        commands = {"pretrain": ("main.py", pretrain)} if self.variant.trained else {}
         commands |= {"knn": ("knn.py", neighbours), "linear": ("linear.py", probe)}
         return {
             name: [str(FOLDER / script), str(self.data), *flags]
@@ -161,12 +287,14 @@ class Run:
 
         Where from and how a run is launched is not among it, nor is what it keeps on disk.
         """
-        args = vars(self._accepted(main.parse, [*self.row.flags, "--seed", str(self.seed)]))
-        parser = main.build_parser()
+        args = vars(
+            self._accepted(parse_pretraining, [*self.variant.flags, "--seed", str(self.seed)])
+        )
+        parser = pretraining_parser()
         changed = {k: v for k, v in args.items() if v != parser.get_default(k)}
         return {
             "pretrain": {k: v for k, v in changed.items() if k not in ("data", *NO_SETTINGS)},
-            "trained": self.row.trained,
+            "trained": self.variant.trained,
             "data": str(self.data),
             "knn": self.ablation.knn,
             "linear": self.ablation.linear,
@@ -179,7 +307,7 @@ class Run:
         linear classifier's accuracy is that of its last epoch, not of its best.
         """
         values = {}
-        if self.row.trained:
+        if self.variant.trained:
             last = _records(self.folder / "metrics.jsonl", "loss")[-1]
             values |= {"pretext loss": last["loss"], "pretext top-1": last["acc1"]}
         values["kNN top-1"] = json.loads((self.folder / "knn.json").read_text())["knn_top1"]
@@ -188,17 +316,29 @@ class Run:
 
     def _accepted(self, parse: Callable, flags: list[str]) -> argparse.Namespace:
         """The flags as the command's parser reads them; its complaint names the ablation file."""
-        said = io.StringIO()
+        printed = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(printed):
                 return parse([str(self.data), *flags])
-        except SystemExit as error:
-            last = (said.getvalue().strip().splitlines() or [""])[-1]
-            reason = re.sub(r"^.*?error: ", "", error.code if isinstance(error.code, str) else last)
-            raise UserError(f"row '{self.row.name}' of {self.source}: {reason}") from None
+        except UserError as error:
+            reason = str(error)
+        except SystemExit:  # of argparse, which prints its reason last
+            last = (printed.getvalue().strip().splitlines() or [""])[-1]
+            reason = re.sub(r"^.*?error: ", "", last)
+        raise UserError(f"row '{self.variant.name}' of {self.source}: {reason}")
 
 
 def _records(path: Path, name: str) -> list[dict]:
     """The entries of a metrics.jsonl that hold `name`."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if name in line]
+
+
+def earlier_record(folder: Path) -> dict[str, Any]:
+    """From the files of the first version: trial.json {settings, commands}, written before the
+    commands ran, and result.json {measures, seconds}, written once all of them were done."""
+    begun, done = folder / "trial.json", folder / "result.json"
+    if not begun.exists():
+        return {}
+    record = {"state": INTERRUPTED, "identity": json.loads(begun.read_text())["settings"]}
+    return record | ({"state": FINISHED} | json.loads(done.read_text()) if done.exists() else {})

@@ -6,37 +6,32 @@ What a run leaves in its folder:
     pretrain/                  checkpoint_last.pth.tar, metrics.jsonl
     weights/moco.pkl           the converted backbone
     runs/quickstart/<start>/trial<seed>/   a detector, see `runs`; <start>: moco, random
-    quickstart.log             what drawing and pretraining have printed
     report.html, report.json
+
+Each of these folders is that of a job.
 """
 
 import shutil
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_det.benchmark.jobs.checkpoints import convert, weight_file
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
-from moco_det.benchmark.jobs.local import places, run_locally
-from moco_det.benchmark.jobs.steps import Step, run_steps
+from moco_det.benchmark.jobs.job import Job, JobFolder, script_job
+from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
+from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import outcome
 from moco_det.benchmark.report.quickstart_page import write_report
-from moco_det.benchmark.synthetic import images as procedural_images
+from moco_det.benchmark.synthetic.images import CLASSES
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
 
-# Seconds on two CPU cores with the embedded data; only the first guess of the ETA.
-EXPECTED = {"draw": 15, "pretrain": 210}
-
 
 @dataclass(frozen=True)
-class Plan:
+class Quickstart:
     """What to run on what. `train` and `test` are data set names as `get_dataset` takes them."""
 
     repository: Path
@@ -100,7 +95,7 @@ def make_plan(
     seeds: int,
     images: Path | None = None,
     voc: Path | None = None,
-) -> Plan:
+) -> Quickstart:
     """Check what can be checked before minutes are spent. Raises UserError.
 
     Args:
@@ -119,7 +114,7 @@ def make_plan(
     embedded = images is None
     if embedded:
         images, voc, splits = output / "data/images", output / "data/scenes", ("train", "test")
-        classes = procedural_images.CLASSES
+        classes = CLASSES
     else:
         images, voc = images.resolve(), voc.resolve()
         if not images.is_dir():
@@ -128,7 +123,7 @@ def make_plan(
         classes = get_dataset(f"voc:{voc}:{splits[1]}").classes
     train, test = (f"voc:{voc}:{split}" for split in splits)
     where = {"repository": repository, "output": output, "recipe": recipe.resolve()}
-    return Plan(
+    return Quickstart(
         **where, images=images, train=train, test=test, classes=classes, embedded=embedded,
         config_file=config_file.resolve(), seed=seed, seeds=seeds,
     )  # fmt: skip
@@ -165,42 +160,42 @@ def prepare_output(output: Path) -> None:
         for name in ("data", "pretrain", "weights", "runs"):
             if (output / name).is_dir():
                 shutil.rmtree(output / name)
-        for file in output.glob("report.*"):
+        for file in (*output.glob("report.*"), *output.glob("quickstart.log")):
             file.unlink()
     except OSError as error:
         raise UserError(f"cannot write to --output {output}: {error.strerror}") from error
 
 
-def steps_of(plan: Plan) -> list[Step]:
-    """What comes before the detectors, each command as one would type it."""
+def preparation(plan: Quickstart) -> list[Job]:
+    """What comes before the detectors. The seconds are those of two CPU cores."""
     draw = ["-m", "moco_det.benchmark.synthetic.images", "--output", plan.images.parent]
+    draw += ["--seed", plan.seed]
     pretrain = [plan.repository / "pretrain/main.py", plan.images, "--recipe", plan.recipe]
     pretrain += ["--output", plan.pretrain_folder, "--seed", plan.seed]
-    drawing = [_step("draw", [*draw, "--seed", plan.seed])] if plan.embedded else []
-    return [*drawing, _step("pretrain", pretrain)]
+    drawing = script_job(JobFolder("draw", plan.images.parent), draw, seconds=15)
+    pretraining = script_job(JobFolder("pretrain", plan.pretrain_folder), pretrain, seconds=210)
+    return [drawing, pretraining] if plan.embedded else [pretraining]
 
 
-def _step(name: str, arguments: Sequence[object]) -> Step:
-    return Step(name, name, [sys.executable, *map(str, arguments)], EXPECTED[name])
-
-
-def run(plan: Plan) -> Path:
+def run(plan: Quickstart) -> Path:
     """Do everything; returns the path of report.html.
 
     Raises:
         UserError: the output folder cannot be used, or a detector failed.
-        StepFailed: drawing or pretraining failed.
+        JobFailed: drawing, pretraining or the conversion failed.
     """
     begun = time.monotonic()
     prepare_output(plan.output)
-    steps = steps_of(plan)
-    durations = run_steps(steps, plan.output / "quickstart.log")
+    prepared = preparation(plan)
+    run_in_order(prepared)
     convert({"moco": plan.checkpoint}, plan.output, plan.repository)
-    failed = run_locally(plan.runs(), plan.settings, places(plan.settings.gpus, None))
+    detectors = [plan.settings.job(run) for run in plan.runs()]
+    failed = run_side_by_side(detectors, gpu_slots(plan.settings.gpus, None))
     if failed:
-        names = ", ".join(run.name for run in failed)
+        names = ", ".join(job.name for job in failed)
         raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")
-    results = outcome.collect(plan, steps, durations)
+    steps = [command for job in prepared for command in job.commands]
+    results = outcome.collect(plan, steps, [job.folder.record["seconds"] for job in prepared])
     try:
         pairs = outcome.draw_pairs(plan)
     except UserError as error:  # the numbers are worth a report without pictures too

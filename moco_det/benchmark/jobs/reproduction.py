@@ -1,8 +1,9 @@
 """Checkpoints in, tables out: what tools/reproduce.py does.
 
-OUTPUT/weights/ROW.pkl               converted checkpoints
-OUTPUT/runs/EXPERIMENT/ROW/trialN/   see `runs`
+OUTPUT/weights/, OUTPUT/runs/      see `runs`
 OUTPUT/report.{html,md,csv,json}
+OUTPUT/data/, OUTPUT/pretrain/     of the toy reproduction: drawn images, and the checkpoint that
+                                   a minute of MoCo on them makes
 """
 
 import json
@@ -15,21 +16,22 @@ from typing import Any
 from tabulate import tabulate
 
 from moco_det.benchmark.jobs import slurm
-from moco_det.benchmark.jobs.checkpoints import convert, weight_file
-from moco_det.benchmark.jobs.execution import Settings
-from moco_det.benchmark.jobs.grid import Grid, Run, Table
-from moco_det.benchmark.jobs.local import places, run_locally
-from moco_det.benchmark.jobs.provenance import provenance
-from moco_det.benchmark.jobs.runs import FINISHED, check_identity, identity
+from moco_det.benchmark.jobs.grid import FOLDER, Grid, Run, Table, load_grid
+from moco_det.benchmark.jobs.job import FINISHED, Job, JobFolder, provenance, script_job, unfinished
+from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
+from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import table_page
 from moco_det.benchmark.report.results import collect
 from moco_det.benchmark.report.samples import samples
 from moco_det.benchmark.report.tables import as_csv, markdown
 from moco_det.common.errors import UserError
 
+QUICK_RECIPE = "configs/pretrain/reproduce_quick_r50.yaml"
+QUICK_ROW = "moco"  # of quick.yaml
+
 
 @dataclass(frozen=True)
-class Plan:
+class Reproduction:
     """What to run. `checkpoints`: row -> file; `trials`: their numbers, None for the paper's."""
 
     grid: Grid
@@ -67,7 +69,7 @@ def estimated_hours(run: Run) -> float | None:
     return hours * iterations * batch / (run.experiment.iterations * run.experiment.batch)
 
 
-def dry_run(plan: Plan) -> str:
+def dry_run(plan: Reproduction) -> str:
     """What would run, with its GPU hours."""
     runs = [run for run in plan.runs() if plan.settings.folder(run).state() != FINISHED]
     rows, total, unknown = [], 0.0, 0
@@ -84,15 +86,14 @@ def dry_run(plan: Plan) -> str:
     )
 
 
-def status(plan: Plan) -> str:
+def status(plan: Reproduction) -> str:
     """Every run's state, now."""
     rows, counts = [], {}
     for run in plan.runs():
         folder = plan.settings.folder(run)
         state, record = folder.state(), folder.record
         counts[state] = counts.get(state, 0) + 1
-        begun = record and state != FINISHED
-        progress = f"iteration {folder.iteration()}" if begun else ""
+        progress = folder.progress() if record and state != FINISHED else ""
         attempts = len(record.get("attempts", [])) or ""
         rows.append([run.name, state, progress, attempts, slurm.job_of(folder) or ""])
     heads = ["run", "state", "", "attempts ended", "Slurm job"]
@@ -100,36 +101,37 @@ def status(plan: Plan) -> str:
     return f"{table}\n\n" + ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
-def reproduce(plan: Plan, jobs: int | None) -> list[Run]:
-    """Run what is not finished on this machine; returns the runs that failed.
+def reproduce(plan: Reproduction, at_a_time: int | None) -> list[Job]:
+    """Run what is not finished on this machine; returns the jobs that failed.
 
     Args:
-        jobs: runs at a time, see `local.places`.
+        at_a_time: runs at a time, see `gpu_slots`.
     """
-    todo, settings = _to_do(plan), plan.settings
-    return run_locally(todo, settings, places(settings.gpus, jobs)) if todo else []
+    settings, todo = plan.settings, _to_do(plan)
+    jobs = [settings.job(run) for run in todo]
+    if not jobs:
+        return []
+    return run_side_by_side(jobs, gpu_slots(settings.gpus, at_a_time), settings.retries)
 
 
-def submit_to_slurm(plan: Plan, parameters: Mapping[str, Any]) -> list[str]:
-    """Submit what is neither finished nor waiting; returns the numbers of the jobs."""
+def submit_to_slurm(plan: Reproduction, parameters: Mapping[str, Any]) -> list[str]:
+    """Submit what is neither finished nor waiting; returns the numbers of the Slurm jobs."""
     todo, settings = _to_do(plan), plan.settings
     folder = settings.output / "slurm"
     executor = slurm.make_executor(folder, parameters, settings.gpus)
     return [job.job_id for job in slurm.submit(todo, settings, executor, parameters["nodes"])]
 
 
-def _to_do(plan: Plan) -> list[Run]:
+def _to_do(plan: Reproduction) -> list[Run]:
     """Convert the checkpoints; the runs that are not finished."""
     runs, settings = plan.runs(), plan.settings
     convert(plan.checkpoints, settings.output, settings.repository)
-    for run in runs:
-        check_identity(settings.folder(run), identity(run, settings.engine))
-    todo = [run for run in runs if settings.folder(run).state() != FINISHED]
+    todo = {job.name for job in unfinished([settings.job(run) for run in runs])}
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
-    return todo
+    return [run for run in runs if run.name in todo]
 
 
-def write_report(plan: Plan) -> Path:
+def write_report(plan: Reproduction) -> Path:
     """Write report.html, .md, .csv and .json from what is there; returns the path of the page."""
     output, runs, found = plan.settings.output, plan.runs(), results(plan)
     output.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def _curves(runs: Sequence[Run], settings: Settings) -> table_page.Curves:
     return curves
 
 
-def _pictures(runs: Sequence[Run], plan: Plan) -> table_page.Pictures:
+def _pictures(runs: Sequence[Run], plan: Reproduction) -> table_page.Pictures:
     pictures = {}
     for experiment in {run.experiment.name: run.experiment for run in runs}.values():
         try:
@@ -162,7 +164,7 @@ def _pictures(runs: Sequence[Run], plan: Plan) -> table_page.Pictures:
     return pictures
 
 
-def results(plan: Plan) -> dict[str, Any]:
+def results(plan: Reproduction) -> dict[str, Any]:
     """What the report is written from; see `results.collect`."""
     return {
         "title": "Reproduction of MoCo's transfer tables",
@@ -171,3 +173,37 @@ def results(plan: Plan) -> dict[str, Any]:
         "environment": provenance(plan.settings.repository),
         **collect(plan.grid, plan.tables, plan.runs(), plan.settings, plan.own_rows),
     }
+
+
+# -- the toy reproduction -------------------------------------------------------------------------
+
+
+def quick_grid(output: Path) -> Grid:
+    return load_grid(FOLDER / "quick.yaml", data=output / "data")
+
+
+def quick_checkpoint(output: Path) -> dict[str, Path]:
+    """Row -> the checkpoint that `prepare_quick` makes."""
+    return {QUICK_ROW: output / "pretrain/checkpoint_last.pth.tar"}
+
+
+def prepare_quick(repository: Path, output: Path, pretraining: bool) -> None:
+    """Draw the images and, if `pretraining` is wanted, pretrain on them, each unless it is done.
+
+    Raises:
+        UserError: one of the two failed.
+    """
+    draw = ["-m", "moco_det.benchmark.synthetic.tasks", "--output", output / "data"]
+    pretrain = [repository / "pretrain/main.py", output / "data/images", "--resume", "auto"]
+    pretrain += ["--recipe", repository / QUICK_RECIPE, "--output", output / "pretrain"]
+    jobs = [script_job(_quick_folder("draw", output / "data"), draw, seconds=10)]
+    if pretraining:
+        folder = _quick_folder("pretrain", output / "pretrain")
+        jobs.append(script_job(folder, [*pretrain, "--seed", 0], seconds=60))
+    run_in_order(jobs)
+
+
+def _quick_folder(name: str, path: Path) -> JobFolder:
+    """The first version left a file NAME.done beside the folder."""
+    done = path.parent / f"{name}.done"
+    return JobFolder(name, path, lambda: {"state": FINISHED} if done.exists() else {})

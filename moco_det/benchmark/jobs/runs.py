@@ -1,73 +1,45 @@
-"""The folder of a run: what was run, how far it is, and its numbers.
+"""A detector's run as a job: the weights that it starts from, its command, its numbers.
 
-    run.json        command, config, seed, engine, code, packages, hardware, attempts, state
-    log.txt         all that the command printed
-    metrics.json, config.yaml, inference/, checkpoints: the trainer's own
-    run.lock        held by the processes of the run while they live
-
-A run is carried out by one process at a time, whoever starts it: the lock, which its command
-inherits, tells a run that goes on after its starter was killed from one that was interrupted.
+OUTPUT/weights/ROW.pkl               a converted checkpoint; ROW/ is the conversion's folder
+OUTPUT/runs/EXPERIMENT/ROW/trialN/   OUTPUT_DIR of tools/train_net.py: metrics.json,
+                                     config.yaml, inference/, checkpoints
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.grid import Run
+from moco_det.benchmark.jobs.grid import DEFAULT_ROW, Run
+from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, script_job
+from moco_det.benchmark.jobs.runner import run_in_order
 from moco_det.common.errors import UserError
-from moco_det.common.files import file_hash, write_json
+from moco_det.common.files import file_hash
 from moco_det.config.loading import load_config
-
-TO_DO, RUNNING, INTERRUPTED, FAILED, FINISHED = STATES = (
-    "to do", "running", "interrupted", "failed", "finished",
-)  # fmt: skip
-LOG_LINES = 8  # of the end of a failed run's log
+from moco_det.weights.files import read_state_dict
+from moco_det.weights.names import DETECTRON2, find_layout
 
 
-class RunFolder:
+class RunFolder(JobFolder):
     """Where one run keeps its files."""
 
     def __init__(self, run: Run, output: Path):
+        super().__init__(run.name, output / "runs" / run.name)
         self.run = run
-        self.path = output / "runs" / run.name
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """run.json; {} of a run that was never begun."""
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replace run.json at once, so that a kill leaves the old one or the new one."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "run.json", record, indent=2)
-
-    def state(self) -> str:
-        """One of STATES, now."""
-        state = self.record.get("state", TO_DO)
-        if state == FINISHED:
-            return FINISHED
-        if self._locked():
-            return RUNNING
-        return INTERRUPTED if state == RUNNING else state
 
     def iteration(self) -> int:
         """How many iterations are done, as far as metrics.json tells."""
         lines = read_metrics(self.path)
         return max((line["iteration"] + 1 for line in lines if "lr" in line), default=0)
+
+    def progress(self) -> str:
+        return f"iteration {self.iteration()}"
 
     def results(self) -> dict[str, float]:
         """See `read_results`."""
@@ -78,14 +50,6 @@ class RunFolder:
         lines = (line for line in read_metrics(self.path) if "total_loss" in line)
         return [(line["iteration"] + 1, line["total_loss"]) for line in lines]
 
-    def log_end(self) -> list[str]:
-        """The last lines of the log, for a message."""
-        try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        return [line for line in lines if line.strip()][-LOG_LINES:]
-
     def repair(self) -> None:
         """Drop a line of metrics.json that a kill has cut off: the next would be appended to it."""
         path = self.path / "metrics.json"
@@ -94,40 +58,6 @@ class RunFolder:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 os.truncate(path, whole)
-
-    def _locked(self) -> bool:
-        try:
-            with open(self.path / "run.lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
-
-    @contextlib.contextmanager
-    def claimed(self, stopped=lambda: False, say=print) -> Iterator[int]:
-        """Hold the run's lock, waiting for another process that works on it.
-
-        Yields:
-            The lock's file descriptor, for the command to inherit; -1 where `stopped()` became true
-            before the lock was free.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "run.lock", "a") as file:
-            tries = 0
-            while not stopped():
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    tries += 1
-                    if tries == 2:  # at the first it may have been a look at the state
-                        say(f"{self.run.name}: another process is at it; waiting for its end")
-                    time.sleep(0.5)
-                else:
-                    yield file.fileno()
-                    return
-            yield -1
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -155,8 +85,59 @@ def read_results(folder: Path) -> dict[str, float]:
     return {key: value for key, value in last if "/" in key and value is not None}
 
 
+# -- runs as jobs ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a reproduction have in common.
+
+    `engine`: "native" or "detectron2"; `gpus`: processes of a run on each machine; `retries`: how
+    often a failed run is begun again.
+    """
+
+    repository: Path
+    output: Path
+    engine: str
+    gpus: int = 1
+    retries: int = 1
+
+    def folder(self, run: Run) -> RunFolder:
+        return RunFolder(run, self.output)
+
+    def command(self, run: Run, launch: Sequence[str] = ()) -> list[str]:
+        """tools/train_net.py with its arguments.
+
+        `launch`: torchrun and its arguments; without it the script starts its processes itself.
+        """
+        script = str(self.repository / "tools/train_net.py")
+        return [
+            *(launch or [sys.executable]), script, "--resume", "--engine", self.engine,
+            *([] if launch else ["--num-gpus", str(self.gpus)]),
+            "--config-file", str(run.config_file), *run.options,
+            "SEED", str(run.trial), "OUTPUT_DIR", str(self.folder(run).path),
+        ]  # fmt: skip
+
+    def job(self, run: Run, launch: Sequence[str] = ()) -> Job:
+        """Runs of one experiment are expected to take equally long."""
+        folder = self.folder(run)
+        return Job(
+            folder,
+            [Command(run.experiment.name, self.command(run, launch))],
+            identity(run, self.engine),
+            # Its numbers stay in metrics.json; a run that was not evaluated has failed.
+            read_result=lambda: {} if folder.results() else None,
+            about={
+                "config_file": str(run.config_file),
+                "engine": self.engine,
+                "seed": run.trial,
+                "gpus": self.gpus,
+            },
+        )
+
+
 def identity(run: Run, engine: str) -> dict[str, Any]:
-    """What makes two runs the same: where it differs, the numbers of one are not the other's."""
+    """See `Job`."""
     settings = dict(zip(run.options[::2], run.options[1::2], strict=True))
     weights = settings.pop("MODEL.WEIGHTS", None)
     if weights and Path(weights).is_file():
@@ -171,22 +152,85 @@ def identity(run: Run, engine: str) -> dict[str, Any]:
     }
 
 
-def check_identity(folder: RunFolder, wanted: Mapping[str, Any]) -> None:
-    """UserError where the folder holds a run of other settings."""
-    found = folder.record.get("identity")
-    if found is None or found == wanted:
-        return
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    words = "; ".join(f"{key} was {found.get(key)}, is {wanted[key]}" for key in differing)
-    raise UserError(
-        f"{folder.path} holds a run of other settings ({words}): name another --output, or remove "
-        "that folder"
-    )
-
-
 @functools.cache
 def _config_hash(path: Path) -> str:
     """Of all values that the file and those below it give; "" where there is no such file."""
     if not path.is_file():
         return ""
     return hashlib.sha256(load_config(str(path)).dump().encode()).hexdigest()[:16]
+
+
+# -- the checkpoints that a user gives ------------------------------------------------------------
+
+
+def named_checkpoints(words: Sequence[str], default: str = DEFAULT_ROW) -> dict[str, Path]:
+    """`NAME=CKPT`, or `CKPT` for the row `default` -> {row: file}.
+
+    Raises:
+        UserError: a name that is given twice, is none or is `random`; a missing file.
+    """
+    checkpoints: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        name, path = (name, Path(path)) if equals else (default, Path(word))
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == "random":
+            raise UserError(f"--weights {word}: {name!r} cannot name a row: use letters, digits, _")
+        if name in checkpoints:
+            raise UserError(f"--weights: two checkpoints for the row {name}: write NAME=CKPT")
+        if not path.is_file():
+            raise UserError(f"--weights {word}: {path} is not a file")
+        checkpoints[name] = path.resolve()
+    return checkpoints
+
+
+def weight_file(name: str, source: Path, output: Path) -> Path:
+    """Where the weights of a row are: the file itself where it is Detectron2's already.
+
+    A file that is still to be made, by a pretraining, is taken for a checkpoint.
+    """
+    is_detectron2 = source.is_file() and find_layout(read_state_dict(source)[0]) is DETECTRON2
+    return source if is_detectron2 else output / "weights" / f"{name}.pkl"
+
+
+def convert(checkpoints: Mapping[str, Path], output: Path, repository: Path) -> None:
+    """Make the files that `weight_file` names, but for those that are there already.
+
+    Raises:
+        UserError: a checkpoint cannot be converted, or another one than before is given for a row.
+    """
+    targets = {name: weight_file(name, source, output) for name, source in checkpoints.items()}
+    run_in_order(
+        [
+            _conversion(name, source, targets[name], repository)
+            for name, source in checkpoints.items()
+            if targets[name] != source
+        ]
+    )
+
+
+def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:
+    def earlier_note() -> dict[str, Any]:
+        """weights/ROW.json of the first version: {hash, source}, once the file was there."""
+        note = target.with_suffix(".json")
+        if not note.is_file():
+            return {}
+        known = json.loads(note.read_text())
+        identity = {"hash": known["hash"]}
+        return {"state": FINISHED, "identity": identity, "source": known["source"]}
+
+    folder = JobFolder(f"convert {name}", target.with_suffix(""), earlier_note)
+    identity, known = {"hash": file_hash(source)}, folder.record
+    if known and not target.is_file():
+        folder.write_record({})  # what an earlier conversion has made is gone
+    elif known.get("identity", identity) != identity:
+        raise UserError(
+            f"{target} was made from {known['source']}, which was another checkpoint than "
+            f"{source}: name another row or another --output"
+        )
+    return script_job(
+        folder,
+        [repository / "tools/convert_to_d2.py", source, target],
+        seconds=15,
+        identity=identity,
+        about={"source": str(source)},
+    )

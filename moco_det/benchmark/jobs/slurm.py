@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs through submitit: a job a run, on one machine or, by torchrun, several."""
+"""Runs as Slurm jobs through submitit: one each, on one machine or, by torchrun, several."""
 
 import json
 import subprocess
@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.execution import Execution, Settings
 from moco_det.benchmark.jobs.grid import Run
-from moco_det.benchmark.jobs.runs import FINISHED, RunFolder
+from moco_det.benchmark.jobs.job import FINISHED, JobFolder
+from moco_det.benchmark.jobs.runner import Execution
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.common.errors import UserError
 
 # submitit's names; others are Slurm's own, which it calls slurm_NAME.
@@ -73,13 +74,13 @@ def submit(runs: Sequence[Run], settings: Settings, executor, nodes: int) -> lis
     return jobs
 
 
-def job_of(folder: RunFolder) -> str | None:
+def job_of(folder: JobFolder) -> str | None:
     """The number of the Slurm job that a run was last submitted as."""
     path = folder.path / JOB_FILE
     return json.loads(path.read_text())["job_id"] if path.is_file() else None
 
 
-def queued(folder: RunFolder) -> bool:
+def queued(folder: JobFolder) -> bool:
     """Whether Slurm says that the run's job waits or runs."""
     if job_of(folder) is None:
         return False
@@ -101,16 +102,16 @@ class SlurmRun:
         import submitit
 
         job = submitit.JobEnvironment()
-        launch = None
+        launch = []
         if job.num_nodes > 1:
             launch = torchrun(job.num_nodes, job.node, job.hostnames[0], job.job_id, self.settings)
-        command = self.settings.command(self.run, launch or ())
+        training = self.settings.job(self.run, launch)
         if job.global_rank == 0:
-            self._execution = Execution(self.run, self.settings, command=command)
+            self._execution = Execution(training, self.settings.retries)
             return self._execution.carry_out()
-        if self.settings.folder(self.run).state() != FINISHED:
-            subprocess.run(command, check=False)
-        return self.settings.folder(self.run).state()
+        if training.folder.state() != FINISHED:
+            subprocess.run(training.commands[0].argv, check=False)
+        return training.folder.state()
 
     def checkpoint(self):
         """Before the job is preempted or its time is up: the same again, from a checkpoint."""

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_det.benchmark.jobs.provenance import environment
+from moco_det.benchmark.jobs.job import Command, environment
 from moco_det.benchmark.jobs.runs import RunFolder
-from moco_det.benchmark.jobs.steps import Step
 from moco_det.benchmark.report import gallery
 from moco_det.benchmark.report.quickstart_page import Pair
 from moco_det.common.errors import UserError
@@ -18,7 +17,7 @@ from moco_det.datasets import get_dataset
 PICTURES = 8
 
 
-def collect(plan, steps: Sequence[Step], durations: Sequence[float]) -> dict:
+def collect(plan, steps: Sequence[Command], durations: Sequence[float]) -> dict:
     """The dict that `report.write_report` takes, less "seconds", from the files of a finished run.
 
     Args:

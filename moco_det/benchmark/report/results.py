@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Grid, Part, Run, Table
-from moco_det.benchmark.jobs.runs import FAILED, FINISHED
+from moco_det.benchmark.jobs.job import FAILED, FINISHED
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.significance import (
     Difference,
     Spread,

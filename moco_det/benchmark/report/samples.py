@@ -16,9 +16,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Run
-from moco_det.benchmark.jobs.runs import FINISHED
+from moco_det.benchmark.jobs.job import FINISHED
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.datasets import Dataset, Record, get_dataset, read_labels
 from moco_det.evaluation.predictions import predictions_file
 

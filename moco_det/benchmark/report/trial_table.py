@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from moco_det.benchmark.jobs.trials import Trial
+from moco_det.benchmark.jobs.ablation import Trial
 from moco_det.benchmark.significance import Spread
 from moco_det.common.files import write_json
 

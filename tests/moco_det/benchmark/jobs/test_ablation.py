@@ -1,12 +1,30 @@
-"""Ablations as data: what a file becomes, what is refused, and the files of the repository."""
+"""Ablations as data: what a file becomes, what is refused, and the files of the repository; trials:
+done once, continued, reported, tabulated, and those of the first version."""
 
+import csv
+import io
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moco_det.benchmark.jobs.ablation import Row, Run, read_ablation
+from moco_det.benchmark.jobs.ablation import (
+    Chain,
+    Trial,
+    Variant,
+    earlier_record,
+    plan_trials,
+    read_ablation,
+    run_trials,
+)
+from moco_det.benchmark.jobs.job import Command, Job, JobFolder, unfinished
+from moco_det.benchmark.report.trial_table import as_csv, collect, markdown, write_table
 from moco_det.common.errors import UserError
 from pretrain import knn, linear, main
 
@@ -21,10 +39,10 @@ def ablation(folder, **content):
     return read_ablation(path)
 
 
-def runs(path, seed=0):
-    """One run of each row."""
+def chains(path, seed=0):
+    """One trial of each row."""
     content = read_ablation(path)
-    return [Run(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
+    return [Chain(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
 
 
 def test_a_grid_is_a_row_for_each_combination(tmp_path):
@@ -36,10 +54,10 @@ def test_a_grid_is_a_row_for_each_combination(tmp_path):
     )
     base = ["--arch", "resnet18", "--schedule", "3", "4"]
     assert content.rows == [
-        Row("--moco-m 0 --shuffle-bn", [*base, "--moco-m", "0", "--shuffle-bn"]),
-        Row("--moco-m 0 --no-shuffle-bn", [*base, "--moco-m", "0", "--no-shuffle-bn"]),
-        Row("--moco-m 0.9 --shuffle-bn", [*base, "--moco-m", "0.9", "--shuffle-bn"]),
-        Row("--moco-m 0.9 --no-shuffle-bn", [*base, "--moco-m", "0.9", "--no-shuffle-bn"]),
+        Variant("--moco-m 0 --shuffle-bn", [*base, "--moco-m", "0", "--shuffle-bn"]),
+        Variant("--moco-m 0 --no-shuffle-bn", [*base, "--moco-m", "0", "--no-shuffle-bn"]),
+        Variant("--moco-m 0.9 --shuffle-bn", [*base, "--moco-m", "0.9", "--shuffle-bn"]),
+        Variant("--moco-m 0.9 --no-shuffle-bn", [*base, "--moco-m", "0.9", "--no-shuffle-bn"]),
     ]
     assert content.seeds == 5
 
@@ -51,7 +69,7 @@ def test_rows_are_what_they_say(tmp_path):
     assert content.seeds == 3
 
 
-def test_a_run_is_three_commands_with_what_they_share(tmp_path):
+def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
     (tmp_path / "recipe.yaml").write_text("arch: resnet34\nimage_size: 48\nsmall_stem: true\n")
     path = tmp_path / "sub" / "a.yaml"
     path.parent.mkdir()
@@ -60,8 +78,8 @@ def test_a_run_is_three_commands_with_what_they_share(tmp_path):
         "knn: {neighbours: 5}\nlinear: {lr: 0.1, cache_features: true}\n"
     )
     content = read_ablation(path)
-    run = Run(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
-    commands = run.commands()
+    chain = Chain(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
+    commands = chain.commands()
     assert [Path(c[0]).name for c in commands.values()] == ["main.py", "knn.py", "linear.py"]
     assert all(Path(command[0]).is_file() for command in commands.values())
     pretrain = main.parse(commands["pretrain"][1:])
@@ -80,9 +98,9 @@ def test_a_run_is_three_commands_with_what_they_share(tmp_path):
 
 def test_an_untrained_encoder_is_evaluated_only(tmp_path):
     content = ablation(tmp_path, rows=[{}], untrained=True)
-    run = Run(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
-    assert list(run.commands()) == ["knn", "linear"]
-    assert knn.parse(run.commands()["knn"][1:]).pretrained == "random"
+    chain = Chain(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
+    assert list(chain.commands()) == ["knn", "linear"]
+    assert knn.parse(chain.commands()["knn"][1:]).pretrained == "random"
 
 
 def test_measures_are_read_from_what_the_commands_leave(tmp_path):
@@ -96,8 +114,8 @@ def test_measures_are_read_from_what_the_commands_leave(tmp_path):
     (tmp_path / "linear" / "metrics.jsonl").write_text(
         '{"step": 1, "val_acc1": 50.0}\n{"step": 2, "val_acc1": 40.0}\n{"step": 2, "loss": 1.0}\n'
     )
-    run = Run(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
-    assert run.measures() == {
+    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
+    assert chain.measures() == {
         "pretext loss": 4.0,
         "pretext top-1": 30.0,
         "kNN top-1": 34.5,
@@ -141,9 +159,9 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, content, message):
 )
 def test_a_flag_that_its_command_refuses_is_named_with_the_row(tmp_path, rows, more, message):
     content = ablation(tmp_path, rows=rows, **more)
-    run = Run(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
+    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
     with pytest.raises(UserError, match=message):
-        run.commands()
+        chain.commands()
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -153,9 +171,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_commands_accept_the_flags_of_the_repository_s_files(path):
-    for run in runs(path):
-        assert run.commands()
-        assert json.loads(json.dumps(run.settings())) == run.settings()
+    for chain in chains(path):
+        assert chain.commands()
+        assert json.loads(json.dumps(chain.settings())) == chain.settings()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -170,7 +188,7 @@ def test_headers_say_how_long_it_takes_and_what_to_expect(path):
 def varied(name: str, flag: str) -> list:
     """The values of `flag` over the trained rows of an ablation of the repository."""
     path = REPOSITORY / "configs" / "ablations" / name
-    commands = [run.commands()["pretrain"] for run in runs(path) if run.row.trained]
+    commands = [chain.commands()["pretrain"] for chain in chains(path) if chain.variant.trained]
     return [getattr(main.parse(command[1:]), flag) for command in commands]
 
 
@@ -193,3 +211,172 @@ def test_the_ablations_vary_what_the_paper_varies():
         (True, True, True), (True, True, True),
     ]  # fmt: skip
     assert varied("imagenet_v2.yaml", "epochs") == [200] * 5 + [800]
+
+
+# -- trials whose commands are a line of Python each ----------------------------------------------
+
+
+def trial(folder, row, seed, code, settings=None) -> Trial:
+    """Its command runs `code` in a process, with `folder` at hand; its measure is in value.json."""
+    folder = folder / f"{row}{seed}"
+    head = f"import pathlib, sys, time; folder = pathlib.Path({str(folder)!r})\n"
+    command = Command("write", [sys.executable, "-S", "-c", head + code], 1.0)
+
+    def read():
+        return {"measures": {"top-1": json.loads((folder / "value.json").read_text())}}
+
+    job_folder = JobFolder(f"{row}, seed {seed}", folder, lambda: earlier_record(folder))
+    return Trial(row, seed, Job(job_folder, [command], settings or {"seed": seed}, read))
+
+
+def states(trials):
+    return [trial.job.folder.state() for trial in trials]
+
+
+def value(number: float) -> str:
+    """A command that counts its runs in the file `runs` and leaves `number` to be read."""
+    return (
+        f"(folder / 'runs').open('a').write('x')\n(folder / 'value.json').write_text('{number}')\n"
+    )
+
+
+def test_a_finished_trial_is_not_run_again(tmp_path, capfd):
+    trials = [trial(tmp_path, "a", 0, value(50)), trial(tmp_path, "a", 1, value(54))]
+    assert states(trials) == ["to do", "to do"]
+    assert run_trials(trials) == {}
+    assert states(trials) == ["finished", "finished"]
+    first = [t.result() for t in trials]
+    assert run_trials(trials) == {}
+    assert [t.result() for t in trials] == first
+    assert (tmp_path / "a0/runs").read_text() == "x"
+    assert "2 of 2 trials are done" in capfd.readouterr().out
+
+
+def test_a_failed_trial_is_reported_and_the_others_go_on(tmp_path, capfd):
+    failing = "import os\nsys.exit(0 if os.path.exists(folder / 'mended') else 'error: no luck')\n"
+    trials = [
+        trial(tmp_path, "a", 0, failing + value(1)),
+        trial(tmp_path, "b", 0, value(2)),
+    ]
+    failures = run_trials(trials)
+    assert list(failures) == ["a, seed 0"]
+    assert failures["a, seed 0"].startswith("error: no luck (step 'write' failed with exit code 1")
+    assert "== failed: a, seed 0" in capfd.readouterr().out
+    assert states(trials) == ["failed", "finished"]
+    rows = collect(trials, failures)
+    assert [(row["failed"], row["missing"], len(row["trials"])) for row in rows] == [
+        (1, 0, 0),
+        (0, 0, 1),
+    ]
+    assert "| a        | 0, 1 failed |         |" in markdown(rows)
+    (tmp_path / "a0/value.json").write_text("3")
+    (tmp_path / "a0/mended").touch()
+    assert run_trials(trials) == {}  # begun again, and no longer failing
+    assert trials[0].result()["measures"] == {"top-1": 3}
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    run_trials([trial(tmp_path, "a", 0, value(1), {"lr": 0.1})])
+    again = trial(tmp_path, "a", 0, value(1), {"lr": 0.2})
+    with pytest.raises(UserError, match="a0 holds a trial with other settings.*another --output"):
+        run_trials([again])
+
+
+TWO_TRIALS = """
+import signal, sys
+from pathlib import Path
+from test_ablation import trial, value
+from moco_det.benchmark.jobs.ablation import run_trials
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+folder = Path(sys.argv[1])
+wait = "(folder / 'begun').touch()\\ntime.sleep(0 if (folder / 'go').exists() else 60)\\n"
+run_trials([trial(folder, "a", 0, value(1)), trial(folder, "a", 1, wait + value(2))])
+"""
+
+
+def test_a_killed_chain_goes_on(tmp_path):
+    """The process is stopped within its second trial; the first is then not run again."""
+    command = [sys.executable, "-c", TWO_TRIALS, str(tmp_path)]
+    here = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(command, env=here, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "a1/begun").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert json.loads((tmp_path / "a1/run.json").read_text())["state"] == "interrupted"
+    (tmp_path / "a1/go").touch()
+    subprocess.run(command, env=here, stdout=subprocess.DEVNULL, check=True, timeout=60)
+    assert (tmp_path / "a0/runs").read_text() == "x"
+    assert json.loads((tmp_path / "a1/run.json").read_text())["measures"] == {"top-1": 2}
+
+
+def recorded(tmp_path) -> Path:
+    """The ablation that the first version has left; see record_folders.py."""
+    folder, data = tmp_path / "ablation", tmp_path / "data"
+    shutil.copytree(REPOSITORY / "tests/golden/previous_version/ablation", folder)
+    for path in folder.rglob("trial.json"):
+        path.write_text(path.read_text().replace("{data}", str(data)))
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+    return folder
+
+
+def test_trials_of_the_first_version_are_read(tmp_path):
+    """One is finished and keeps its numbers, one was stopped and is begun again."""
+    folder = recorded(tmp_path)
+    file = folder / "tiny.yaml"
+    trials = plan_trials(read_ablation(file), file, tmp_path / "data", folder, workers=4)
+    assert states(trials) == ["finished", "interrupted"]
+    assert unfinished([trial.job for trial in trials]) == [trials[1].job]
+    result = json.loads((folder / "moco_m_0.5/seed0/result.json").read_text())
+    assert trials[0].result() == result and set(result["measures"]) == {
+        "pretext loss", "pretext top-1", "kNN top-1", "linear top-1",
+    }  # fmt: skip
+    assert trials[1].result() is None
+    file.write_text(file.read_text().replace("moco_k: 16", "moco_k: 32"))
+    changed = plan_trials(read_ablation(file), file, tmp_path / "data", folder)
+    with pytest.raises(UserError, match="seed0 holds a trial with other settings .*'moco_k': 16"):
+        unfinished([trial.job for trial in changed])
+
+
+def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
+    """The new record takes the place of the old one, which stays as it is."""
+    one = trial(tmp_path, "a", 0, value(7))
+    (tmp_path / "a0").mkdir()
+    (tmp_path / "a0/trial.json").write_text('{"settings": {"seed": 0}, "commands": []}')
+    assert states([one]) == ["interrupted"]
+    assert run_trials([one]) == {}
+    assert one.result()["measures"] == {"top-1": 7}
+    (tmp_path / "a0/run.json").unlink()
+    assert states([one]) == ["interrupted"]
+
+
+def test_the_table_by_hand(tmp_path):
+    trials = [
+        *(trial(tmp_path, "with", seed, value(v)) for seed, v in enumerate((50, 54, 55))),
+        trial(tmp_path, "without", 0, value(40.25)),
+        trial(tmp_path, "without", 1, value(0)),
+    ]
+    run_trials(trials[:-1])
+    rows = collect(trials, {})
+    text = write_table(rows, "a title", {"settings": {"lr": 1}}, tmp_path)
+    assert (tmp_path / "table.md").read_text() == text
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]] == [
+        ["with", "3", "53.0 ± 2.6"],
+        ["without", "1, 1 missing", "40.2"],
+    ]
+    first, second = csv.DictReader(io.StringIO(as_csv(rows)))
+    assert (tmp_path / "table.csv").read_text() == as_csv(rows)
+    assert float(first["top-1 mean"]) == 53
+    assert float(first["top-1 sd"]) == pytest.approx(7**0.5)
+    assert (second["n"], second["missing"], second["top-1 mean"], second["top-1 sd"]) == (
+        "1", "1", "40.25", "",
+    )  # fmt: skip
+    kept = json.loads((tmp_path / "table.json").read_text())
+    assert kept["settings"] == {"lr": 1}
+    assert [t["measures"]["top-1"] for t in kept["rows"][0]["trials"]] == [50, 54, 55]
+    assert kept["rows"][1]["spread"]["top-1"] == {"mean": 40.25, "deviation": None, "n": 1}

@@ -1,15 +1,25 @@
-"""Run folders: states, what metrics.json tells after kills, the lock, other settings."""
+"""Detectors' runs: what metrics.json tells after kills, other settings; checkpoints by name, and
+their conversion, done once."""
 
-import fcntl
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from moco_det.benchmark.jobs import runs
 from moco_det.benchmark.jobs.grid import Experiment, Run
-from moco_det.benchmark.jobs.runs import RunFolder, check_identity, identity
+from moco_det.benchmark.jobs.runs import (
+    RunFolder,
+    Settings,
+    convert,
+    identity,
+    named_checkpoints,
+    weight_file,
+)
 from moco_det.common.errors import UserError
+from moco_det.common.files import file_hash
+from moco_det.weights.files import read_state_dict
+from moco_det.weights.names import Architecture
 
 EXPERIMENT = Experiment("voc", "A detector", iterations=100, batch=16, trials=5)
 
@@ -26,35 +36,6 @@ def write_metrics(folder, *lines):
 
 def trained(iteration, loss):
     return {"iteration": iteration, "lr": 0.1, "total_loss": loss}
-
-
-def test_states(tmp_path):
-    folder = make(tmp_path)
-    assert folder.state() == "to do"
-    for state in ("finished", "failed", "interrupted"):
-        folder.write_record({"state": state})
-        assert folder.state() == state
-
-
-def test_a_run_is_running_as_long_as_its_lock_is_held(tmp_path):
-    folder = make(tmp_path)
-    folder.write_record({"state": "running"})
-    with open(folder.path / "run.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert folder.state() == "running"
-    assert folder.state() == "interrupted"  # its processes are gone and have told no end
-
-
-def test_the_lock_is_for_one(tmp_path):
-    folder, said = make(tmp_path), []
-    with folder.claimed() as lock:
-        assert lock >= 0
-        stopped = iter([False, False, False, True])
-        with make(tmp_path).claimed(lambda: next(stopped), said.append) as other:
-            assert other == -1
-    assert said == ["voc/moco/trial1: another process is at it; waiting for its end"]
-    with folder.claimed() as lock:
-        assert lock >= 0
 
 
 def test_a_resumed_run_repeats_lines(tmp_path):
@@ -97,14 +78,16 @@ def test_a_line_that_a_kill_has_cut_off_is_dropped(tmp_path):
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path):
+    def check(folder, engine):
+        Settings(tmp_path, tmp_path, engine).job(folder.run).check_identity()
+
     folder = make(tmp_path, options=["SOLVER.MAX_ITER", "10"])
     folder.write_record({"state": "finished", "identity": identity(folder.run, "native")})
-    check_identity(folder, identity(folder.run, "native"))
-    longer = make(tmp_path)
+    check(folder, "native")
     with pytest.raises(UserError, match=r"options was \{'SOLVER.MAX_ITER': '10'\}, is \{\}"):
-        check_identity(longer, identity(longer.run, "native"))
+        check(make(tmp_path), "native")
     with pytest.raises(UserError, match="engine was native, is detectron2"):
-        check_identity(folder, identity(folder.run, "detectron2"))
+        check(folder, "detectron2")
 
 
 def test_weights_are_known_by_their_content(tmp_path):
@@ -123,9 +106,78 @@ def test_weights_are_known_by_their_content(tmp_path):
     assert identity(other.run, "native") != same[0]
 
 
-def test_the_end_of_a_log(tmp_path):
-    folder = make(tmp_path)
-    assert folder.log_end() == []
-    folder.path.mkdir(parents=True)
-    folder.log.write_text("\n".join(map(str, range(30))) + "\n\n")
-    assert folder.log_end() == [str(n) for n in range(30 - runs.LOG_LINES, 30)]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """torchvision's layout, a quarter as wide."""
+    path = tmp_path_factory.mktemp("torchvision") / "r50.pth"
+    torch.save(Architecture(50, 1, 16, 0.25).build().state_dict(), path)
+    return path
+
+
+def test_a_bare_file_is_held_against_moco_in1m(tmp_path):
+    one, two = tmp_path / "one.pth", tmp_path / "two.pth"
+    one.touch()
+    two.touch()
+    assert named_checkpoints([str(one)]) == {"moco_in1m": one}
+    assert named_checkpoints([f"a={one}", f"b-2={two}"]) == {"a": one, "b-2": two}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["{}", "{}"], "two checkpoints for the row moco_in1m"),
+        (["random={}"], "cannot name a row"),
+        (["a/b={}"], "cannot name a row"),
+        (["x={}.missing"], "is not a file"),
+    ],
+)
+def test_refusals(tmp_path, words, reason):
+    (tmp_path / "c.pth").touch()
+    with pytest.raises(UserError, match=reason):
+        named_checkpoints([word.format(tmp_path / "c.pth") for word in words])
+
+
+def test_conversion_is_done_once_and_for_one_checkpoint(checkpoint, repository, tmp_path, capfd):
+    weights = weight_file("mine", checkpoint, tmp_path)
+    assert weights == tmp_path / "weights/mine.pkl"
+    convert({"mine": checkpoint}, tmp_path, repository)
+    names = read_state_dict(weights)[0]
+    assert names["stem.conv1.weight"].shape == (16, 3, 7, 7)
+    assert weight_file("mine", weights, tmp_path / "elsewhere") == weights  # Detectron2's already
+    written = weights.stat().st_mtime_ns
+    convert({"mine": checkpoint}, tmp_path, repository)
+    assert weights.stat().st_mtime_ns == written
+    other = tmp_path / "other.pth"
+    other.write_bytes(checkpoint.read_bytes() + b" ")
+    with pytest.raises(UserError, match="which was another checkpoint"):
+        convert({"mine": other}, tmp_path, repository)
+
+
+def test_a_file_that_cannot_be_converted_is_named(tmp_path, repository):
+    path = tmp_path / "bad.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="bad.pth"):
+        convert({"mine": path}, tmp_path, repository)
+
+
+def test_a_conversion_of_the_first_version_is_not_repeated(checkpoint, repository, tmp_path, capfd):
+    """It kept the source and its hash in weights/ROW.json."""
+    weights = weight_file("mine", checkpoint, tmp_path)
+    weights.parent.mkdir()
+    weights.write_bytes(b"converted")
+    note = {"hash": file_hash(checkpoint), "source": str(checkpoint)}
+    weights.with_suffix(".json").write_text(json.dumps(note))
+    convert({"mine": checkpoint}, tmp_path, repository)
+    assert weights.read_bytes() == b"converted"
+    note["hash"] = "sha256:0"
+    weights.with_suffix(".json").write_text(json.dumps(note))
+    with pytest.raises(UserError, match="which was another checkpoint"):
+        convert({"mine": checkpoint}, tmp_path, repository)
+
+
+def test_converted_weights_that_are_gone_are_made_again(checkpoint, repository, tmp_path, capfd):
+    convert({"mine": checkpoint}, tmp_path, repository)
+    weights = weight_file("mine", checkpoint, tmp_path)
+    weights.unlink()
+    convert({"mine": checkpoint}, tmp_path, repository)
+    assert weights.is_file()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from moco_det.benchmark.jobs import slurm
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Run
-from moco_det.benchmark.jobs.runs import RunFolder
+from moco_det.benchmark.jobs.runs import RunFolder, Settings
 from moco_det.common.errors import UserError
 
 submitit = pytest.importorskip("submitit")

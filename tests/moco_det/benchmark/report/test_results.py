@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Row, Table
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import results, tables
 from moco_det.benchmark.significance import KnownDeviation
 

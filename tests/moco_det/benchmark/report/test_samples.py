@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_det.benchmark.jobs.execution import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Run
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import samples
 from moco_det.benchmark.synthetic import tasks as procedural_tasks
 from moco_det.datasets import get_dataset
