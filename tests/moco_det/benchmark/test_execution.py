@@ -48,7 +48,7 @@ def starts(tmp_path, run):
     return len((RunFolder(run, tmp_path).path / "begun").read_text().split())
 
 
-def wait_for(path, seconds=20):
+def wait_for(path, seconds=120):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path}"
@@ -106,7 +106,7 @@ def test_a_stopped_run_may_save_its_checkpoint(tmp_path, run):
     body = (
         "import signal\n"
         "def save(*_):\n    (folder / 'saved').touch(); sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, save)\n(folder / 'ready').touch()\ntime.sleep(60)"
+        "signal.signal(signal.SIGTERM, save)\n(folder / 'ready').touch()\ntime.sleep(600)"
     )
     job = execution(tmp_path, run, body)
     thread = threading.Thread(target=job.carry_out)
@@ -114,14 +114,18 @@ def test_a_stopped_run_may_save_its_checkpoint(tmp_path, run):
     wait_for(job.folder.path / "ready")
     assert job.folder.state() == "running"
     job.stop()
-    thread.join(20)
+    thread.join(120)
     assert (job.folder.path / "saved").exists()
     assert job.folder.state() == "interrupted"
 
 
 def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run):
     """The starter is killed; its command goes on, and must not get a second one beside it."""
-    body = "(folder / 'ready').touch()\ntime.sleep(2)\nfinish()\n(folder / 'ended').touch()"
+    body = (
+        "(folder / 'ready').touch()\n"
+        "while not (folder / 'waited for').exists(): time.sleep(0.01)\n"
+        "finish()\n(folder / 'ended').touch()"
+    )
     starter = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
@@ -131,11 +135,17 @@ def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run):
     )
     process = subprocess.Popen([sys.executable, "-c", starter])
     folder = RunFolder(run, tmp_path)
-    wait_for(folder.path / "ready", 60)
+    wait_for(folder.path / "ready")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert folder.state() == "running"
-    said = []
+
+    class Said(list):
+        def append(self, line):
+            super().append(line)
+            (folder.path / "waited for").touch()
+
+    said = Said()
     second = execution(tmp_path, run, "assert (folder / 'ended').exists()\nfinish()", 0, said)
     assert second.carry_out() == "finished"
     assert len(said) == 1 and "another process" in said[0]
@@ -150,10 +160,16 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, run):
 
 
 def test_local_runs_share_the_places(tmp_path, monkeypatch):
-    """Three runs in two places: each place holds one at a time."""
+    """Three runs in two places: each place holds one at a time, and both are used at once."""
     runs = [Run(EXPERIMENT, "moco", trial, Path("c.yaml"), ()) for trial in (1, 2, 3)]
-    body = "begin = time.time(); time.sleep(0.5); finish()\n"
-    body += "(folder / 'where').write_text(json.dumps([os.environ['PLACE'], begin, time.time()]))"
+    body = (
+        # One clock for all processes of the machine, on which no one sets the time.
+        "now = lambda: time.clock_gettime(time.CLOCK_MONOTONIC); begin = now()\n"
+        f"root = pathlib.Path({str(tmp_path)!r}); (root / f'begun{{os.getpid()}}').touch()\n"
+        "while len(list(root.glob('begun*'))) < 2: time.sleep(0.01)\n"
+        "finish()\n"
+        "(folder / 'where').write_text(json.dumps([os.environ['PLACE'], begin, now()]))"
+    )
 
     def command(self, run):
         return execution(tmp_path, run, body).command
