@@ -18,7 +18,8 @@ from moco_det.benchmark.runs import RunFolder
 from moco_det.errors import UserError
 
 EXPERIMENT = Experiment("voc", "A detector", iterations=100, batch=16, trials=5)
-# Writes a line to `begun` at every start, then does `body`; `finish()` is an evaluation.
+# Writes a line to `begun` at every start, then does `body`; `finish()` is an evaluation, and
+# `wait_until()` fails rather than wait for ever.
 FAKE = """
 import json, os, pathlib, sys, time
 folder = pathlib.Path({folder!r})
@@ -28,6 +29,11 @@ starts = len((folder / "begun").read_text().split())
 def finish():
     with open(folder / "metrics.json", "a") as file:
         print(json.dumps({{"iteration": 9, "bbox/AP": 50.0}}), file=file)
+def wait_until(happened):
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 {body}
 """
 
@@ -123,7 +129,7 @@ def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run):
     """The starter is killed; its command goes on, and must not get a second one beside it."""
     body = (
         "(folder / 'ready').touch()\n"
-        "while not (folder / 'waited for').exists(): time.sleep(0.01)\n"
+        "wait_until((folder / 'waited for').exists)\n"
         "finish()\n(folder / 'ended').touch()"
     )
     starter = (
@@ -166,7 +172,7 @@ def test_local_runs_share_the_places(tmp_path, monkeypatch):
         # One clock for all processes of the machine, on which no one sets the time.
         "now = lambda: time.clock_gettime(time.CLOCK_MONOTONIC); begin = now()\n"
         f"root = pathlib.Path({str(tmp_path)!r}); (root / f'begun{{os.getpid()}}').touch()\n"
-        "while len(list(root.glob('begun*'))) < 2: time.sleep(0.01)\n"
+        "wait_until(lambda: len(list(root.glob('begun*'))) > 1)\n"
         "finish()\n"
         "(folder / 'where').write_text(json.dumps([os.environ['PLACE'], begin, now()]))"
     )
