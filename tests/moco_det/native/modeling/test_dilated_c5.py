@@ -1,5 +1,7 @@
 """The dilated-C5 backbone: geometry by hand, and torchvision's ResNet made dilated by hand."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -49,14 +51,15 @@ def test_every_block_of_res5_is_dilated_the_first_too(backbone):
 
 def test_features_of_torchvision_with_all_of_layer4_dilated(backbone):
     torch.manual_seed(1)
-    network = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    network = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    network, backbone = network.double().eval(), copy.deepcopy(backbone).double()
     first = network.layer4[0].conv2
     assert first.dilation == (1, 1)  # torchvision's habit, and a trap
     first.dilation, first.padding = (2, 2), (2, 2)
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
     backbone.bottom_up.load_state_dict(rename(state, "torchvision", "detectron2"), strict=True)
     nn.init.uniform_(backbone.reduce.norm.weight)
-    image = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         x = network.maxpool(network.relu(network.bn1(network.conv1(image))))
         x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
@@ -66,7 +69,7 @@ def test_features_of_torchvision_with_all_of_layer4_dilated(backbone):
         expected = x / (1 + norm.eps) ** 0.5 * norm.weight.view(-1, 1, 1)
         found = backbone.eval()(image)["c5"]
     assert (expected < 0).any()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(found, expected)
 
 
 def test_config_builds_it_with_a_trained_synchronised_norm(repository):
