@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
-from moco_det.config.tasks import is_semantic, num_classes, num_classes_key
+from moco_det.config.checks import is_semantic, num_classes, num_classes_key
 from moco_det.datasets import (
     CityscapesDataset,
     CocoDataset,
@@ -36,7 +36,7 @@ from moco_det.datasets import (
     read_labels,
 )
 from moco_det.datasets.semantic import IGNORED
-from moco_det.densepose import files as densepose_files
+from moco_det.densepose import body
 
 # Names that Detectron2 knows and `moco_det.datasets` reads all the same. Its readers of Cityscapes
 # import a package that is not public, and need the polygons; its LVIS takes versions that are none
@@ -59,91 +59,68 @@ def register_datasets(names: Iterable[str]) -> None:
         if read_here:
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
-        _REGISTER[dataset.evaluator](dataset)
+        register(dataset)
 
 
-def _register_coco(dataset: CocoDataset) -> None:
-    register_coco_instances(dataset.name, {}, str(dataset.json_file), str(dataset.image_dir))
-    metadata = MetadataCatalog.get(dataset.name)
-    metadata.thing_classes = list(dataset.classes)
-    if dataset.keypoint_names:
-        metadata.keypoint_names = list(dataset.keypoint_names)
-        metadata.keypoint_flip_map = list(dataset.keypoint_flips)
+def register(dataset: Dataset) -> None:
+    """Put the records of `dataset`, and what Detectron2's evaluators ask of it, in the catalogs.
+
+    COCO's instances go through Detectron2's own reader, everything else through ours.
+
+    Raises:
+        UserError: an annotation that Detectron2's evaluator cannot read.
+    """
+    if isinstance(dataset, VocDataset):
+        _require_tags(dataset)
+    if type(dataset) is CocoDataset:
+        register_coco_instances(dataset.name, {}, str(dataset.json_file), str(dataset.image_dir))
+    else:
+        DatasetCatalog.register(dataset.name, lambda: _records(dataset))
+    MetadataCatalog.get(dataset.name).set(**_metadata(dataset))
 
 
-def _register_voc(dataset: VocDataset) -> None:
-    """Through our own reader: Detectron2's takes .jpg files only."""
-    _require_tags(dataset)
-    _register(
-        dataset,
-        thing_classes=list(dataset.classes),
-        dirname=str(dataset.root),
-        split=dataset.split,
-        year=2007 if dataset.eleven_point else 2012,  # which metric
-        evaluator_type="pascal_voc",
-    )
+def _records(dataset: Dataset) -> list[dict]:
+    records = dataset.records()
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+    return records
 
 
-def _register_densepose(dataset: DensePoseDataset) -> None:
-    _register(
-        dataset,
-        thing_classes=list(dataset.classes),
-        json_file=str(dataset.json_file),
-        image_root=str(dataset.image_dir),
-        densepose_transform_src=str(densepose_files.file_path(densepose_files.SYMMETRIES)),
-        evaluator_type="densepose",
-    )
-
-
-def _register_lvis(dataset: LvisDataset) -> None:
-    _register(
-        dataset,
-        thing_classes=list(dataset.classes),
-        json_file=str(dataset.json_file),
-        image_root=str(dataset.image_dir),
-        evaluator_type="lvis",
-    )
-
-
-def _register_cityscapes(dataset: CityscapesDataset) -> None:
-    _register(
-        dataset,
-        thing_classes=list(dataset.classes),
-        image_dir=str(dataset.image_dir),
-        gt_dir=str(dataset.label_dir),
-        evaluator_type="cityscapes_instance",
-    )
-
-
-def _register_semantic(dataset: SemanticDataset) -> None:
-    _register(
-        dataset,
-        stuff_classes=list(dataset.classes),
-        ignore_label=IGNORED,
-        evaluator_type="sem_seg",
-    )
-
-
-_REGISTER = {
-    "coco": _register_coco,
-    "voc": _register_voc,
-    "densepose": _register_densepose,
-    "lvis": _register_lvis,
-    "cityscapes": _register_cityscapes,
-    "sem_seg": _register_semantic,
-}
-
-
-def _register(dataset: Dataset, **metadata: Any) -> None:
-    def records() -> list[dict]:
-        found = dataset.records()
-        for record in found:
-            for annotation in record.get("annotations", ()):
-                annotation["bbox_mode"] = BoxMode.XYXY_ABS
-        return found
-
-    DatasetCatalog.register(dataset.name, records)
-    MetadataCatalog.get(dataset.name).set(**metadata)
+def _metadata(dataset: Dataset) -> dict[str, Any]:
+    """Of one data set, as Detectron2's evaluators of its kind call it."""
+    classes = list(dataset.classes)
+    match dataset:
+        case SemanticDataset():
+            names = {"stuff_classes": classes, "ignore_label": IGNORED}
+            return {**names, "evaluator_type": "sem_seg"}
+        case VocDataset():
+            kind = {
+                "dirname": str(dataset.root),
+                "split": dataset.split,
+                "year": 2007 if dataset.eleven_point else 2012,  # which metric
+                "evaluator_type": "pascal_voc",
+            }
+        case CityscapesDataset():
+            kind = {
+                "image_dir": str(dataset.image_dir),
+                "gt_dir": str(dataset.label_dir),
+                "evaluator_type": "cityscapes_instance",
+            }
+        case DensePoseDataset() | LvisDataset():
+            kind = {
+                "json_file": str(dataset.json_file),
+                "image_root": str(dataset.image_dir),
+                "evaluator_type": dataset.evaluator,
+            }
+            if isinstance(dataset, DensePoseDataset):
+                kind["densepose_transform_src"] = str(body.file_path(body.SYMMETRIES))
+        case CocoDataset():  # all but the classes is set by `register_coco_instances`
+            kind = {}
+            if dataset.keypoint_names:
+                kind["keypoint_names"] = list(dataset.keypoint_names)
+                kind["keypoint_flip_map"] = list(dataset.keypoint_flips)
+    return {"thing_classes": classes, **kind}
 
 
 def _require_tags(dataset: VocDataset) -> None:
@@ -261,7 +238,7 @@ def fill_up(array: np.ndarray, size: Sequence[int], value: np.ndarray | int) -> 
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
-    """For training; `moco_det.config.tasks.check_input` says what it needs of the INPUT keys."""
+    """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
     if cfg.INPUT.RANDOM_SCALE:
         augmentations[0] = RandomScale(*cfg.INPUT.RANDOM_SCALE)

@@ -23,8 +23,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
-from moco_det.config.loading import check_dilated_c5
-from moco_det.config.tasks import semantic_feature
+from moco_det.config.checks import check_dilated_c5, semantic_feature
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import plan_batch
-from moco_det.config.tasks import is_semantic
+from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
 from moco_det.densepose.points import has_points

@@ -13,13 +13,8 @@ from torch import Tensor
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset, read_labels
-from moco_det.densepose.points import (
-    DensePosePoints,
-    Symmetries,
-    has_points,
-    load_symmetries,
-    read_points,
-)
+from moco_det.densepose.body import load_symmetries
+from moco_det.densepose.points import DensePosePoints, Symmetries, has_points, read_points
 from moco_det.native.data.transforms import (
     Augmentation,
     RandomCrop,
@@ -302,7 +297,7 @@ def pad(x: Tensor, size: tuple[int, int], value: Tensor | int) -> Tensor:
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
-    """For training; `moco_det.config.tasks.check_input` says what it needs of the INPUT keys."""
+    """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
     flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
     if cfg.INPUT.RANDOM_SCALE:
         augmentation = RandomScale(*cfg.INPUT.RANDOM_SCALE, flip=flip)

@@ -12,13 +12,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
+from moco_det.config.checks import (
+    check_datasets,
+    check_input,
+    check_metric_files,
+    check_weights,
+)
 from moco_det.config.loading import on_available_device
-from moco_det.config.tasks import check_dataset, check_input, check_metric_files
-from moco_det.datasets import get_dataset
 from moco_det.native.engine.checkpoint import Checkpoints
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer, scaled_to_processes
 from moco_det.native.modeling.rcnn import build_model
-from moco_det.weights.loading import check_against_config, load_backbone_weights
+from moco_det.weights.loading import load_backbone_weights
 
 
 @dataclass
@@ -112,7 +116,7 @@ def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> 
     """
     if cfg.MODEL.WEIGHTS:
         report = load_backbone_weights(model, cfg.MODEL.WEIGHTS, allow_missing)
-        check_against_config(report.metadata, cfg)
+        check_weights(cfg, report.metadata)
     else:
         comm.print_on_main("MODEL.WEIGHTS is '': the model starts from random initialisation")
 
@@ -143,7 +147,7 @@ def prepare(cfg):
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_input(cfg, crops_objects=False)
-    check_classes(cfg)
+    check_datasets(cfg)
     check_metric_files(cfg)
     if comm.is_main():
         try:
@@ -153,16 +157,3 @@ def prepare(cfg):
             raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
     comm.synchronize()
     return cfg
-
-
-def check_classes(cfg) -> None:
-    """UserError unless all data sets have the same classes, and the model as many as they."""
-    datasets = [get_dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    for dataset in datasets:
-        first = datasets[0]
-        if dataset.classes != first.classes:
-            raise UserError(
-                f"the data sets {first.name} ({', '.join(first.classes)}) and {dataset.name} "
-                f"({', '.join(dataset.classes)}) have different classes: use sets that share them"
-            )
-        check_dataset(cfg, dataset)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from moco_det.config.checks import is_semantic
 from moco_det.config.loading import check_supported
-from moco_det.config.tasks import is_semantic
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import (
     build_resnet,

@@ -17,8 +17,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.launch import launch
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
-from moco_det.evaluation import evaluate
-from moco_det.evaluation.predictions import verify_results
+from moco_det.evaluation import evaluate, verify_results
 from moco_det.native.data.loader import build_train_loader, build_training_records
 from moco_det.native.engine import run, trainer
 from moco_det.native.engine.run import prepare
