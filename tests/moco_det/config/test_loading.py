@@ -7,7 +7,7 @@ from recording import read
 from moco_det.common.errors import UserError
 from moco_det.config.defaults import DENSEPOSE_INERT, DENSEPOSE_KEYS, INERT, OUR_KEYS, SUPPORTED
 from moco_det.config.loading import get_cfg, leaves, load_config, nearest
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from moco_det.config import loading as native_config
 from moco_det.config.defaults import OUR_KEYS
 from moco_det.config.loading import leaves
 from moco_det.datasets import get_dataset
-from moco_det.native.modeling.rcnn import build_model as build_native
+from moco_det.native.modeling.meta_arch import build_model as build_native
 from moco_det.plugin import load_config
 from moco_det.plugin.data import check_classes, register_datasets
 from moco_det.plugin.trainer import SamePreciseBN, StrictCheckpointer

@@ -20,7 +20,7 @@ from moco_det.config.loading import load_config as load_native
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
 from moco_det.native.engine import trainer as native
-from moco_det.native.modeling.rcnn import build_model as build_native
+from moco_det.native.modeling.meta_arch import build_model as build_native
 from moco_det.plugin import load_config
 from moco_det.plugin import trainer as plugin
 from moco_det.plugin.trainer import AccumulatingTrainer

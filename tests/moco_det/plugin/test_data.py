@@ -17,8 +17,7 @@ from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
 from moco_det.plugin import load_config
-from moco_det.plugin.data import check_classes, register_datasets
-from moco_det.plugin.evaluators import build_evaluator
+from moco_det.plugin.data import build_evaluator, check_classes, register_datasets
 
 
 @pytest.fixture
