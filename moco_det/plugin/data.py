@@ -28,7 +28,17 @@ from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
 from moco_det.config.tasks import is_semantic, num_classes, num_classes_key
-from moco_det.datasets import CocoDataset, Dataset, VocDataset, get_dataset, read_labels
+from moco_det.datasets import (
+    CityscapesDataset,
+    CocoDataset,
+    Dataset,
+    DensePoseDataset,
+    LvisDataset,
+    SemanticDataset,
+    VocDataset,
+    get_dataset,
+    read_labels,
+)
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose import files as densepose_files
 from moco_det.evaluation import evaluate, print_table
@@ -59,66 +69,69 @@ def register_datasets(names: Iterable[str]) -> None:
         if read_here:
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
-        if dataset.evaluator == "voc":
-            _require_tags(dataset)
-        register = _register_coco if dataset.evaluator == "coco" else _register_ours
         register(dataset)
 
 
-def _register_coco(dataset: CocoDataset) -> None:
-    """With Detectron2's own reader."""
-    register_coco_instances(dataset.name, {}, str(dataset.json_file), str(dataset.image_dir))
-    metadata = MetadataCatalog.get(dataset.name)
-    metadata.thing_classes = list(dataset.classes)
-    if dataset.keypoint_names:
-        metadata.keypoint_names = list(dataset.keypoint_names)
-        metadata.keypoint_flip_map = list(dataset.keypoint_flips)
+def register(dataset: Dataset) -> None:
+    """Put the records of `dataset`, and what Detectron2's evaluators ask of it, in the catalogs.
 
+    COCO's instances go through Detectron2's own reader, everything else through ours.
 
-def _register_ours(dataset: Dataset) -> None:
-    """With our own reader; of VOC, too: Detectron2's takes .jpg files only."""
-
-    def records() -> list[dict]:
-        found = dataset.records()
-        for record in found:
-            for annotation in record.get("annotations", ()):
-                annotation["bbox_mode"] = BoxMode.XYXY_ABS
-        return found
-
-    DatasetCatalog.register(dataset.name, records)
+    Raises:
+        UserError: an annotation that Detectron2's evaluator cannot read.
+    """
+    if isinstance(dataset, VocDataset):
+        _require_tags(dataset)
+    if type(dataset) is CocoDataset:
+        register_coco_instances(dataset.name, {}, str(dataset.json_file), str(dataset.image_dir))
+    else:
+        DatasetCatalog.register(dataset.name, lambda: _records(dataset))
     MetadataCatalog.get(dataset.name).set(**_metadata(dataset))
 
 
+def _records(dataset: Dataset) -> list[dict]:
+    records = dataset.records()
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+    return records
+
+
 def _metadata(dataset: Dataset) -> dict[str, Any]:
-    """What Detectron2's loaders and evaluators ask of a data set."""
-    kind, classes = dataset.evaluator, list(dataset.classes)
-    if kind == "sem_seg":
-        return {"evaluator_type": kind, "stuff_classes": classes, "ignore_label": IGNORED}
-    if kind == "voc":
-        return {
-            "evaluator_type": "pascal_voc",
-            "thing_classes": classes,
-            "dirname": str(dataset.root),
-            "split": dataset.split,
-            "year": 2007 if dataset.eleven_point else 2012,  # which metric
-        }
-    if kind == "cityscapes":
-        return {
-            "evaluator_type": "cityscapes_instance",
-            "thing_classes": classes,
-            "image_dir": str(dataset.image_dir),
-            "gt_dir": str(dataset.label_dir),
-        }
-    metadata = {
-        "evaluator_type": kind,
-        "thing_classes": classes,
-        "json_file": str(dataset.json_file),
-        "image_root": str(dataset.image_dir),
-    }
-    if kind == "densepose":
-        symmetries = densepose_files.file_path(densepose_files.SYMMETRIES)
-        metadata["densepose_transform_src"] = str(symmetries)
-    return metadata
+    """Of one data set, as Detectron2's evaluators of its kind call it."""
+    classes = list(dataset.classes)
+    match dataset:
+        case SemanticDataset():
+            names = {"stuff_classes": classes, "ignore_label": IGNORED}
+            return {**names, "evaluator_type": "sem_seg"}
+        case VocDataset():
+            kind = {
+                "dirname": str(dataset.root),
+                "split": dataset.split,
+                "year": 2007 if dataset.eleven_point else 2012,  # which metric
+                "evaluator_type": "pascal_voc",
+            }
+        case CityscapesDataset():
+            kind = {
+                "image_dir": str(dataset.image_dir),
+                "gt_dir": str(dataset.label_dir),
+                "evaluator_type": "cityscapes_instance",
+            }
+        case DensePoseDataset() | LvisDataset():
+            kind = {
+                "json_file": str(dataset.json_file),
+                "image_root": str(dataset.image_dir),
+                "evaluator_type": dataset.evaluator,
+            }
+            if isinstance(dataset, DensePoseDataset):
+                symmetries = densepose_files.file_path(densepose_files.SYMMETRIES)
+                kind["densepose_transform_src"] = str(symmetries)
+        case CocoDataset():  # all but the classes is set by `register_coco_instances`
+            kind = {}
+            if dataset.keypoint_names:
+                kind["keypoint_names"] = list(dataset.keypoint_names)
+                kind["keypoint_flip_map"] = list(dataset.keypoint_flips)
+    return {"thing_classes": classes, **kind}
 
 
 def _require_tags(dataset: VocDataset) -> None:

@@ -50,7 +50,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
 def decode(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     """Apply deltas (..., 4) to boxes that broadcast with them; the inverse of `encode`.
 
-    dw and dh are clamped to `SCALE_CLAMP`. Computed in float32 whatever the deltas' type.
+    dw and dh are clamped to `SCALE_CLAMP`. Computed in float32 for deltas of any type.
     """
     dx, dy, dw, dh = deltas.float().unbind(-1)
     x, y, w, h = _centres_and_sizes(boxes)

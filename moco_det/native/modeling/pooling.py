@@ -101,14 +101,12 @@ def roi_align(
         aligned: see `ROIPooler`.
 
     Returns:
-        (R, C, B', B') in the dtype of `feature`, B' = ceil(B / bin_stride); summed in float32 at
-        least.
+        (R, C, B', B'), B' = ceil(B / bin_stride), in the feature's dtype; summed in float32 or finer.
     """
     channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
 
-    # Boxes from pixels of the input to positions of the map: position i has its centre at i, where
-    # the input's convention (`aligned`) has centres at half-integers.
+    # From pixels of the input, whose centres are at half-integers, to positions of the map, at i.
     x0, y0, x1, y1 = (rois[:, 1:].to(precision) * spatial_scale).unbind(1)
     if aligned:
         x0, y0, x1, y1 = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5

@@ -80,7 +80,7 @@ def upsample(x: Tensor, stride: int) -> Tensor:
     """Bilinear upsampling (N, K, h, w) -> (N, K, stride * h, stride * w).
 
     Every layer of a ResNet that has a stride is centred on its first pixel (an odd kernel, padded
-    by half of it), so that value i of the map lies on pixel stride * i, whatever the image's size.
+    by half of it), so that value i of the map lies on pixel stride * i in images of any size.
     The literature's crops, 513 = 32 * 16 + 1 and 769 = 48 * 16 + 1, are those whose last pixel has
     a value of its own. Interpolating between corners puts value i there and nowhere else. Beyond
     the last value, its copy stands for the pixels up to where the next would be.
