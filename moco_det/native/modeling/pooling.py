@@ -101,7 +101,7 @@ def roi_align(
         aligned: see `ROIPooler`.
 
     Returns:
-        (R, C, B', B'), B' = ceil(B / bin_stride), in the feature's dtype; summed in float32 or finer.
+        (R, C, B', B'), B' = ceil(B / bin_stride), as `feature`'s dtype; summed in float32 or finer.
     """
     channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
