@@ -10,7 +10,7 @@ torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 import argparse
 import os
 
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import EXIT_INTERRUPTED, exit_cleanly
 from moco_det.common.launch import launch
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, choose_engine
@@ -21,7 +21,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done; 1 an error, in one line; 75 SIGTERM, a checkpoint is saved",
+        epilog=(
+            "exit codes: 0 done; 1 an error, in one line; "
+            f"{EXIT_INTERRUPTED} SIGTERM, a checkpoint is saved"
+        ),
     )
     add_config_arguments(parser)
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, no more")

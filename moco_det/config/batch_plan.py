@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moco_det.common.errors import UserError
+from moco_det.common.processes import print_on_main
 from moco_det.config.checks import is_semantic
 
 # MoCo v1, Sec. 4.2: Detectron2's recipe of 8 GPUs with 2 images each, BN synchronised over all.
@@ -85,3 +86,40 @@ def plan_batch(cfg, processes: int) -> BatchPlan:
     # Of semantic segmentation 0.003 on VOC, 0.01 on Cityscapes (appendix A.5).
     paper_lr = None if is_semantic(cfg) else PAPER_LR
     return BatchPlan(images, processes, accumulation, cfg.MODEL.RESNETS.NORM, paper_lr)
+
+
+def scaled_to_processes(cfg, processes: int):
+    """`cfg` with its recipe moved from SOLVER.REFERENCE_WORLD_SIZE processes to `processes`.
+
+    Batch and learning rate grow with the processes, iterations and periods shrink, so that one
+    process sees as many images per step as in the recipe (Detectron2's `auto_scale_workers`). Off,
+    and `cfg` itself, where SOLVER.REFERENCE_WORLD_SIZE is 0.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, processes):
+        return cfg
+    if cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver, scale = cfg.SOLVER, processes / reference
+    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+    solver.BASE_LR *= scale
+    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+    for section, key in (
+        (solver, "MAX_ITER"),
+        (solver, "WARMUP_ITERS"),
+        (solver, "CHECKPOINT_PERIOD"),
+        (cfg.TEST, "EVAL_PERIOD"),
+    ):
+        section[key] = round(section[key] / scale)
+    solver.REFERENCE_WORLD_SIZE = processes
+    print_on_main(
+        f"recipe scaled to {processes} processes: batch {solver.IMS_PER_BATCH}, learning rate "
+        f"{solver.BASE_LR:g}, {solver.MAX_ITER} iterations, steps {solver.STEPS}"
+    )
+    cfg.freeze()
+    return cfg

@@ -68,14 +68,17 @@ class EngineProbe(ABC):
         of values on different sides of a ReLU, and a gradient is as different as that makes it.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        # Inference, stage by stage.
         self.model.eval()
         with torch.no_grad():
             found = self.outputs(items)
+        # Losses.
         self.model.train()
         torch.manual_seed(seed)
         with torch.no_grad():
             found |= {name: [loss] for name, loss in self.losses(items).items()}
         self.model.load_state_dict(before)
+        # Gradients, in float64.
         self._to_double()
         torch.manual_seed(seed)
         self.optimizer.zero_grad()
@@ -85,6 +88,7 @@ class EngineProbe(ABC):
             gradients = [p.grad for n, p in parameters.items() if n.rpartition(".")[0] == layer]
             # In one: that of a bias may be 0 but for rounding, as before the softmax over cells.
             found[f"gradient of {layer}"] = [torch.cat([g.flatten() for g in gradients])]
+        # A step with them.
         self.optimizer.step()
         found["parameters after a step"] = [p.detach().clone() for p in parameters.values()]
         found["statistics after a step"] = [

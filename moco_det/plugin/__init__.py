@@ -1,13 +1,17 @@
 """The project as a Detectron2 plugin; the only room that imports detectron2.
 
 `import moco_det.plugin` puts into Detectron2's own registries what the paper needs and Detectron2
-lacks, so that any `train_net.py` understands this project's YAMLs:
+lacks, so that any `train_net.py` understands this project's YAMLs: see `modeling`.
 
-- ROI_HEADS: `Res5ROIHeadsExtraNorm`, the C4 head with a norm after res5;
-- BACKBONE: `build_resnet_dilated_c5_backbone`, dilated res5 with a 3x3 reduction;
-- SEM_SEG_HEADS: `FCN16Head`, for label maps on a dilated res5.
+    configuration   Detectron2's config with this project's few keys
+    modeling        native.modeling, wrapped for the registries
+    data            data sets in the catalogs, label maps in the loaders, evaluators
+    dense_pose      Detectron2's DensePose project, where it is installed
+    trainer         what `tools/train_net.py --engine detectron2` runs: start here
+    probe           the model opened up, for comparison with the native engine
 
-`moco_det.plugin.trainer` is what `tools/train_net.py --engine detectron2` runs.
+Of the native engine only `native.modeling` is used here; what else both engines need is in the
+rooms that they share.
 """
 
 # Importing them registers them.

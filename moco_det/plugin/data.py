@@ -1,7 +1,4 @@
-"""The data sets of `moco_det.datasets` in Detectron2's catalogs.
-
-Label maps through Detectron2's data loading: what its own mapper lacks for the paper's input.
-"""
+"""The data sets of `moco_det.datasets` in Detectron2: catalogs, loaders, evaluators."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +15,14 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+)
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -37,6 +41,12 @@ from moco_det.datasets import (
 )
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose import body
+from moco_det.evaluation import evaluate, print_table
+from moco_det.evaluation.predictions import prediction_record, save_predictions
+from moco_det.native.modeling.semantic_head import pad, scaled_size
+from moco_det.plugin import dense_pose
+
+# -- catalogs -------------------------------------------------------------------------------------
 
 # Names that Detectron2 knows and `moco_det.datasets` reads all the same. Its readers of Cityscapes
 # import a package that is not public, and need the polygons; its LVIS takes versions that are none
@@ -152,6 +162,9 @@ def check_classes(cfg) -> None:
             )
 
 
+# -- label maps -----------------------------------------------------------------------------------
+
+
 class RandomScale(T.Augmentation):
     """Resizes an image to its own size times a factor.
 
@@ -167,18 +180,20 @@ class RandomScale(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
         factor = self._rand_range(self.smallest, self.largest)
-        new = (max(int(side * factor + 0.5), 1) for side in (height, width))
+        new = scaled_size(height, width, factor)
         return T.ResizeTransform(height, width, *new, Image.BILINEAR)
 
 
 class SemanticDatasetMapper:
     """Turns a record with a label map into a training input of Detectron2's SemanticSegmentor.
 
+    The native engine's mapper of this name, with Detectron2's augmentations.
+
     Args:
         augmentations: Detectron2's, or like them.
         image_format: channel order the model wants.
         num_classes: what the labels must stay below.
-        size: (height, width) to which smaller results are filled up; None: as they are.
+        size: (height, width) to which smaller results are padded; None: as they are.
         padding: (3,) pixel with which they are: the mean, which is 0 after normalisation.
         ignore_value: label of such pixels.
     """
@@ -196,7 +211,7 @@ class SemanticDatasetMapper:
         self.image_format = image_format
         self.num_classes = num_classes
         self.size = size
-        self.padding = np.array(padding, dtype=np.float32)
+        self.padding = torch.tensor(padding, dtype=torch.float32).view(3, 1, 1)
         self.ignore_value = ignore_value
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -211,30 +226,12 @@ class SemanticDatasetMapper:
         detection_utils.check_image_size(dict(record), image)
         data = T.AugInput(image, sem_seg=read_labels(record, self.num_classes))
         self.augmentations(data)
-        image, labels = data.image, data.sem_seg
+        pixels = torch.from_numpy(np.ascontiguousarray(data.image.transpose(2, 0, 1)))
+        labels = torch.from_numpy(data.sem_seg.astype(np.int64))
         if self.size is not None:
-            image = fill_up(image, self.size, self.padding)
-            labels = fill_up(labels, self.size, self.ignore_value)
-        return {
-            **record,
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            "sem_seg": torch.from_numpy(labels.astype(np.int64)),
-        }
-
-
-def fill_up(array: np.ndarray, size: Sequence[int], value: np.ndarray | int) -> np.ndarray:
-    """(h, w, ...) -> (*size, ...), with `value` below and on the right.
-
-    An array as value gives its dtype to the result. `array` itself, where nothing is to be filled.
-    """
-    height, width = array.shape[:2]
-    if (height, width) == tuple(size):
-        return array
-    dtype = value.dtype if isinstance(value, np.ndarray) else array.dtype
-    filled = np.empty((*size, *array.shape[2:]), dtype=dtype)
-    filled[...] = value
-    filled[:height, :width] = array
-    return filled
+            pixels = pad(pixels, self.size, self.padding)
+            labels = pad(labels, self.size, self.ignore_value)
+        return {**record, "image": pixels, "sem_seg": labels}
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
@@ -266,3 +263,89 @@ def build_semantic_test_loader(cfg, dataset_name: str) -> DataLoader:
     return build_detection_test_loader(
         records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+# Detectron2's evaluators of these do not run: LVIS's ends in the np.float that NumPy no longer has,
+# Cityscapes' imports a package that is not public; of label maps, Detectron2 reads trainIds only;
+# DensePose's takes its body model from the net alone.
+# So `moco_det.evaluation` scores them, for both engines, with the same official tools.
+_SCORED_HERE = ("lvis", "cityscapes_instance", "sem_seg", "densepose")
+
+
+def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
+    """The metric of the data set, and the predictions saved as the native engine saves them.
+
+    Raises:
+        UserError: a kind of data set that has no metric here.
+    """
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
+    records = PredictionRecords(cfg.OUTPUT_DIR, dataset_name, scored=kind in _SCORED_HERE)
+    if kind in _SCORED_HERE:
+        return DatasetEvaluators([records])
+    if kind == "pascal_voc":
+        official = PascalVOCDetectionEvaluator(dataset_name)
+    elif kind == "coco":
+        official = COCOEvaluator(
+            dataset_name,
+            output_dir=f"{cfg.OUTPUT_DIR}/inference",
+            kpt_oks_sigmas=list(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+        )
+    else:
+        raise UserError(f"data set {dataset_name}: no evaluator for the kind {kind!r}")
+    # The records first: on a CPU, COCOEvaluator moves the keypoints by half a pixel where they lie.
+    return DatasetEvaluators([records, official])
+
+
+class PredictionRecords(DatasetEvaluator):
+    """Saves the predictions in the form in which the native engine does.
+
+    Args:
+        output_dir: they go to its folder `inference`.
+        dataset_name: of `moco_det.datasets`, where they are scored.
+        scored: also return the metrics of `moco_det.evaluation`.
+    """
+
+    def __init__(self, output_dir: str, dataset_name: str, scored: bool = False):
+        self.output_dir = output_dir
+        self.dataset_name = dataset_name
+        self.scored = scored
+        self.reset()
+
+    def reset(self) -> None:
+        self.records = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for item, output in zip(inputs, outputs, strict=True):
+            if "instances" in output:
+                output = fields_of(output["instances"])
+            self.records.append(prediction_record(item["image_id"], output))
+
+    def evaluate(self) -> dict | None:
+        """The metrics, where `scored`, on the main process; None otherwise."""
+        shares = comm.gather(self.records)
+        if not comm.is_main_process():
+            return None
+        records = sum(shares, [])
+        save_predictions(self.output_dir, self.dataset_name, records)
+        if not self.scored:
+            return None
+        results = evaluate(get_dataset(self.dataset_name), records)
+        print_table(results)
+        return results
+
+
+def fields_of(instances) -> dict:
+    """Detectron2's Instances as the native model's output; see `prediction_record`."""
+    output = {
+        "boxes": instances.pred_boxes.tensor,
+        "scores": instances.scores,
+        "classes": instances.pred_classes,
+    }
+    for name in ("masks", "keypoints"):
+        if instances.has(f"pred_{name}"):
+            output[name] = instances.get(f"pred_{name}")
+    if instances.has("pred_densepose"):
+        output["densepose"] = dense_pose.surfaces(instances)
+    return output

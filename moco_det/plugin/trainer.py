@@ -1,10 +1,9 @@
 """Train and evaluate through Detectron2: its trainer, loaders and evaluators.
 
-Hooks in place of Detectron2's, where its own leave the paper's numbers to chance.
+    train: prepare -> Trainer (AccumulatingTrainer, SamePreciseBN, StrictCheckpointer) -> evaluators
 
-Detectron2's checkpointer, strict about the backbone.
-
-Several forward passes for one optimizer step, in Detectron2's trainer.
+The three parts take the place of Detectron2's own, which cannot accumulate gradients, or leave the
+paper's numbers to chance.
 """
 
 import os
@@ -23,79 +22,21 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import plan_batch
+from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
 from moco_det.native.modeling.layers import precise_bn
 from moco_det.plugin import dense_pose
 from moco_det.plugin.configuration import load_config
 from moco_det.plugin.data import (
+    build_evaluator,
     build_semantic_mapper,
     build_semantic_test_loader,
     check_classes,
     register_datasets,
 )
-from moco_det.plugin.evaluators import build_evaluator
 from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
-
-
-class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer with strict weights, equal PreciseBN and gradient accumulation.
-
-    Args:
-        cfg: of `moco_det.plugin.load_config`.
-        allow_missing: let backbone arrays that MODEL.WEIGHTS lacks keep their initial values.
-    """
-
-    def __init__(self, cfg, allow_missing: bool = False):
-        super().__init__(cfg)
-        solver = self.cfg.SOLVER
-        on_cpu = self.cfg.MODEL.DEVICE == "cpu"
-        if solver.GRADIENT_ACCUMULATION_STEPS > 1 or (solver.AMP.ENABLED and on_cpu):
-            self._trainer = AccumulatingTrainer(
-                self._trainer.model,
-                self._trainer.data_loader,
-                self._trainer.optimizer,
-                solver.GRADIENT_ACCUMULATION_STEPS,
-                solver.AMP.ENABLED,
-            )
-        # For loading; the hook that saves keeps Detectron2's own.
-        self.checkpointer = StrictCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, self.cfg, allow_missing, trainer=weakref.proxy(self)
-        )
-
-    def build_hooks(self) -> list:
-        """Detectron2's, with its PreciseBN exchanged for one that is equal on every process."""
-        found = super().build_hooks()
-        return [self._precise_bn() if isinstance(h, hooks.PreciseBN) else h for h in found]
-
-    def _precise_bn(self) -> "SamePreciseBN":
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        model = self.model.module if comm.get_world_size() > 1 else self.model
-        batches = cfg.TEST.PRECISE_BN.NUM_ITER * cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
-        return SamePreciseBN(cfg.TEST.EVAL_PERIOD, model, self.build_train_loader(cfg), batches)
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        """Detectron2's, in batches of one forward pass."""
-        accumulation = cfg.SOLVER.GRADIENT_ACCUMULATION_STEPS
-        images = cfg.SOLVER.IMS_PER_BATCH // accumulation
-        if cfg.MODEL.DENSEPOSE_ON:
-            return dense_pose.build_train_loader(cfg, images)
-        mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
-        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name: str):
-        build = build_semantic_test_loader if is_semantic(cfg) else build_detection_test_loader
-        return build(cfg, dataset_name)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluators:
-        return build_evaluator(cfg, dataset_name)
 
 
 def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
@@ -173,48 +114,65 @@ def missing_file(error: FileNotFoundError) -> str:
     return f"{error}; data sets are expected below DETECTRON2_DATASETS, now {root}"
 
 
-class SamePreciseBN(hooks.PreciseBN):
-    """PreciseBN that ends with the same statistics on every process.
-
-    Detectron2's estimates them on each process from its own images alone, so that processes
-    evaluate different models and the saved one is rank 0's (its issues 5398 and 5409).
-    """
-
-    def update_stats(self) -> None:
-        if self._disabled:
-            return
-        if self._data_iter is None:
-            self._data_iter = iter(self._data_loader)
-        with EventStorage():  # what the model logs here is no part of the training
-            precise_bn(self._model, self._data_iter, self._num_iter)
+# -- the trainer and its parts ---------------------------------------------------------------------
 
 
-class StrictCheckpointer(DetectionCheckpointer):
-    """Initial weights through `weights.loading`; all else, resuming too, as Detectron2 does it.
-
-    Detectron2 only warns of backbone arrays that a file lacks, and looks at neither the channel
-    order nor the place of the stride that its weights were trained with.
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer with strict weights, equal PreciseBN and gradient accumulation.
 
     Args:
-        cfg: that the weights must not contradict.
-        allow_missing: let arrays of the backbone that the file lacks keep their initial values.
+        cfg: of `moco_det.plugin.load_config`.
+        allow_missing: let backbone arrays that MODEL.WEIGHTS lacks keep their initial values.
     """
 
-    def __init__(self, model, save_dir, cfg, allow_missing: bool = False, **checkpointables):
-        super().__init__(model, save_dir, **checkpointables)
-        self.cfg = cfg
-        self.allow_missing = allow_missing
+    def __init__(self, cfg, allow_missing: bool = False):
+        super().__init__(cfg)
+        amp, on_cpu = self.cfg.SOLVER.AMP.ENABLED, self.cfg.MODEL.DEVICE == "cpu"
+        if self.plan.accumulation > 1 or (amp and on_cpu):
+            plain = self._trainer
+            self._trainer = AccumulatingTrainer(
+                plain.model, plain.data_loader, plain.optimizer, self.plan.accumulation, amp
+            )
+        # For loading; the hook that saves keeps Detectron2's own.
+        self.checkpointer = StrictCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, self.cfg, allow_missing, trainer=weakref.proxy(self)
+        )
 
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """Raises UserError for initial weights that do not fill the backbone or do not fit cfg."""
-        if not path or checkpointables != []:  # [] is what `resume_or_load` asks of other weights
-            return super().load(path, checkpointables)
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        report = load_backbone_weights(model, path, self.allow_missing)
-        check_weights(self.cfg, report.metadata)
-        return {}
+    @property
+    def plan(self) -> BatchPlan:
+        return plan_batch(self.cfg, comm.get_world_size())
+
+    def build_hooks(self) -> list:
+        """Detectron2's, with its PreciseBN exchanged for one that is equal on every process."""
+        found = super().build_hooks()
+        return [self._precise_bn() if isinstance(h, hooks.PreciseBN) else h for h in found]
+
+    def _precise_bn(self) -> "SamePreciseBN":
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        model = self.model.module if comm.get_world_size() > 1 else self.model
+        batches = cfg.TEST.PRECISE_BN.NUM_ITER * self.plan.accumulation
+        return SamePreciseBN(cfg.TEST.EVAL_PERIOD, model, self.build_train_loader(cfg), batches)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """Detectron2's, in batches of one forward pass."""
+        plan = plan_batch(cfg, comm.get_world_size())
+        images = plan.images_per_forward * plan.processes
+        if cfg.MODEL.DENSEPOSE_ON:
+            return dense_pose.build_train_loader(cfg, images)
+        mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
+        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name: str):
+        build = build_semantic_test_loader if is_semantic(cfg) else build_detection_test_loader
+        return build(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluators:
+        return build_evaluator(cfg, dataset_name)
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -267,3 +225,47 @@ class AccumulatingTrainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class SamePreciseBN(hooks.PreciseBN):
+    """PreciseBN that ends with the same statistics on every process.
+
+    Detectron2's estimates them on each process from its own images alone, so that processes
+    evaluate different models and the saved one is rank 0's (its issues 5398 and 5409).
+    """
+
+    def update_stats(self) -> None:
+        if self._disabled:
+            return
+        if self._data_iter is None:
+            self._data_iter = iter(self._data_loader)
+        with EventStorage():  # what the model logs here is no part of the training
+            precise_bn(self._model, self._data_iter, self._num_iter)
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """Initial weights through `weights.loading`; all else, resuming too, as Detectron2 does it.
+
+    Detectron2 only warns of backbone arrays that a file lacks, and looks at neither the channel
+    order nor the place of the stride that its weights were trained with.
+
+    Args:
+        cfg: that the weights must not contradict.
+        allow_missing: let arrays of the backbone that the file lacks keep their initial values.
+    """
+
+    def __init__(self, model, save_dir, cfg, allow_missing: bool = False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.cfg = cfg
+        self.allow_missing = allow_missing
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """Raises UserError for initial weights that do not fill the backbone or do not fit cfg."""
+        if not path or checkpointables != []:  # [] is what `resume_or_load` asks of other weights
+            return super().load(path, checkpointables)
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        report = load_backbone_weights(model, path, self.allow_missing)
+        check_weights(self.cfg, report.metadata)
+        return {}

@@ -12,7 +12,7 @@ from detector_configs import CONFIGS, RUNS
 
 from moco_det.config.loading import leaves, load_config
 from moco_det.native.engine.probe import Probe
-from moco_det.native.modeling import keypoint_head, rcnn
+from moco_det.native.modeling import keypoint_head, meta_arch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "check_parity.py"
@@ -143,7 +143,7 @@ MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,)"""
 
 def test_masks_and_keypoints_elsewhere_on_the_image_are_found(detectron2, capsys, monkeypatch):
     assert run(QUICKSTART, *HEADS.split()) == 0
-    paste, locate = rcnn.paste_masks, keypoint_head.heatmaps_to_keypoints
+    paste, locate = meta_arch.paste_masks, keypoint_head.heatmaps_to_keypoints
 
     def paste_elsewhere(masks, boxes, size):
         return paste(masks, 0.99 * boxes, size)
@@ -151,7 +151,7 @@ def test_masks_and_keypoints_elsewhere_on_the_image_are_found(detectron2, capsys
     def locate_elsewhere(heatmaps, boxes):
         return locate(heatmaps, boxes + 0.5)
 
-    monkeypatch.setattr(rcnn, "paste_masks", paste_elsewhere)
+    monkeypatch.setattr(meta_arch, "paste_masks", paste_elsewhere)
     monkeypatch.setattr(keypoint_head, "heatmaps_to_keypoints", locate_elsewhere)
     capsys.readouterr()
     assert run(QUICKSTART, *HEADS.split()) == 1

@@ -1,7 +1,9 @@
 """Which images make which batch, and their loading.
 
+    records -> stream of keys -> this process's batches of keys -> mapped by workers -> model inputs
+
 Everything here is a function of the seed and of the position in one infinite stream of samples, so
-a run resumed at iteration t sees exactly what the uninterrupted run would have seen, whatever the
+a run resumed at iteration t sees exactly what the uninterrupted run would have seen, with any
 number of loading workers.
 """
 
@@ -16,9 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import plan_batch
+from moco_det.common.processes import print_on_main, rank, world_size
+from moco_det.config.batch_plan import BatchPlan
 from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
@@ -26,12 +28,93 @@ from moco_det.densepose.points import has_points
 from moco_det.native.data.mapper import (
     DatasetMapper,
     SemanticDatasetMapper,
-    build_semantic_mapper,
     build_test_mapper,
     build_train_mapper,
 )
 
 Key = tuple[int, int]  # (position in the stream, index of the record)
+
+# -- records --------------------------------------------------------------------------------------
+
+
+def has_objects(record: dict) -> bool:
+    """Whether anything but a crowd is annotated."""
+    return any(not a.get("iscrowd", 0) for a in record["annotations"])
+
+
+def count_keypoints(record: dict) -> int:
+    """Labelled keypoints of all objects, crowds included (Detectron2)."""
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+
+
+def all_records(names: Sequence[str]) -> list[dict]:
+    """Of the data sets `names`, at least one; UserError where there is none."""
+    if not names:
+        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
+    return [record for name in names for record in get_dataset(name).records()]
+
+
+def training_records(
+    names: Sequence[str],
+    filter_empty: bool,
+    with_masks: bool = False,
+    with_keypoints: bool = False,
+    min_keypoints: int = 0,
+    with_densepose: bool = False,
+) -> list[dict]:
+    """The records of all data sets.
+
+    Args:
+        names: of the data sets.
+        filter_empty: leave out the images that hold nothing but crowds.
+        with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
+        min_keypoints: leave out the images with fewer labelled keypoints.
+        with_densepose: keep dense pose, and leave out the images without any.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    records = all_records(names)
+    used = [
+        record
+        for record in records
+        if (has_objects(record) or not filter_empty)
+        and count_keypoints(record) >= min_keypoints
+        and (any(map(has_points, record["annotations"])) or not with_densepose)
+    ]
+    boxes = sum(len(record["annotations"]) for record in used)
+    left_out = len(records) - len(used)
+    print_on_main(f"training on {len(used)} images, {boxes} boxes ({left_out} images left out)")
+    if not used:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
+            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    kept = {"segmentation": with_masks, "keypoints": with_keypoints}
+    kept |= dict.fromkeys((*DENSEPOSE_KEYS, "dp_masks"), with_densepose)
+    for annotation in (a for record in used for a in record["annotations"]):
+        for field in (name for name, keep in kept.items() if not keep):
+            annotation.pop(field, None)
+    return used
+
+
+def build_training_records(cfg) -> list[dict]:
+    if is_semantic(cfg):
+        records = all_records(cfg.DATASETS.TRAIN)
+        print_on_main(f"training on {len(records)} images with label maps")
+        return records
+    model = cfg.MODEL
+    return training_records(
+        cfg.DATASETS.TRAIN,
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        with_masks=model.MASK_ON,
+        with_keypoints=model.KEYPOINT_ON,
+        min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+        with_densepose=model.DENSEPOSE_ON,
+    )
+
+
+# -- streams of samples ---------------------------------------------------------------------------
 
 
 def training_stream(size: int, seed: int) -> Iterator[Key]:
@@ -73,6 +156,18 @@ def repeat_factors(records: list[dict], threshold: float, sqrt: bool) -> torch.T
     factor = {label: max(1.0, math.sqrt(r) if sqrt else r) for label, r in ratio.items()}
     factors = [max((factor[label] for label in labels), default=1.0) for labels in classes]
     return torch.tensor(factors, dtype=torch.float32)
+
+
+def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
+    """The endless stream of samples that DATALOADER.SAMPLER_TRAIN names."""
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
+        return repeating_stream(factors, seed)
+    return training_stream(len(records), seed)
+
+
+# -- batches --------------------------------------------------------------------------------------
 
 
 def batches_by_aspect(
@@ -120,6 +215,9 @@ def training_batches(
     else:
         batches = batches_by_aspect(keys, wide, batch_size)
     return islice(batches, start, None)
+
+
+# -- loading --------------------------------------------------------------------------------------
 
 
 class MappedRecords(Dataset):
@@ -185,105 +283,21 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def has_objects(record: dict) -> bool:
-    """Whether anything but a crowd is annotated."""
-    return any(not a.get("iscrowd", 0) for a in record["annotations"])
-
-
-def count_keypoints(record: dict) -> int:
-    """Labelled keypoints of all objects, crowds included (Detectron2)."""
-    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
-
-
-def all_records(names: Sequence[str]) -> list[dict]:
-    """Of the data sets `names`, at least one; UserError where there is none."""
-    if not names:
-        raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
-    return [record for name in names for record in get_dataset(name).records()]
-
-
-def training_records(
-    names: Sequence[str],
-    filter_empty: bool,
-    with_masks: bool = False,
-    with_keypoints: bool = False,
-    min_keypoints: int = 0,
-    with_densepose: bool = False,
-) -> list[dict]:
-    """The records of all data sets.
-
-    Args:
-        names: of the data sets.
-        filter_empty: leave out the images that hold nothing but crowds.
-        with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
-        min_keypoints: leave out the images with fewer labelled keypoints.
-        with_densepose: keep dense pose, and leave out the images without any.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    records = all_records(names)
-    used = [
-        record
-        for record in records
-        if (has_objects(record) or not filter_empty)
-        and count_keypoints(record) >= min_keypoints
-        and (any(map(has_points, record["annotations"])) or not with_densepose)
-    ]
-    boxes = sum(len(record["annotations"]) for record in used)
-    left_out = len(records) - len(used)
-    comm.print_on_main(
-        f"training on {len(used)} images, {boxes} boxes ({left_out} images left out)"
-    )
-    if not used:
-        raise UserError(
-            f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
-            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
-        )
-    kept = {"segmentation": with_masks, "keypoints": with_keypoints}
-    kept |= dict.fromkeys((*DENSEPOSE_KEYS, "dp_masks"), with_densepose)
-    for annotation in (a for record in used for a in record["annotations"]):
-        for field in (name for name, keep in kept.items() if not keep):
-            annotation.pop(field, None)
-    return used
-
-
-def build_training_records(cfg) -> list[dict]:
-    if is_semantic(cfg):
-        records = all_records(cfg.DATASETS.TRAIN)
-        comm.print_on_main(f"training on {len(records)} images with label maps")
-        return records
-    model = cfg.MODEL
-    return training_records(
-        cfg.DATASETS.TRAIN,
-        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        with_masks=model.MASK_ON,
-        with_keypoints=model.KEYPOINT_ON,
-        min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
-        with_densepose=model.DENSEPOSE_ON,
-    )
-
-
-def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
-    """The endless stream of samples that DATALOADER.SAMPLER_TRAIN names."""
-    loader = cfg.DATALOADER
-    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
-        return repeating_stream(factors, seed)
-    return training_stream(len(records), seed)
+# -- from a config --------------------------------------------------------------------------------
 
 
 def build_train_loader(
-    cfg, records: list[dict], seed: int, start: int = 0, num_workers: int | None = None
+    cfg,
+    plan: BatchPlan,
+    records: list[dict],
+    seed: int,
+    start: int = 0,
+    num_workers: int | None = None,
 ) -> Iterator[list[dict]]:
     """This process's batches of one forward pass each, from iteration `start` on, without end.
 
     `num_workers`: other than DATALOADER.NUM_WORKERS.
-
-    Raises:
-        UserError: the batch does not divide among the processes.
     """
-    plan = plan_batch(cfg, comm.world_size())
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         wide = [record["width"] > record["height"] for record in records]
@@ -292,11 +306,10 @@ def build_train_loader(
         plan.images_per_forward,
         wide,
         start * plan.accumulation,
-        comm.rank(),
+        rank(),
         plan.processes,
     )
-    mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else build_train_mapper(cfg)
-    mapped = MappedRecords(records, mapper, seed)
+    mapped = MappedRecords(records, build_train_mapper(cfg), seed)
     workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
     return load(mapped, batches, workers, pin_memory=cfg.MODEL.DEVICE != "cpu")
 
@@ -306,8 +319,8 @@ def build_test_loader(cfg, records: list[dict]) -> Iterator[list[dict]]:
 
     One at a time as Detectron2 does: padding to a neighbour's size would change the numbers.
     """
-    bounds = np.linspace(0, len(records), comm.world_size() + 1).astype(int)
-    share = range(*bounds[comm.rank() : comm.rank() + 2])
+    bounds = np.linspace(0, len(records), world_size() + 1).astype(int)
+    share = range(*bounds[rank() : rank() + 2])
     # Without the annotations, which may be far larger than the rest and are of no use here.
     bare = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
     mapped = MappedRecords(bare, build_test_mapper(cfg))

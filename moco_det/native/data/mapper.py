@@ -1,6 +1,11 @@
-"""A dataset record to what the detector eats: decode, resize, flip, annotations to tensors.
+"""Data set records -> model inputs, the images decoded and augmented.
 
-A semantic record to what the segmentor learns from: decode, scale, flip, crop, pad.
+    DatasetMapper          objects: resize, flip; boxes, masks, keypoints, dense pose as tensors
+    SemanticDatasetMapper  label maps: scale, flip, crop, pad
+
+A mapper takes a record and a random generator: what it makes is a function of these alone.
+
+Shapes: an image (3, H, W); N objects of an image, K keypoints of an object.
 """
 
 from collections.abc import Sequence
@@ -12,6 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
+from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset, read_labels
 from moco_det.densepose.body import load_symmetries
 from moco_det.densepose.points import DensePosePoints, Symmetries, has_points, read_points
@@ -22,17 +28,37 @@ from moco_det.native.data.transforms import (
     Transform,
     read_image,
 )
+from moco_det.native.modeling.semantic_head import pad
 
 MIN_SIDE = 1e-5  # pixels; a box thinner than this after clipping holds nothing (Detectron2's value)
 
 Polygons = list[np.ndarray]  # of one object; each [x0, y0, x1, y1, ...] float64
 
 
+def read_record_image(record: dict) -> Image.Image:
+    """RGB and upright.
+
+    Raises:
+        UserError: it cannot be read or is not of the size that the record states.
+    """
+    image = read_image(record["file_name"])
+    width, height = image.size
+    if (record["width"], record["height"]) != (width, height):
+        raise UserError(
+            f"{record['file_name']} is {width}x{height} pixels (upright), its annotation says "
+            f"{record['width']}x{record['height']}: correct the annotation or the image"
+        )
+    return image
+
+
+# -- objects --------------------------------------------------------------------------------------
+
+
 class DatasetMapper:
     """Turns a Detectron2 standard dict into a model input.
 
     Args:
-        augmentation: draws the geometry.
+        augmentation: draws the `Transform`.
         image_format: channel order the model wants, "BGR" or "RGB".
         with_targets: also produce "gt_boxes" (N, 4) float32 and "gt_classes" (N,) int64, without
             crowds and without objects whose box or mask clipping left empty.
@@ -76,62 +102,46 @@ class DatasetMapper:
                 malformed.
         """
         image = read_record_image(record)
-        geometry = self.augmentation.draw(rng, image.height, image.width)
-        pixels = torch.from_numpy(geometry.apply_image(image, self.image_format))
+        transform = self.augmentation.draw(rng, image.height, image.width)
+        pixels = torch.from_numpy(transform.apply_image(image, self.image_format))
         item = {key: record[key] for key in ("image_id", "height", "width")} | {"image": pixels}
         if self.with_targets:
             try:
-                item |= self._targets(record["annotations"], geometry)
+                item |= self._targets(record["annotations"], transform)
             except UserError as error:
                 raise UserError(f"{record['file_name']}: {error}") from error
         return item
 
-    def _targets(self, annotations: list[dict], geometry: Transform) -> dict:
+    def _targets(self, annotations: list[dict], transform: Transform) -> dict:
         objects = [a for a in annotations if not a.get("iscrowd", 0)]
         boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
-        boxes = torch.from_numpy(geometry.apply_boxes(boxes)).float()
+        boxes = torch.from_numpy(transform.apply_box(boxes)).float()
         classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
         keep = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(dim=1)
         targets = {"gt_boxes": boxes, "gt_classes": classes}
         if self.with_keypoints:
-            targets["gt_keypoints"] = self._keypoints(objects, geometry)
+            targets["gt_keypoints"] = self._keypoints(objects, transform)
         if self.with_densepose:
-            targets["gt_densepose"] = [self._dense_pose(a, geometry) for a in objects]
+            targets["gt_densepose"] = [self._dense_pose(a, transform) for a in objects]
         if self.with_masks:
             make_masks = bit_masks if self.mask_format == "bitmask" else polygon_masks
-            masks = targets["gt_masks"] = make_masks(objects, geometry)
+            masks = targets["gt_masks"] = make_masks(objects, transform)
             keep &= torch.tensor([_is_filled(mask) for mask in masks], dtype=torch.bool)
         return {name: _select(values, keep) for name, values in targets.items()}
 
-    def _keypoints(self, objects: list[dict], geometry: Transform) -> Tensor:
+    def _keypoints(self, objects: list[dict], transform: Transform) -> Tensor:
         count = len(self.mirrored_keypoints)
         rows = [a.get("keypoints", ()) for a in objects]
         if any(len(row) != 3 * count for row in rows):
             raise UserError(f"an object does not have the {count} keypoints of its data set")
         points = np.array(rows, dtype=np.float64).reshape(-1, count, 3)
-        return torch.from_numpy(geometry.apply_keypoints(points, self.mirrored_keypoints)).float()
+        return torch.from_numpy(transform.apply_keypoints(points, self.mirrored_keypoints)).float()
 
-    def _dense_pose(self, annotation: dict, geometry: Transform) -> DensePosePoints | None:
+    def _dense_pose(self, annotation: dict, transform: Transform) -> DensePosePoints | None:
         if not has_points(annotation):
             return None
         points = read_points(annotation)
-        return points.mirrored(self.symmetries) if geometry.flip else points
-
-
-def read_record_image(record: dict) -> Image.Image:
-    """RGB and upright.
-
-    Raises:
-        UserError: it cannot be read or is not of the size that the record states.
-    """
-    image = read_image(record["file_name"])
-    width, height = image.size
-    if (record["width"], record["height"]) != (width, height):
-        raise UserError(
-            f"{record['file_name']} is {width}x{height} pixels (upright), its annotation says "
-            f"{record['width']}x{record['height']}: correct the annotation or the image"
-        )
-    return image
+        return points.mirrored(self.symmetries) if transform.flip else points
 
 
 def _is_filled(mask: Tensor | Polygons) -> bool:
@@ -150,36 +160,36 @@ def _segmentation(annotation: dict) -> list | dict:
     return annotation["segmentation"]
 
 
-def polygon_masks(objects: list[dict], geometry: Transform) -> list[Polygons]:
+def polygon_masks(objects: list[dict], transform: Transform) -> list[Polygons]:
     """The objects' outlines on the new image, as they are: not clipped to it."""
     segmentations = [_segmentation(a) for a in objects]
     if any(isinstance(shape, dict) for shape in segmentations):
         raise UserError("a mask is run-length encoded: set INPUT.MASK_FORMAT bitmask")
-    return [geometry.apply_polygons(shape) for shape in segmentations]
+    return [transform.apply_polygons(shape) for shape in segmentations]
 
 
-def bit_masks(objects: list[dict], geometry: Transform) -> Tensor:
+def bit_masks(objects: list[dict], transform: Transform) -> Tensor:
     """The objects' pixels on the new image, bool (N, H, W)."""
-    masks = torch.zeros((len(objects), *geometry.new), dtype=torch.bool)
+    masks = torch.zeros((len(objects), *transform.new), dtype=torch.bool)
     for mask, annotation in zip(masks, objects, strict=True):
-        mask.copy_(torch.from_numpy(_bit_mask(_segmentation(annotation), geometry)))
+        mask.copy_(torch.from_numpy(_bit_mask(_segmentation(annotation), transform)))
     return masks
 
 
-def _bit_mask(segmentation: list | dict, geometry: Transform) -> np.ndarray:
+def _bit_mask(segmentation: list | dict, transform: Transform) -> np.ndarray:
     """uint8 (H, W). An RLE is decoded and then resized, polygons are resized and then drawn."""
     if isinstance(segmentation, dict):
         try:
             mask = coco_mask.decode(segmentation)
         except (TypeError, ValueError) as error:
             raise UserError(f"a run-length encoded mask is broken: {error}") from error
-        if mask.shape != geometry.old:
-            raise UserError(f"a mask is of size {mask.shape}, the image of {geometry.old}")
-        return geometry.apply_mask(mask)
+        if mask.shape != transform.old:
+            raise UserError(f"a mask is of size {mask.shape}, the image of {transform.old}")
+        return transform.apply_segmentation(mask)
     if not segmentation:
-        return np.zeros(geometry.new, dtype=np.uint8)
-    polygons = geometry.apply_polygons(segmentation)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *geometry.new)))
+        return np.zeros(transform.new, dtype=np.uint8)
+    polygons = transform.apply_polygons(segmentation)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *transform.new)))
 
 
 def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
@@ -201,30 +211,7 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(keypoints.index(partner.get(name, name)) for name in keypoints)
 
 
-def build_train_mapper(cfg) -> DatasetMapper:
-    flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
-    augmentation = Augmentation(
-        cfg.INPUT.MIN_SIZE_TRAIN,
-        cfg.INPUT.MAX_SIZE_TRAIN,
-        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-        flip=flip,
-    )
-    return DatasetMapper(
-        augmentation,
-        cfg.INPUT.FORMAT,
-        with_targets=True,
-        with_masks=cfg.MODEL.MASK_ON,
-        with_keypoints=cfg.MODEL.KEYPOINT_ON,
-        mask_format=cfg.INPUT.MASK_FORMAT,
-        mirrored_keypoints=mirrored_keypoints(cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else (),
-        with_densepose=cfg.MODEL.DENSEPOSE_ON,
-        symmetries=load_symmetries() if cfg.MODEL.DENSEPOSE_ON and flip else None,
-    )
-
-
-def build_test_mapper(cfg) -> DatasetMapper:
-    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
-    return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
+# -- label maps -----------------------------------------------------------------------------------
 
 
 class SemanticDatasetMapper:
@@ -266,11 +253,11 @@ class SemanticDatasetMapper:
             UserError: a file cannot be read, sizes differ, or a label is no class.
         """
         image = read_record_image(record)
-        geometry = self.augmentation.draw(rng, image.height, image.width)
-        pixels = geometry.apply_image(image, self.image_format)
-        labels = geometry.apply_mask(read_labels(record, self.num_classes))
+        transform = self.augmentation.draw(rng, image.height, image.width)
+        pixels = transform.apply_image(image, self.image_format)
+        labels = transform.apply_segmentation(read_labels(record, self.num_classes))
         if self.crop is not None:
-            rows, columns = self.crop.draw(rng, *geometry.new)
+            rows, columns = self.crop.draw(rng, *transform.new)
             pixels, labels = pixels[:, rows, columns], labels[rows, columns]
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         labels = torch.from_numpy(labels.astype(np.int64))
@@ -281,38 +268,52 @@ class SemanticDatasetMapper:
         return item | {"image": pixels, "sem_seg": labels}
 
 
-def pad(x: Tensor, size: tuple[int, int], value: Tensor | int) -> Tensor:
-    """(..., h, w) -> (..., *size), filled with `value` below and on the right.
+# -- from a config --------------------------------------------------------------------------------
 
-    A tensor as value gives its dtype to the result. `x` itself, where there is nothing to fill.
-    """
-    height, width = x.shape[-2:]
-    if (height, width) == tuple(size):
-        return x
-    dtype = value.dtype if isinstance(value, Tensor) else x.dtype
-    padded = torch.empty((*x.shape[:-2], *size), dtype=dtype)
-    padded[...] = value
-    padded[..., :height, :width] = x
-    return padded
+
+def build_train_mapper(cfg) -> DatasetMapper | SemanticDatasetMapper:
+    """The mapper of what the model of `cfg` is trained on."""
+    return build_semantic_mapper(cfg) if is_semantic(cfg) else build_detection_mapper(cfg)
+
+
+def build_test_mapper(cfg) -> DatasetMapper:
+    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
+
+
+def build_detection_mapper(cfg) -> DatasetMapper:
+    model, flip = cfg.MODEL, _flips(cfg)
+    return DatasetMapper(
+        _build_augmentation(cfg),
+        cfg.INPUT.FORMAT,
+        with_targets=True,
+        with_masks=model.MASK_ON,
+        with_keypoints=model.KEYPOINT_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        mirrored_keypoints=mirrored_keypoints(cfg.DATASETS.TRAIN) if model.KEYPOINT_ON else (),
+        with_densepose=model.DENSEPOSE_ON,
+        symmetries=load_symmetries() if model.DENSEPOSE_ON and flip else None,
+    )
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
     """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
-    flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
-    if cfg.INPUT.RANDOM_SCALE:
-        augmentation = RandomScale(*cfg.INPUT.RANDOM_SCALE, flip=flip)
-    else:
-        augmentation = Augmentation(
-            cfg.INPUT.MIN_SIZE_TRAIN,
-            cfg.INPUT.MAX_SIZE_TRAIN,
-            cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-            flip=flip,
-        )
+    scale, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.CROP
     return SemanticDatasetMapper(
-        augmentation,
-        RandomCrop(cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None,
+        RandomScale(*scale, flip=_flips(cfg)) if scale else _build_augmentation(cfg),
+        RandomCrop(crop.SIZE) if crop.ENABLED else None,
         cfg.INPUT.FORMAT,
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         cfg.MODEL.PIXEL_MEAN,
         cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
     )
+
+
+def _build_augmentation(cfg) -> Augmentation:
+    """The training images' resize and flip."""
+    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    return Augmentation(sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling, flip=_flips(cfg))
+
+
+def _flips(cfg) -> bool:
+    return cfg.INPUT.RANDOM_FLIP == "horizontal"

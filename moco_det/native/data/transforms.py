@@ -1,7 +1,10 @@
-"""Training geometry as Detectron2's: a resize with PIL's bilinear filter, a flip, perhaps a crop.
+"""Images decoded, and the geometry of augmentation as Detectron2's: resize, flip, perhaps a crop.
 
-Legend: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
-points (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
+An `Augmentation` or a `RandomScale` draws a `Transform`, which is then applied to the image and to
+all that is annotated on it.
+
+Shapes: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
+coordinates (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,9 @@ import numpy as np
 from PIL import Image
 
 from moco_det.common.errors import UserError
+from moco_det.native.modeling.semantic_head import scaled_size
+
+# -- decoding -------------------------------------------------------------------------------------
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
@@ -43,6 +49,9 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a malformed tag says nothing about the pixels
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+# -- one drawn transform --------------------------------------------------------------------------
 
 
 def shortest_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
@@ -81,7 +90,7 @@ class Transform:
             pixels = pixels[:, :, ::-1]
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def apply_boxes(self, boxes: np.ndarray) -> np.ndarray:
+    def apply_box(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (N, 4) of the old image on the new one, clipped to it."""
         (old_height, old_width), (height, width) = self.old, self.new
         scale_x, scale_y = width / old_width, height / old_height
@@ -91,10 +100,10 @@ class Transform:
         limit = np.array([width, height, width, height])
         return np.clip(np.stack([x0, y0, x1, y1], axis=1), 0, limit)
 
-    def apply_points(self, points: np.ndarray) -> np.ndarray:
-        """Points (..., 2) of the old image on the new one, not clipped to it."""
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Coordinates (..., 2) of the old image on the new one, not clipped to it."""
         (old_height, old_width), (height, width) = self.old, self.new
-        moved = points * np.array([width / old_width, height / old_height])
+        moved = coords * np.array([width / old_width, height / old_height])
         if self.flip:
             moved[..., 0] = width - moved[..., 0]
         return moved
@@ -106,10 +115,10 @@ class Transform:
         moves in integer arithmetic, so that every coordinate is rounded down.
         """
         points = (np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons)
-        return [self.apply_points(p).reshape(-1) for p in points]
+        return [self.apply_coords(p).reshape(-1) for p in points]
 
-    def apply_mask(self, mask: np.ndarray) -> np.ndarray:
-        """A uint8 mask (old H, old W) as a contiguous one (H, W), by the nearest pixel."""
+    def apply_segmentation(self, mask: np.ndarray) -> np.ndarray:
+        """A uint8 mask or label map (old H, old W) as a contiguous (H, W), by the nearest pixel."""
         if self.new != self.old:
             image = Image.fromarray(mask).resize(self.new[::-1], Image.Resampling.NEAREST)
             mask = np.array(image)  # writable, as tensors have to be
@@ -122,11 +131,14 @@ class Transform:
         Detectron2, a point outside the image is no longer labelled (visibility 0), and what is not
         labelled is all zeros.
         """
-        points, visibility = self.apply_points(keypoints[..., :2]), keypoints[..., 2:]
+        points, visibility = self.apply_coords(keypoints[..., :2]), keypoints[..., 2:]
         inside = ((points >= 0) & (points <= self.new[::-1])).all(axis=-1, keepdims=True)
         labelled = inside & (visibility != 0)
         moved = np.where(labelled, np.concatenate([points, visibility], axis=-1), 0.0)
         return moved[:, list(mirrored)] if self.flip else moved
+
+
+# -- draws ----------------------------------------------------------------------------------------
 
 
 class Augmentation:
@@ -176,7 +188,7 @@ class RandomScale:
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
         factor = self.smallest + (self.largest - self.smallest) * rng.random()
-        new = tuple(max(int(side * factor + 0.5), 1) for side in (height, width))
+        new = scaled_size(height, width, factor)
         return Transform((height, width), new, flip=self.flip and rng.random() < 0.5)
 
 

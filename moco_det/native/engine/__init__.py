@@ -1,1 +1,10 @@
-"""Training, evaluation, optimisation and checkpoints of a detector."""
+"""What runs a model of `native.modeling`: training, evaluation, and a view into it.
+
+    trainer      `train` and `evaluate_weights`, the way from a config to results: start here
+    solver       optimizer and learning-rate schedule
+    inference    predictions on the test sets, and their metrics
+    output_dir   checkpoints and metrics of a run
+    probe        the model opened up, for comparison with Detectron2 and for timing
+
+Not here: the metrics themselves (`moco_det.evaluation`) and weight files (`moco_det.weights`).
+"""

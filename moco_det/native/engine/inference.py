@@ -8,13 +8,49 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from moco_det.common import processes as comm
+from moco_det.common.processes import (
+    gather_objects,
+    is_main,
+    print_on_main,
+    synchronize,
+    world_size,
+)
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.data.loader import build_test_loader
 
 REPORT_SECONDS = 10.0  # between two progress lines
+
+
+def evaluate_model(cfg, model: nn.Module) -> dict:
+    """Evaluate `model` on every set of DATASETS.TEST and print the tables.
+
+    The mode of `model` (training or evaluation) is left as it was.
+
+    Returns:
+        On the main process {"bbox": {"AP", ...}}, or {set: {"bbox": ...}} where there are several
+        sets (Detectron2's form); {} on the others.
+    """
+    if not cfg.DATASETS.TEST:
+        print_on_main("DATASETS.TEST is empty: nothing is evaluated")
+    training = model.training
+    model.eval()
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        dataset = get_dataset(name)
+        records = dataset.records()
+        print_on_main(f"evaluating on {name}: {len(records)} images")
+        share = math.ceil(len(records) / world_size())
+        with closing(build_test_loader(cfg, records)) as batches:
+            predictions = predict(model, batches, share)
+        if is_main():
+            save_predictions(cfg.OUTPUT_DIR, name, predictions)
+            results[name] = evaluate(dataset, predictions, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+            print_table(results[name])
+        synchronize()
+    model.train(training)
+    return next(iter(results.values())) if len(results) == 1 else results
 
 
 @torch.no_grad()
@@ -39,37 +75,7 @@ def predict(model: nn.Module, batches, images: int) -> list[dict]:
         if now - reported > REPORT_SECONDS:
             reported, done = now, len(predictions)
             eta = timedelta(seconds=int((now - start) / done * (images - done)))
-            comm.print_on_main(
+            print_on_main(
                 f"inference: {done}/{images}  {(now - start) / done:.4f} s/image  eta: {eta}"
             )
-    return [found for share in comm.gather_objects(predictions) for found in share]
-
-
-def evaluate_model(cfg, model: nn.Module) -> dict:
-    """Evaluate `model` on every set of DATASETS.TEST and print the tables.
-
-    The mode of `model` (training or evaluation) is left as it was.
-
-    Returns:
-        On the main process {"bbox": {"AP", ...}}, or {set: {"bbox": ...}} where there are several
-        sets (Detectron2's form); {} on the others.
-    """
-    if not cfg.DATASETS.TEST:
-        comm.print_on_main("DATASETS.TEST is empty: nothing is evaluated")
-    training = model.training
-    model.eval()
-    results = {}
-    for name in cfg.DATASETS.TEST:
-        dataset = get_dataset(name)
-        records = dataset.records()
-        comm.print_on_main(f"evaluating on {name}: {len(records)} images")
-        share = math.ceil(len(records) / comm.world_size())
-        with closing(build_test_loader(cfg, records)) as batches:
-            predictions = predict(model, batches, share)
-        if comm.is_main():
-            save_predictions(cfg.OUTPUT_DIR, name, predictions)
-            results[name] = evaluate(dataset, predictions, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-            print_table(results[name])
-        comm.synchronize()
-    model.train(training)
-    return next(iter(results.values())) if len(results) == 1 else results
+    return [found for share in gather_objects(predictions) for found in share]

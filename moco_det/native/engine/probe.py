@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moco_det.config.loading import load_config, on_available_device
 from moco_det.native.engine.solver import build_optimizer
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.parity.probe import EngineProbe, Quantities, of_surfaces, recording
 
 
@@ -26,7 +26,7 @@ class Probe(EngineProbe):
 
     def outputs(self, items: list[dict]) -> Quantities:
         model = self.model
-        images, sizes = model.preprocess([item["image"] for item in items])
+        images, sizes = model.preprocess(items)
         features = model.backbone(images)
         found = {f"features {name}": [feature] for name, feature in features.items()}
         if hasattr(model, "sem_seg_head"):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
+from moco_det.common.processes import print_on_main
 
 NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # every BatchNorm, SyncBatchNorm and InstanceNorm
@@ -136,47 +136,10 @@ def build_lr_scheduler(cfg, optimizer: SGD) -> LambdaLR:
 def _multistep(steps, gamma: float, max_iter: int) -> MultiStepParamScheduler:
     used = [step for step in steps if step < max_iter]
     if len(used) < len(steps):
-        comm.print_on_main(
+        print_on_main(
             f"SOLVER.STEPS not below SOLVER.MAX_ITER {max_iter} are ignored: {tuple(steps)}"
         )
     if used != sorted(set(used)):
         raise UserError(f"SOLVER.STEPS {tuple(steps)} must increase from one step to the next")
     values = [gamma**drops for drops in range(len(used) + 1)]
     return MultiStepParamScheduler(values, milestones=used, num_updates=max_iter)
-
-
-def scaled_to_processes(cfg, processes: int):
-    """`cfg` with its recipe moved from SOLVER.REFERENCE_WORLD_SIZE processes to `processes`.
-
-    Batch and learning rate grow with the processes, iterations and periods shrink, so that one
-    process sees as many images per step as in the recipe (Detectron2's `auto_scale_workers`). Off,
-    and `cfg` itself, where SOLVER.REFERENCE_WORLD_SIZE is 0.
-    """
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if reference in (0, processes):
-        return cfg
-    if cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise UserError(
-            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide "
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
-        )
-    cfg = cfg.clone()
-    cfg.defrost()
-    solver, scale = cfg.SOLVER, processes / reference
-    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
-    solver.BASE_LR *= scale
-    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
-    for section, key in (
-        (solver, "MAX_ITER"),
-        (solver, "WARMUP_ITERS"),
-        (solver, "CHECKPOINT_PERIOD"),
-        (cfg.TEST, "EVAL_PERIOD"),
-    ):
-        section[key] = round(section[key] / scale)
-    solver.REFERENCE_WORLD_SIZE = processes
-    comm.print_on_main(
-        f"recipe scaled to {processes} processes: batch {solver.IMS_PER_BATCH}, learning rate "
-        f"{solver.BASE_LR:g}, {solver.MAX_ITER} iterations, steps {solver.STEPS}"
-    )
-    cfg.freeze()
-    return cfg

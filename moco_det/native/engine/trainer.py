@@ -1,32 +1,49 @@
-"""Train a detector, evaluate it: the loop, and the little that it needs beside the parts."""
+"""Train a detector and evaluate it: what a config asks for, from data sets to metrics.
+
+    train: prepare -> build_state -> build_trainer -> Trainer.run -> evaluate_model
+
+The functions stand in the order in which they are called.
+"""
 
 import math
-import signal
-import threading
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
 
-from moco_det.common import processes as comm
-from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import plan_batch
-from moco_det.config.loading import load_config
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.processes import (
+    StopRequest,
+    from_main,
+    gather_rows,
+    is_main,
+    print_on_main,
+    rank,
+    synchronize,
+    world_size,
+)
+from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
+from moco_det.config.checks import check_datasets, check_input, check_metric_files, check_weights
+from moco_det.config.loading import load_config, on_available_device
 from moco_det.native.data.loader import build_train_loader, build_training_records
-from moco_det.native.engine.checkpoint import Checkpoints
 from moco_det.native.engine.inference import evaluate_model
-from moco_det.native.engine.metric_log import MetricLog, NoLog
-from moco_det.native.engine.run import Run, build_run, data_parallel, load_initial_weights, prepare
+from moco_det.native.engine.output_dir import Checkpoints, MetricLog, NoLog
+from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
 from moco_det.native.modeling.layers import precise_bn
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["evaluate_weights", "load_config", "train"]
-
-STOPPED_BY_SIGTERM = 75  # exit code: a checkpoint is saved, the same command with --resume goes on
 
 
 def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
@@ -42,24 +59,22 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
 
     Raises:
         UserError: bad settings, data or weights; a loss that is not finite; a full disk.
-        SystemExit: SIGTERM came and a checkpoint was saved; the code is `STOPPED_BY_SIGTERM`.
+        SystemExit: SIGTERM came and a checkpoint was saved; the code is `EXIT_INTERRUPTED`.
     """
     cfg = prepare(cfg)
-    comm.print_on_main(plan_batch(cfg, comm.world_size()).describe(cfg.SOLVER.BASE_LR))
+    plan = plan_batch(cfg, world_size())
+    print_on_main(plan.describe(cfg.SOLVER.BASE_LR))
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     checkpoints = Checkpoints(cfg.OUTPUT_DIR)
-    run = build_run(cfg, checkpoints.last() if resume else None, allow_missing)
-    max_iter = cfg.SOLVER.MAX_ITER
-    comm.print_on_main(
-        f"iterations {run.iteration} to {max_iter} on {comm.world_size()} x {cfg.MODEL.DEVICE}, "
-        f"seed {run.seed}"
+    state = build_state(cfg, checkpoints.last() if resume else None, allow_missing)
+    first, max_iter = state.iteration, cfg.SOLVER.MAX_ITER
+    print_on_main(
+        f"iterations {first} to {max_iter} on {world_size()} x {cfg.MODEL.DEVICE}, "
+        f"seed {state.seed}"
     )
-    with MetricLog(cfg.OUTPUT_DIR, run.iteration, max_iter) if comm.is_main() else NoLog() as log:
-        records = build_training_records(cfg)
-        batches = build_train_loader(cfg, records, run.seed, run.iteration)
-        with closing(batches), Sigterm() as sigterm:
-            train_loop(cfg, run, records, batches, checkpoints, log, sigterm)
-        results = evaluate_model(cfg, run.model)
+    with MetricLog(cfg.OUTPUT_DIR, first, max_iter) if is_main() else NoLog() as log:
+        build_trainer(cfg, plan, state, checkpoints, log).run()
+        results = evaluate_model(cfg, state.model)
         log.results(max_iter, results)
     return results
 
@@ -79,65 +94,269 @@ def evaluate_weights(cfg, resume: bool = False, allow_missing: bool = False) -> 
     return evaluate_model(cfg, model)
 
 
-def train_loop(cfg, run: Run, records, batches, checkpoints, log, sigterm) -> None:
-    """Iterations `run.iteration` to SOLVER.MAX_ITER, with what is due between them.
+# -- before the first iteration -------------------------------------------------------------------
 
-    The order is Detectron2's: batch, losses, gradients, step, schedule; then precise BN,
-    checkpoint, evaluation.
+
+def prepare(cfg):
+    """`cfg` as this machine and launch run it, checked; dumped to OUTPUT_DIR/config.yaml.
+
+    Raises:
+        UserError: a setting that cannot be run, a data set that does not fit it, no OUTPUT_DIR.
     """
-    model = data_parallel(run.model.train())
-    for iteration in range(run.iteration, cfg.SOLVER.MAX_ITER):
-        start = time.perf_counter()
-        losses, data_time = gradients(run, model, batches, iteration)
-        metrics, stop = shared_metrics(losses, data_time, sigterm.received)
-        check_finite(metrics, iteration, checkpoints)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        lr = run.learning_rate()
-        run.scheduler.step()
-        log.step(iteration, lr, time.perf_counter() - start, metrics)
+    available = on_available_device(cfg)
+    if available.MODEL.DEVICE != cfg.MODEL.DEVICE:
+        print_on_main(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no CUDA device: using the CPU"
+        )
+    cfg = scaled_to_processes(available, world_size())
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
+    check_input(cfg, crops_objects=False)
+    check_datasets(cfg)
+    check_metric_files(cfg)
+    if is_main():
+        try:
+            Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+            (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+        except OSError as error:
+            raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
+    synchronize()
+    return cfg
 
-        done, last = iteration + 1, iteration + 1 == cfg.SOLVER.MAX_ITER
-        evaluating = due(done, cfg.TEST.EVAL_PERIOD) and not last
-        if cfg.TEST.PRECISE_BN.ENABLED and (evaluating or last):
-            fresh = build_train_loader(cfg, records, run.seed, done, num_workers=0)
-            # As many images, where a forward pass has fewer.
-            precise_bn(run.model, fresh, cfg.TEST.PRECISE_BN.NUM_ITER * run.accumulation)
-        if due(done, cfg.SOLVER.CHECKPOINT_PERIOD) or (stop and not last):
-            save(checkpoints, f"model_{iteration:07d}", run, iteration)
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and is saved; `iteration` is the first still to be done."""
+
+    model: nn.Module
+    optimizer: SGD
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    seed: int
+    iteration: int = 0
+
+    def state_dict(self, iteration: int) -> dict:
+        """The checkpoint after `iteration`, which counts from 0 (Detectron2's convention)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "grad_scaler": self.scaler.state_dict(),
+            "iteration": iteration,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["grad_scaler"])
+        self.iteration = state["iteration"] + 1
+
+    def step(self) -> float:
+        """Update the parameters by their gradients, and the schedule.
+
+        Returns:
+            The learning rate of the update: that of the largest parameter group, which stands for
+            all in the log (Detectron2).
+        """
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        largest = max(self.optimizer.param_groups, key=lambda group: len(group["params"]))
+        lr = largest["lr"]
+        self.scheduler.step()
+        return lr
+
+
+def build_state(cfg, checkpoint: Path | None = None, allow_missing: bool = False) -> TrainingState:
+    """A run before its first iteration or, given a checkpoint, where that was saved.
+
+    `allow_missing`: as for `load_initial_weights`.
+
+    Raises:
+        UserError: the weights or the checkpoint cannot be read, or do not fit the model.
+    """
+    saved = Checkpoints.load(checkpoint) if checkpoint else {}
+    seed = cfg.SEED if cfg.SEED >= 0 else saved.get("seed", _random_seed())
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    scaling = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE.startswith("cuda")
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_lr_scheduler(cfg, optimizer),
+        scaler=torch.amp.GradScaler("cuda", enabled=scaling),
+        seed=seed,
+    )
+    if not checkpoint:
+        load_initial_weights(cfg, model, allow_missing)
+        return state
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} is from another configuration: {error}") from error
+    print_on_main(f"resuming from {checkpoint}: iteration {state.iteration} is next")
+    return state
+
+
+def _random_seed() -> int:
+    return from_main(int.from_bytes(os.urandom(4), "big"))
+
+
+def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> None:
+    """Fill `model` from MODEL.WEIGHTS; where that is "", leave it at its random initialisation.
+
+    `allow_missing`: let arrays of the backbone that the file lacks keep their initial values.
+
+    Raises:
+        UserError: the file cannot be had or read, lacks a part of the backbone, or was made for
+            another configuration.
+    """
+    if cfg.MODEL.WEIGHTS:
+        report = load_backbone_weights(model, cfg.MODEL.WEIGHTS, allow_missing)
+        check_weights(cfg, report.metadata)
+    else:
+        print_on_main("MODEL.WEIGHTS is '': the model starts from random initialisation")
+
+
+# -- the loop -------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    cfg, plan: BatchPlan, state: TrainingState, checkpoints: Checkpoints, log: MetricLog | NoLog
+) -> "Trainer":
+    """UserError where there is nothing to train on."""
+    bn, records = cfg.TEST.PRECISE_BN, build_training_records(cfg)
+    return Trainer(
+        state=state,
+        batches_from=partial(build_train_loader, cfg, plan, records, state.seed),
+        evaluate=partial(evaluate_model, cfg),
+        accumulation=plan.accumulation,
+        amp=cfg.SOLVER.AMP.ENABLED,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        # As many images, where a forward pass has fewer.
+        precise_bn_passes=bn.NUM_ITER * plan.accumulation if bn.ENABLED else 0,
+        checkpoints=checkpoints,
+        log=log,
+    )
+
+
+@dataclass
+class Trainer:
+    """Iterations `state.iteration` to `max_iter`, with what is due between them.
+
+    Args:
+        state: what is trained.
+        batches_from: (iteration, num_workers=...) -> this process's batches of one forward pass
+            each, from that iteration on, without end; to be closed.
+        evaluate: model -> results.
+        accumulation: forward passes of one iteration, whose gradients are averaged.
+        amp: forward passes in half precision: float16 on CUDA; bfloat16, which needs no loss
+            scaling, on a CPU.
+        max_iter: iterations in all.
+        checkpoint_period, eval_period: iterations between two; 0 for none but the last.
+        precise_bn_passes: forward passes of precise BN before each evaluation; 0 for no precise BN.
+        checkpoints, log: where the state and the numbers go.
+    """
+
+    state: TrainingState
+    batches_from: Callable[..., Iterator[list[dict]]]
+    evaluate: Callable[[nn.Module], dict]
+    accumulation: int
+    amp: bool
+    max_iter: int
+    checkpoint_period: int
+    eval_period: int
+    precise_bn_passes: int
+    checkpoints: Checkpoints
+    log: MetricLog | NoLog
+
+    def run(self) -> None:
+        """The order is Detectron2's: batch, losses, gradients, step, schedule; then what is due.
+
+        Raises:
+            UserError, SystemExit: see `train`.
+        """
+        model = data_parallel(self.state.model.train())
+        with closing(self.batches_from(self.state.iteration)) as batches, StopRequest() as request:
+            for iteration in range(self.state.iteration, self.max_iter):
+                start = time.perf_counter()
+                losses, data_time = self.compute_gradients(model, batches, iteration)
+                metrics, stop = shared_metrics(losses, data_time, request.received)
+                check_finite(metrics, iteration, self.checkpoints)
+                lr = self.state.step()
+                self.log.step(iteration, lr, time.perf_counter() - start, metrics)
+                self.after_iteration(iteration, stop)
+
+    def compute_gradients(
+        self, model: nn.Module, batches: Iterator[list[dict]], iteration: int
+    ) -> tuple[dict[str, Tensor], float]:
+        """Those of one iteration, averaged over its forward passes and the processes.
+
+        Returns:
+            This process's mean losses, and the seconds spent waiting for data.
+        """
+        state, device = self.state, next(model.parameters()).device.type
+        half = torch.float16 if device == "cuda" else torch.bfloat16
+        state.optimizer.zero_grad()
+        passes, data_time = [], 0.0
+        for number in range(self.accumulation):
+            start = time.perf_counter()
+            batch = next(batches)
+            data_time += time.perf_counter() - start
+            seed_draws(state.seed, iteration * self.accumulation + number)
+            with exchange_gradients(model, number + 1 == self.accumulation):
+                with torch.autocast(device, half, enabled=self.amp):
+                    losses = model(batch)
+                    total_loss = sum(losses.values()) / self.accumulation
+                state.scaler.scale(total_loss).backward()
+            passes.append({name: loss.detach() for name, loss in losses.items()})
+        return {k: sum(p[k] for p in passes) / self.accumulation for k in passes[0]}, data_time
+
+    def after_iteration(self, iteration: int, stop: bool) -> None:
+        """Precise BN, checkpoint, evaluation, as they are due; the end, where it is asked for.
+
+        The evaluation after the last iteration is `train`'s.
+        """
+        done = iteration + 1
+        last = done == self.max_iter
+        evaluating = due(done, self.eval_period) and not last
+        if self.precise_bn_passes and (evaluating or last):
+            fresh = self.batches_from(done, num_workers=0)
+            precise_bn(self.state.model, fresh, self.precise_bn_passes)
+        if due(done, self.checkpoint_period) or (stop and not last):
+            self.save(f"model_{iteration:07d}", iteration)
         if last:
-            save(checkpoints, "model_final", run, iteration)
+            self.save("model_final", iteration)
         elif stop:
-            comm.print_on_main(f"SIGTERM: saved {checkpoints.last()}, to go on from with --resume")
-            raise SystemExit(STOPPED_BY_SIGTERM)
+            saved = self.checkpoints.last()
+            print_on_main(f"SIGTERM: saved {saved}, to go on from with --resume")
+            raise SystemExit(EXIT_INTERRUPTED)
         elif evaluating:
-            log.results(iteration, evaluate_model(cfg, run.model))
+            self.log.results(iteration, self.evaluate(self.state.model))
+
+    def save(self, name: str, iteration: int) -> None:
+        if is_main():
+            self.checkpoints.save(name, self.state.state_dict(iteration))
+        synchronize()
 
 
-def gradients(run: Run, model, batches, iteration: int) -> tuple[dict[str, torch.Tensor], float]:
-    """Those of one iteration, averaged over its forward passes and the processes.
+def data_parallel(model: nn.Module) -> nn.Module:
+    """`model`, its gradients averaged over the processes where there are several.
 
-    Returns:
-        This process's mean losses, and the seconds spent waiting for data.
+    Buffers follow the main process, so that all of them evaluate the model that is saved.
     """
-    run.optimizer.zero_grad()
-    passes, data_time = [], 0.0
-    for number in range(run.accumulation):
-        start = time.perf_counter()
-        batch = next(batches)
-        data_time += time.perf_counter() - start
-        seed_draws(run.seed, iteration * run.accumulation + number)
-        with exchange_gradients(model, number + 1 == run.accumulation):
-            with run.autocast():
-                losses = model(batch)
-                total_loss = sum(losses.values()) / run.accumulation
-            run.scaler.scale(total_loss).backward()
-        passes.append({name: loss.detach() for name, loss in losses.items()})
-    return {k: sum(p[k] for p in passes) / run.accumulation for k in passes[0]}, data_time
+    if world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(model, [torch.cuda.current_device()] if on_gpu else None)
 
 
-def exchange_gradients(model, wanted: bool):
-    """Of the passes of a step only the last need tell the other processes its sums."""
+def exchange_gradients(model: nn.Module, wanted: bool):
+    """Only the last forward pass of an iteration has to tell the other processes its sums."""
     distributed = isinstance(model, DistributedDataParallel)
     return nullcontext() if wanted or not distributed else model.no_sync()
 
@@ -147,19 +366,19 @@ def seed_draws(seed: int, forward_pass: int) -> None:
 
     So nothing that happened in between (an evaluation, an interruption) shows in them.
     """
-    sequence = np.random.SeedSequence((seed, comm.rank(), forward_pass))
+    sequence = np.random.SeedSequence((seed, rank(), forward_pass))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def shared_metrics(
-    losses: dict[str, torch.Tensor], data_time: float, stop: bool
+    losses: dict[str, Tensor], data_time: float, stop: bool
 ) -> tuple[dict[str, float], bool]:
     """The same numbers on every process: mean losses, their sum, the longest wait for data.
 
     Also whether any process was asked to stop, so that all of them stop at the same iteration.
     """
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-    rows = comm.gather_rows([*values, data_time, float(stop)])
+    rows = gather_rows([*values, data_time, float(stop)])
     means = dict(zip(losses, rows[:, :-2].mean(dim=0).tolist(), strict=True))
     metrics = {"total_loss": sum(means.values()), **means, "data_time": rows[:, -2].max().item()}
     return metrics, bool(rows[:, -1].any())
@@ -177,29 +396,3 @@ def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Checkpo
 
 def due(done: int, period: int) -> bool:
     return period > 0 and done % period == 0
-
-
-def save(checkpoints: Checkpoints, name: str, run: Run, iteration: int) -> None:
-    if comm.is_main():
-        checkpoints.save(name, run.state_dict(iteration))
-    comm.synchronize()
-
-
-class Sigterm:
-    """While open, SIGTERM sets `received` instead of ending the process."""
-
-    received = False
-
-    def __enter__(self) -> "Sigterm":
-        # Python lets only the main thread handle signals; elsewhere SIGTERM keeps its meaning.
-        self._restore: Callable | int | None = None
-        if threading.current_thread() is threading.main_thread():
-            self._restore = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, signum, frame) -> None:
-        self.received = True
-
-    def __exit__(self, *exception) -> None:
-        if self._restore is not None:
-            signal.signal(signal.SIGTERM, self._restore)

@@ -1,10 +1,14 @@
-"""ResNet (He et al. 2016) as a feature extractor, with Detectron2's parameter names.
+"""Images -> feature maps by name: ResNet, FPN, and the paper's dilated-C5 backbone.
 
-The stages are res2 (stride 4) to res5 (stride 32), what torchvision calls layer1 to layer4.
+    ResNet     (He et al. 2016)  {"res2", ..., "res5"}, torchvision's layer1 to layer4
+    FPN        (Lin et al. 2017) {"p2", ..., "p6"}, on the stages of a ResNet
+    DilatedC5  (MoCo, arXiv:1911.05722, appendix A.1) {"c5"}, on a res5 of stride 16
 
-Feature Pyramid Network (Lin et al. 2017).
+Parameters are called as in Detectron2. Every backbone says of its maps, by name, how many channels
+(`channels`) and input pixels per position (`strides`) they have, and of which number the sides of
+its input have to be multiples (`size_divisibility`).
 
-The dilated-C5 backbone (MoCo, arXiv:1911.05722, appendix A.1), with the plugin's names.
+Shapes: N images of H x W pixels, C channels; level i of a pyramid has stride 2^i.
 """
 
 import math
@@ -15,7 +19,10 @@ from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.checks import check_dilated_c5
-from moco_det.native.modeling.layers import ConvNorm, freeze
+from moco_det.config.loading import check_supported
+from moco_det.native.modeling.layers import ConvNorm, Norm, freeze
+
+# -- ResNet ---------------------------------------------------------------------------------------
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -133,8 +140,6 @@ class ResNet(nn.Module):
         res5_dilation: 2 gives res5 dilation 2 in all its blocks and stride 16 (R-FCN's "DC5").
             (torchvision's `replace_stride_with_dilation` leaves the first block undilated.)
         stem_channels, res2_channels: outputs of the stem and of res2; each next stage doubles.
-
-    Attributes `channels` and `strides` give, by feature name, what `forward` returns.
     """
 
     size_divisibility = 1
@@ -158,18 +163,19 @@ class ResNet(nn.Module):
         self.out_features = tuple(out_features)
         self.channels, self.strides = {}, {}
         self.stages = []
+        block = BottleneckBlock if depth >= 50 else BasicBlock
         in_channels, stride = stem_channels, 4
-        for index in range(max(int(name[3:]) for name in out_features) - 1):
+        last = max(int(name.removeprefix("res")) for name in out_features)
+        for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth][: last - 1]):
             name = f"res{index + 2}"
+            # Dilation takes the place of the stride: the map stays as large.
             dilation = res5_dilation if name == "res5" else 1
             first_stride = 1 if name == "res2" or dilation > 1 else 2
             options = {"norm": norm}
-            if depth >= 50:
+            if block is BottleneckBlock:
                 options["bottleneck_channels"] = groups * width_per_group * 2**index
                 options |= {"groups": groups, "stride_in_1x1": stride_in_1x1, "dilation": dilation}
-            block = BottleneckBlock if depth >= 50 else BasicBlock
             out_channels = res2_channels * 2**index
-            num_blocks = BLOCKS_PER_STAGE[depth][index]
             stage = make_stage(
                 block, num_blocks, in_channels, out_channels, first_stride, **options
             )
@@ -218,6 +224,9 @@ def build_resnet(cfg) -> ResNet:
     )
 
 
+# -- feature pyramid ------------------------------------------------------------------------------
+
+
 class FPN(nn.Module):
     """Maps p2, p3, ... of one width, one for each bottom-up feature, and a last one by subsampling.
 
@@ -225,7 +234,7 @@ class FPN(nn.Module):
     largest anchors.
 
     Args:
-        bottom_up: a backbone with attributes `channels` and `strides`.
+        bottom_up: a backbone.
         in_features: its features from high to low resolution, each of twice the stride before.
         out_channels: width of every map.
         norm: normalisation after every convolution, "" for none.
@@ -256,6 +265,7 @@ class FPN(nn.Module):
         """Images (N, 3, H, W), H and W multiples of `size_divisibility` -> {"p2": ..., ...}."""
         features = self.bottom_up(x)
         pyramid, top_down = {}, None
+        # From the coarsest map down to the finest, each with what comes from above added to it.
         for level, name in zip(reversed(self.levels), reversed(self.in_features), strict=True):
             lateral = getattr(self, f"fpn_lateral{level}")(features[name])
             if top_down is not None:
@@ -276,27 +286,39 @@ def build_resnet_fpn(cfg) -> FPN:
     )
 
 
+# -- dilated C5 -----------------------------------------------------------------------------------
+
+
 class DilatedC5(nn.Module):
     """A ResNet whose res5 has stride 16, then a 3x3 convolution that makes it narrow.
 
     The one output is called "c5": "res5" is what goes into the reduction. As the paper names no
-    activation after the reduction there is none, as in the FPN's convolutions.
+    activation after the reduction there is none, as in the FPN's convolutions. The ResNet is the
+    child `bottom_up`, as an FPN's, so that weights of a ResNet load by the ends of their names.
 
     Args:
-        bottom_up: a ResNet with `res5_dilation` 2 and the output res5 only.
-        norm: normalisation after the reduction, "" for none.
+        bottom_up: images -> {"res5": feature map}, with dilation 2 in all of res5.
+        in_channels, stride: of res5.
+        norm: normalisation after the reduction, see `layers.get_norm`.
         out_channels: width of c5.
     """
 
     size_divisibility = 1
 
-    def __init__(self, bottom_up: ResNet, norm: str, out_channels: int = 512):
+    def __init__(
+        self,
+        bottom_up: nn.Module,
+        in_channels: int,
+        stride: int,
+        norm: Norm,
+        out_channels: int = 512,
+    ):
         super().__init__()
         self.bottom_up = bottom_up
-        self.reduce = ConvNorm(bottom_up.channels["res5"], out_channels, 3, norm)
+        self.reduce = ConvNorm(in_channels, out_channels, 3, norm)
         c2_msra_fill(self.reduce)
         self.channels = {"c5": out_channels}
-        self.strides = {"c5": bottom_up.strides["res5"]}
+        self.strides = {"c5": stride}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) -> {"c5": (N, 512, H / 16, W / 16)}."""
@@ -304,5 +326,27 @@ class DilatedC5(nn.Module):
 
 
 def build_resnet_dilated_c5(cfg) -> DilatedC5:
+    """UserError unless the config's ResNet ends in a dilated res5, and returns only that."""
     check_dilated_c5(cfg)
-    return DilatedC5(build_resnet(cfg), cfg.MODEL.RESNETS.NORM)
+    resnet = build_resnet(cfg)
+    channels, stride = resnet.channels["res5"], resnet.strides["res5"]
+    return DilatedC5(resnet, channels, stride, cfg.MODEL.RESNETS.NORM)
+
+
+# -- from a config --------------------------------------------------------------------------------
+
+BACKBONES = {
+    "build_resnet_backbone": build_resnet,
+    "build_resnet_fpn_backbone": build_resnet_fpn,
+    "build_resnet_dilated_c5_backbone": build_resnet_dilated_c5,
+}
+
+
+def build_backbone(cfg) -> nn.Module:
+    """The backbone that MODEL.BACKBONE.NAME names, its first stages frozen.
+
+    Raises:
+        UserError: the config asks for what the native engine does not have.
+    """
+    check_supported(cfg)
+    return BACKBONES[cfg.MODEL.BACKBONE.NAME](cfg)

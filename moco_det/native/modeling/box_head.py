@@ -1,6 +1,7 @@
-"""The box branch of the second stage: the network on each region, classification, refinement.
+"""The box branch of the second stage: network on each proposal, classes, refined boxes, NMS.
 
-Shapes: N images, Ri regions in image i, R = sum(Ri), K classes (the label K is background).
+Shapes: N images, Ri proposals in image i, R = sum(Ri), K classes (the label K is background), D
+detections in one image.
 """
 
 import torch
@@ -11,16 +12,16 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from moco_det.native.modeling.boxes import Weights, decode, encode
 from moco_det.native.modeling.layers import ConvNorm
-from moco_det.native.modeling.sampling import RegionSamples
+from moco_det.native.modeling.sampling import SampledProposals
 
 
 class FastRCNNOutputLayers(nn.Module):
-    """Class scores and box deltas of each region, their losses, and the detections made of them.
+    """Class scores and box deltas of each proposal, their losses, and the detections.
 
     Args:
-        in_features: length of a region's feature vector.
+        in_features: length of a proposal's feature vector.
         num_classes: K.
-        class_agnostic: one box per region rather than one for each class.
+        class_agnostic: one box per proposal rather than one for each class.
         box_weights: see `boxes.encode`.
         smooth_l1_beta: where the box loss turns from L2 to L1, in deltas; 0 is L1.
         box_loss_weight: factor of the box loss.
@@ -62,24 +63,27 @@ class FastRCNNOutputLayers(nn.Module):
         x = x.flatten(1)
         return self.cls_score(x).float(), self.bbox_pred(x).float().unflatten(1, (-1, 4))
 
-    def losses(self, logits: Tensor, deltas: Tensor, samples: RegionSamples) -> dict[str, Tensor]:
-        """Mean cross-entropy over all regions, and the box loss of the foreground ones.
+    def losses(
+        self, logits: Tensor, deltas: Tensor, sampled: SampledProposals
+    ) -> dict[str, Tensor]:
+        """Mean cross-entropy over all proposals, and the box loss of the foreground ones.
 
-        The box loss is divided by R, not by the number of foreground regions, so that each of them
-        counts the same whatever the batch (Detectron2). Without any region both losses are 0.
+        The box loss is divided by R, not by the number of foreground proposals, so that each of
+        them counts the same in every batch (Detectron2). Without any proposal both losses are 0.
         """
-        classes = samples.classes
+        classes = sampled.classes
+        # Of a foreground proposal, the deltas of its own class.
         foreground = (classes < self.num_classes).nonzero().squeeze(1)
         columns = classes[foreground] if deltas.shape[1] > 1 else torch.zeros_like(foreground)
-        boxes = torch.cat(samples.boxes)[foreground]
-        targets = encode(boxes, samples.gt_boxes[foreground], self.box_weights)
+        boxes = torch.cat(sampled.boxes)[foreground]
+        target_deltas = encode(boxes, sampled.gt_boxes[foreground], self.box_weights)
         box_loss = F.smooth_l1_loss(
-            deltas[foreground, columns], targets, beta=self.smooth_l1_beta, reduction="sum"
+            deltas[foreground, columns], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
         )
-        num_regions = max(len(classes), 1)
+        num_proposals = max(len(classes), 1)
         return {
-            "loss_cls": F.cross_entropy(logits, classes, reduction="sum") / num_regions,
-            "loss_box_reg": box_loss / num_regions * self.box_loss_weight,
+            "loss_cls": F.cross_entropy(logits, classes, reduction="sum") / num_proposals,
+            "loss_box_reg": box_loss / num_proposals * self.box_loss_weight,
         }
 
     def detect(
@@ -103,10 +107,12 @@ class FastRCNNOutputLayers(nn.Module):
         """(Ri, K or 1, 4), (Ri, K + 1) -> "boxes" (D, 4), "scores" (D,), "classes" (D,)."""
         finite = boxes.isfinite().flatten(1).all(1) & probabilities.isfinite().all(1)
         boxes = clip_boxes_to_image(boxes[finite], size)
-        scores = probabilities[finite, :-1]
-        region, classes = (scores > self.score_thresh).nonzero(as_tuple=True)
-        scores = scores[region, classes]
-        boxes = boxes[region, classes if boxes.shape[1] > 1 else 0]
+        scores = probabilities[finite, :-1]  # without background
+        # Every sufficiently likely class of a proposal is a detection of its own.
+        proposal, classes = (scores > self.score_thresh).nonzero(as_tuple=True)
+        scores = scores[proposal, classes]
+        boxes = boxes[proposal, classes if boxes.shape[1] > 1 else 0]
+        # NMS within each class; it returns the best first.
         keep = batched_nms(boxes, scores, classes, self.nms_thresh)
         if self.detections_per_image >= 0:
             keep = keep[: self.detections_per_image]

@@ -1,16 +1,17 @@
-"""The keypoint branch of Mask R-CNN (He et al. 2017, section 5): network, loss, points found.
+"""The keypoint branch of Mask R-CNN (He et al. 2017, section 5): network, loss, inference.
 
-A keypoint is one cell of an S x S grid over its region. Continuous coordinates become cells and
+A keypoint is one cell of an S x S grid over its box. Continuous coordinates become cells and
 back by Heckbert's rule: cell = floor(x), x = cell + 0.5.
 
-Shapes: N images, Ri regions in image i, R = sum(Ri), P keypoints of an object, D detections.
+Shapes: N images, Ri proposals in image i, R = sum(Ri), Gi objects in image i, P keypoints of an
+object, C channels, D detections in one image.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_det.native.modeling.sampling import RegionSamples
+from moco_det.native.modeling.sampling import SampledProposals
 
 
 class KRCNNConvDeconvUpsampleHead(nn.Sequential):
@@ -54,24 +55,26 @@ class KRCNNConvDeconvUpsampleHead(nn.Sequential):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def losses(
-        self, x: Tensor, samples: RegionSamples, keypoints: list[Tensor]
+        self, x: Tensor, sampled: SampledProposals, keypoints: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Cross-entropy over the cells of the keypoints that are labelled and in their region.
+        """Cross-entropy over the cells, of the keypoints that are labelled and in their proposal.
 
         Without any of them it is 0, and still has gradients.
 
         Args:
-            x: (R, C, S / 4, S / 4), what was pooled for `samples`, which are all foreground.
+            x: (R, C, S / 4, S / 4), what was pooled for `sampled`, which are all foreground.
             keypoints: N tensors (Gi, P, 3), of the images' objects.
         """
         heatmaps = self(x)
-        points = matched_keypoints(samples, keypoints)
-        cells, valid = keypoint_cells(points, torch.cat(samples.boxes), heatmaps.shape[-1])
+        # The cell that each keypoint is in, (R, P), and whether it is in any.
+        points = matched_keypoints(sampled, keypoints)
+        cells, valid = keypoint_cells(points, torch.cat(sampled.boxes), heatmaps.shape[-1])
+        # One softmax over the S * S cells for each of these.
         loss = F.cross_entropy(heatmaps.flatten(2)[valid], cells[valid], reduction="sum")
         if self.keypoints_per_image is None:
             normalizer = valid.sum().clamp(min=1)
         else:
-            normalizer = len(samples.boxes) * self.keypoints_per_image
+            normalizer = len(sampled.boxes) * self.keypoints_per_image
         return {"loss_keypoint": loss / normalizer * self.loss_weight}
 
     def predict(self, x: Tensor, boxes: Tensor) -> Tensor:
@@ -79,17 +82,19 @@ class KRCNNConvDeconvUpsampleHead(nn.Sequential):
         return heatmaps_to_keypoints(self(x), boxes)
 
 
-def matched_keypoints(samples: RegionSamples, keypoints: list[Tensor]) -> Tensor:
-    """N tensors (Gi, P, 3) -> those of each region's object, (R, P, 3)."""
-    return torch.cat([k[index] for k, index in zip(keypoints, samples.matched, strict=True)])
+def matched_keypoints(sampled: SampledProposals, keypoints: list[Tensor]) -> Tensor:
+    """N tensors (Gi, P, 3) -> those of each proposal's object, (R, P, 3)."""
+    return torch.cat([k[index] for k, index in zip(keypoints, sampled.matched, strict=True)])
 
 
-def with_visible_keypoints(samples: RegionSamples, keypoints: list[Tensor]) -> RegionSamples:
-    """The regions that hold a labelled keypoint of their object, occluded ones included."""
-    points, visibility = matched_keypoints(samples, keypoints).split([2, 1], dim=2)
-    corner, opposite = torch.cat(samples.boxes)[:, None].split([2, 2], dim=2)
+def select_with_visible_keypoints(
+    sampled: SampledProposals, keypoints: list[Tensor]
+) -> SampledProposals:
+    """The proposals that hold a labelled keypoint of their object, occluded ones included."""
+    points, visibility = matched_keypoints(sampled, keypoints).split([2, 1], dim=2)
+    corner, opposite = torch.cat(sampled.boxes)[:, None].split([2, 2], dim=2)
     inside = ((points >= corner) & (points <= opposite)).all(dim=2)
-    return samples.where((inside & (visibility[..., 0] >= 1)).any(dim=1))
+    return sampled.where((inside & (visibility[..., 0] >= 1)).any(dim=1))
 
 
 def keypoint_cells(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -134,11 +139,13 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
         found, heatmaps, pixels.int().tolist(), strict=True
     ):
         resized = F.interpolate(heatmap[None], (height, width), mode="bicubic", align_corners=False)
-        resized = resized[0].flatten(1)
+        resized = resized[0].flatten(1)  # (P, height * width)
         position = resized.argmax(dim=1)
         result[:, 0], result[:, 1] = position % width, position // width
+        # exp(maximum) / sum(exp(cells)), with the maximum drawn into the sum: nothing overflows.
         excess = heatmap.flatten(1) - resized.amax(dim=1, keepdim=True)
         result[:, 2] = 1 / excess.exp().sum(dim=1)
+    # From pixels of the resized heatmaps to those of the image.
     found[..., :2] = (found[..., :2] + 0.5) * (sizes / pixels)[:, None] + boxes[:, None, :2]
     return found
 

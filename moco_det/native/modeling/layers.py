@@ -1,6 +1,7 @@
-"""Layers that torch and torchvision lack: norms for fine-tuning, a convolution with its norm.
+"""Layers that torch and torchvision lack, and what is done to the layers of a whole model.
 
-Batch-norm statistics measured with the weights standing still, equal on every process.
+Norms for fine-tuning, a convolution with its norm; freezing, SyncBatchNorm on a CPU, precise
+batch-norm statistics.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
+
+# -- normalisation --------------------------------------------------------------------------------
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -102,16 +105,22 @@ NORMS = {
 }
 
 
-def get_norm(name: str, channels: int) -> nn.Module | None:
-    """The normalisation that a NORM key of the config names; "" is none."""
-    if not name:
+# What a NORM key of the config names, "" for none; or a function: channels -> the layer.
+Norm = str | Callable[[int], nn.Module]
+
+
+def get_norm(norm: Norm, channels: int) -> nn.Module | None:
+    """The normalisation layer of so many channels; None for "" (Detectron2's rule)."""
+    if not norm:
         return None
-    if name not in NORMS:
+    if callable(norm):
+        return norm(channels)
+    if norm not in NORMS:
         known = ", ".join(NORMS)
         raise UserError(
-            f"unknown normalisation {name!r}; the NORM keys of MODEL take one of {known}"
+            f"unknown normalisation {norm!r}; the NORM keys of MODEL take one of {known}"
         )
-    return NORMS[name](channels)
+    return NORMS[norm](channels)
 
 
 class ConvNorm(nn.Conv2d):
@@ -126,7 +135,7 @@ class ConvNorm(nn.Conv2d):
         in_channels: int,
         out_channels: int,
         kernel_size: int,
-        norm: str = "",
+        norm: Norm = "",
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
@@ -146,6 +155,9 @@ class ConvNorm(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return x if self.norm is None else self.norm(x)
+
+
+# -- a whole model --------------------------------------------------------------------------------
 
 
 def freeze(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The mask branch of Mask R-CNN (He et al. 2017): network, targets, loss, masks on the image.
 
-Shapes: N images, Ri regions in image i, R = sum(Ri), K classes, M the side of a predicted mask,
-D detections in one image.
+Shapes: N images, Ri proposals in image i, R = sum(Ri), Gi objects in image i, K classes, C
+channels, M the side of a predicted mask, D detections in one image.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from moco_det.native.modeling.layers import ConvNorm
-from moco_det.native.modeling.sampling import Masks, RegionSamples
+from moco_det.native.modeling.sampling import Masks, SampledProposals
 
 
 class ClassConv(nn.Conv2d):
-    """A 1x1 convolution that computes, for each region, one of its output channels only.
+    """A 1x1 convolution that computes, for each proposal, only one of its output channels.
 
-    Of the masks of all classes one is ever looked at. The others would take more memory than all
-    else in the head where there are many: with LVIS' 1230 classes, 4 MB for each region.
+    Of the masks of all classes only one is ever looked at. Where there are many, the others would
+    take more memory than the rest of the head: with LVIS's 1230 classes, 4 MB for each proposal.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -43,7 +43,7 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         num_conv: how many 3x3 convolutions there are.
         dim: width of all layers.
         norm: normalisation after every 3x3 convolution, "" for none.
-        class_agnostic: one mask per region rather than one for each class.
+        class_agnostic: one mask per proposal rather than one for each class.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         nn.init.zeros_(self.predictor.bias)
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
-        """(R, C, M / 2, M / 2), and the regions' classes (R,) -> logits (R, M, M) of these."""
+        """(R, C, M / 2, M / 2), and the proposals' classes (R,) -> logits (R, M, M) of these."""
         for name in self.convs:
             x = F.relu_(getattr(self, name)(x))
         x = F.relu_(self.deconv(x))
@@ -78,17 +78,17 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         logits = self.predictor(x, channel)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def losses(self, x: Tensor, samples: RegionSamples, masks: list[Masks]) -> dict[str, Tensor]:
-        """Mean binary cross-entropy over all pixels of the masks of foreground regions.
+    def losses(self, x: Tensor, sampled: SampledProposals, masks: list[Masks]) -> dict[str, Tensor]:
+        """Mean binary cross-entropy over all pixels of the masks of foreground proposals.
 
-        Without any region it is 0, and still has gradients: all processes of a run wait for them.
+        Without any it is 0, and still has gradients: all processes of a run wait for them.
 
         Args:
-            x: (R, C, M / 2, M / 2), what was pooled for `samples`, which are all foreground.
+            x: (R, C, M / 2, M / 2), what was pooled for `sampled`, which are all foreground.
             masks: of the N images' objects.
         """
-        logits = self(x, samples.classes)
-        targets = mask_targets(masks, samples, logits.shape[-1]).to(logits)
+        logits = self(x, sampled.classes)
+        targets = mask_targets(masks, sampled, logits.shape[-1]).to(logits)
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
@@ -97,15 +97,15 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         return self(x, classes).sigmoid()
 
 
-def mask_targets(masks: list[Masks], samples: RegionSamples, side: int) -> Tensor:
-    """What each region should see: bool (R, side, side); polygons give it on the CPU.
+def mask_targets(masks: list[Masks], sampled: SampledProposals, side: int) -> Tensor:
+    """The part of its object's mask in each proposal: bool (R, side, side).
 
-    As in Detectron2 polygons are drawn on the region's own grid, by the COCO API, which decides
-    which pixels they cover; bit masks are averaged over each of its pixels, and cover it from a
-    half on.
+    As in Detectron2, polygons are drawn on the proposal's own grid by the COCO API, which decides
+    which pixels they cover (on the CPU); bit masks are averaged over each pixel of that grid, and
+    cover those of which they cover half.
     """
     targets = []
-    for of_image, boxes, matched in zip(masks, samples.boxes, samples.matched, strict=True):
+    for of_image, boxes, matched in zip(masks, sampled.boxes, sampled.matched, strict=True):
         crop = crop_bit_masks if isinstance(of_image, Tensor) else crop_polygons
         targets.append(crop(of_image, matched, boxes, side))
     return torch.cat(targets)
@@ -134,8 +134,9 @@ def crop_bit_masks(masks: Tensor, matched: Tensor, boxes: Tensor, side: int) -> 
     Not by `pooling.roi_align`, whose memory grows with the regions' areas on the map, here the
     image itself.
     """
-    regions = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    return roi_align(masks[:, None].to(boxes.dtype), regions, side, aligned=True)[:, 0] >= 0.5
+    # Each object is an "image" of one channel to pool from.
+    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
+    return roi_align(masks[:, None].to(boxes.dtype), rois, side, aligned=True)[:, 0] >= 0.5
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -153,16 +154,19 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> 
         bool (D, height, width). The memory that it takes beside that is one mask's.
     """
     pasted = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
-    # The probability at the border of a box is half of that inside, so nothing is covered beyond.
+    # The pixels that each box touches. The probability at the border of a box is half of that
+    # inside, so nothing is covered beyond.
     pixels = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).int().tolist()
     for mask, probability, box, (x0, y0, x1, y1) in zip(
         pasted, probabilities, boxes, pixels, strict=True
     ):
+        # The centres of these pixels, relative to the box: from (-1, -1) to (1, 1) across it.
         corner, opposite = box.view(2, 1, 2).unbind()
         x = torch.arange(x0, x1, device=boxes.device) + 0.5
         y = torch.arange(y0, y1, device=boxes.device) + 0.5
         centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        grid = (centres - corner) / (opposite - corner) * 2 - 1  # (-1, -1) to (1, 1) in the box
+        grid = (centres - corner) / (opposite - corner) * 2 - 1
+        # The predicted mask looked up there.
         found = F.grid_sample(probability[None, None], grid[None], align_corners=False)
         mask[y0:y1, x0:x1] = found[0, 0] >= 0.5
     return pasted

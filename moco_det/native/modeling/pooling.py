@@ -1,4 +1,4 @@
-"""Regions of feature maps to squares of one size: ROIAlign (He et al. 2017).
+"""ROIAlign (He et al. 2017): the features in boxes of any size -> squares of one size.
 
 Every bin is a weighted sum of feature vectors, with weights that are a product of one factor for
 its rows and one for its columns. Written so, as a sparse matrix product, pooling is vectorised over
@@ -6,7 +6,8 @@ channels in both directions, whereas torchvision's backward pass adds up single 
 thread: on a CPU that takes longer than the network. The numbers are those of
 `torchvision.ops.roi_align`, up to the order of summation.
 
-Legend: R regions, B bins a side, C channels, H x W the size of a feature map.
+Shapes: N images, Ri boxes in image i, R = sum(Ri), C channels, feature maps of size H x W, B bins
+a side of which B' are computed, E entries: pairs of a bin and a position that it looks at.
 """
 
 import math
@@ -20,7 +21,7 @@ class ROIPooler(nn.Module):
     """ROIAlign from the feature map that suits each box's size.
 
     Args:
-        bins: side of the pooled square.
+        output_size: bins a side, B.
         strides: of the maps it pools from, each twice the one before.
         sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel begun.
         aligned: pixel centres are at half-integers ("ROIAlignV2", torchvision's `aligned=True`).
@@ -28,32 +29,42 @@ class ROIPooler(nn.Module):
             region is less than such a pixel wide or high.
     """
 
-    def __init__(self, bins: int, strides: list[int], sampling_ratio: int, aligned: bool = True):
+    def __init__(
+        self, output_size: int, strides: list[int], sampling_ratio: int, aligned: bool = True
+    ):
         super().__init__()
-        self.bins = bins
+        self.output_size = output_size
         self.strides = list(strides)
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
 
-    def forward(self, features: list[Tensor], boxes: list[Tensor], every: int = 1) -> Tensor:
+    def forward(self, features: list[Tensor], boxes: list[Tensor], bin_stride: int = 1) -> Tensor:
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, B', B'), see `roi_align`."""
+        # One list of boxes, each with the index of its image: (R, 5).
         counts = torch.tensor([len(b) for b in boxes], device=features[0].device)
         image = torch.repeat_interleave(counts)
         boxes = torch.cat(boxes)
-        regions = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
         if len(features) == 1:
-            return self._align(features[0], regions, self.strides[0], every)
+            return self._align(features[0], rois, self.strides[0], bin_stride)
+        # Level by level, then back into the order of the boxes.
         finest = int(math.log2(self.strides[0]))
         levels = assign_levels(boxes, finest, finest + len(features) - 1) - finest
         pooled = [
-            self._align(feature, regions[levels == level], stride, every)
+            self._align(feature, rois[levels == level], stride, bin_stride)
             for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
         ]
         return torch.cat(pooled)[levels.argsort(stable=True).argsort()]
 
-    def _align(self, feature: Tensor, regions: Tensor, stride: int, every: int) -> Tensor:
+    def _align(self, feature: Tensor, rois: Tensor, stride: int, bin_stride: int) -> Tensor:
         return roi_align(
-            feature, regions, self.bins, 1 / stride, self.sampling_ratio, every, self.aligned
+            feature,
+            rois,
+            self.output_size,
+            1 / stride,
+            self.sampling_ratio,
+            bin_stride,
+            self.aligned,
         )
 
 
@@ -70,71 +81,92 @@ def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
 
 def roi_align(
     feature: Tensor,
-    regions: Tensor,
-    bins: int,
-    scale: float,
+    rois: Tensor,
+    output_size: int,
+    spatial_scale: float,
     sampling_ratio: int = 0,
-    every: int = 1,
+    bin_stride: int = 1,
     aligned: bool = True,
 ) -> Tensor:
-    """Pool each region to a square of bins; differentiable in `feature`.
+    """Pool each box to a square of bins; differentiable in `feature`.
 
     Args:
         feature: (N, C, H, W).
-        regions: (R, 5), the image's index and a box XYXY in pixels of the network's input.
-        bins: side of the square, B.
-        scale: of the feature map relative to the input, 1 / stride.
+        rois: (R, 5), the image's index and a box XYXY in pixels of the network's input.
+        output_size: bins a side, B.
+        spatial_scale: of the feature map relative to the input, 1 / stride.
         sampling_ratio: samples per bin and side; 0 takes one for each feature-map pixel begun.
-        every: keep only every so-many-th bin of rows and columns, from the first on: what a 1x1
-            convolution with this stride would look at.
+        bin_stride: compute only every so-many-th bin of rows and columns, from the first on: what
+            a 1x1 convolution with this stride would look at.
         aligned: see `ROIPooler`.
 
     Returns:
-        (R, C, B', B') in the dtype of `feature`, B' = ceil(B / every); summed in float32 at least.
+        (R, C, B', B'), B' = ceil(B / bin_stride), as `feature`'s dtype; summed in float32 or finer.
     """
     channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
-    x0, y0, x1, y1 = (regions[:, 1:].to(precision) * scale).unbind(1)
+
+    # From pixels of the input, whose centres are at half-integers, to positions of the map, at i.
+    x0, y0, x1, y1 = (rois[:, 1:].to(precision) * spatial_scale).unbind(1)
     if aligned:
         x0, y0, x1, y1 = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5
     smallest = -torch.inf if aligned else 1.0
-    height_of, width_of = (y1 - y0).clamp(min=smallest), (x1 - x0).clamp(min=smallest)
-    on_rows = axis_weights(y0, height_of, bins, height, sampling_ratio, every)  # (R, B', H)
-    on_columns = axis_weights(x0, width_of, bins, width, sampling_ratio, every)  # (R, B', W)
-    (first_row, rows), (first_column, columns) = _span(on_rows), _span(on_columns)  # (R, B')
+    roi_height, roi_width = (y1 - y0).clamp(min=smallest), (x1 - x0).clamp(min=smallest)
 
-    # One entry for each position of each bin: a thin region may have bins of many positions.
-    counts = (rows[:, :, None] * columns[:, None, :]).flatten()
+    # The two factors of the weights, and the rows and columns where they are not 0: (R, B').
+    row_weights = axis_weights(y0, roi_height, output_size, height, sampling_ratio, bin_stride)
+    column_weights = axis_weights(x0, roi_width, output_size, width, sampling_ratio, bin_stride)
+    first_row, num_rows = _span(row_weights)
+    first_column, num_columns = _span(column_weights)
+
+    # One entry for each position of each bin, bin after bin. Bins differ in size: those of a thin
+    # region may have many positions. `bin_of` (E,) is an entry's bin, counted in the order
+    # (R, B', B'), and `number` its place among the entries of that bin.
+    counts = (num_rows[:, :, None] * num_columns[:, None, :]).flatten()
     bin_of = torch.repeat_interleave(counts)
     number = torch.arange(len(bin_of), device=counts.device) - (counts.cumsum(0) - counts)[bin_of]
-    side = on_rows.shape[1]
-    region, i, j = bin_of // side**2, bin_of // side % side, bin_of % side
-    row = first_row[region, i] + number // columns[region, j]
-    column = first_column[region, j] + number % columns[region, j]
-    weight = on_rows[region, i, row] * on_columns[region, j, column]
-    index = (regions[:, 0].long()[region] * height + row) * width + column
 
-    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(precision)
-    pooled = WeightedSums.apply(vectors, index, weight, bin_of, counts)
+    # Each entry's region and bin (i, j) in it, then the position (row, column) that it looks at.
+    side = row_weights.shape[1]
+    region, i, j = bin_of // side**2, bin_of // side % side, bin_of % side
+    row = first_row[region, i] + number // num_columns[region, j]
+    column = first_column[region, j] + number % num_columns[region, j]
+    weight = row_weights[region, i, row] * column_weights[region, j, column]
+
+    # The sparse product: bins x positions, times positions x channels.
+    position = (rois[:, 0].long()[region] * height + row) * width + column
+    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(precision)  # (N * H * W, C)
+    pooled = WeightedSums.apply(vectors, position, weight, bin_of, counts)  # (R * B' * B', C)
     return pooled.view(-1, side, side, channels).permute(0, 3, 1, 2).to(feature.dtype)
 
 
 def axis_weights(
-    start: Tensor, extent: Tensor, bins: int, length: int, sampling_ratio: int, every: int
+    start: Tensor,
+    extent: Tensor,
+    output_size: int,
+    length: int,
+    sampling_ratio: int,
+    bin_stride: int,
 ) -> Tensor:
     """(R, B', L): with which weights a bin looks at the positions of one axis of `length` L.
 
     start, extent: (R,) of the regions, in positions of the map (position i has its centre at i).
     """
-    step = extent / bins
-    samples = torch.full_like(step, sampling_ratio) if sampling_ratio else step.ceil()
+    # Every bin is sampled at so many points, evenly spaced: (R, B', most).
+    bin_size = extent / output_size
+    samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio else bin_size.ceil()
     most = max(int(samples.max()), 1) if len(samples) else 1
     number = torch.arange(most, device=start.device)
-    bin_start = torch.arange(0, bins, every, device=start.device) * step[:, None] + start[:, None]
+    bins = torch.arange(0, output_size, bin_stride, device=start.device)
+    bin_start = bins * bin_size[:, None] + start[:, None]
     samples = samples[:, None, None]
-    at = bin_start[:, :, None] + (number + 0.5) * step[:, None, None] / samples.clamp(min=1)
+    at = bin_start[:, :, None] + (number + 0.5) * bin_size[:, None, None] / samples.clamp(min=1)
+
+    # Points beyond the map count as 0, those within a position of its border as on the border.
     inside = (number < samples) & (at >= -1) & (at <= length)
     at = at.clamp(0, length - 1)
+
+    # A point is interpolated between the positions below and above it, and the points averaged.
     low = at.floor()
     share = inside / samples.clamp(min=1)
     weights = at.new_zeros((*bin_start.shape, length))
@@ -144,7 +176,7 @@ def axis_weights(
 
 
 def _span(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, B, L) -> the first position with a weight, and the number of positions to the last."""
+    """(R, B', L) -> the first position with a weight, and the number of positions to the last."""
     length = weights.shape[2]
     position = torch.arange(length, device=weights.device)
     first = torch.where(weights != 0, position, length).amin(2)
@@ -155,8 +187,8 @@ def _span(weights: Tensor) -> tuple[Tensor, Tensor]:
 class WeightedSums(torch.autograd.Function):
     """Row i of the result is the sum of `counts[i]` rows of `vectors`, each with its weight.
 
-    `index` (M,) says which rows of `vectors`, those for row 0 of the result first, and `row_of`
-    (M,) to which row of the result they go.
+    `index` (E,) says which rows of `vectors`, those for row 0 of the result first, and `row_of`
+    (E,) to which row of the result they go.
     """
 
     @staticmethod

@@ -1,6 +1,12 @@
-"""The second stage of the detectors: sample proposals, pool their features, ask each head.
+"""The second stage of the detectors: sample proposals, pool their features, run each head.
 
-Shapes: N images, Ri regions in image i, R = sum(Ri), Di detections in image i.
+    ROIHeads
+      Res5ROIHeads              C4: res5 on every proposal
+      StandardROIHeads          FPN: a small network per head
+        DensePoseROIHeads       and one for dense pose
+
+Shapes: N images, feature maps (N, C, Hi, Wi), Ri proposals in image i, R = sum(Ri), F features of
+a proposal, B bins a side, Di detections in image i, P keypoints, M the side of a mask.
 """
 
 import torch
@@ -16,25 +22,28 @@ from moco_det.native.modeling.box_head import (
 )
 from moco_det.native.modeling.densepose_head import (
     Charts,
+    DensePoseChartLoss,
     DensePoseChartPredictor,
     DensePoseV1ConvXHead,
     build_densepose_head,
-    build_densepose_predictor,
-)
-from moco_det.native.modeling.densepose_loss import (
-    DensePoseChartLoss,
     build_densepose_loss,
-    with_dense_pose,
+    build_densepose_predictor,
+    select_with_densepose,
 )
 from moco_det.native.modeling.keypoint_head import (
     KRCNNConvDeconvUpsampleHead,
     build_keypoint_head,
-    with_visible_keypoints,
+    select_with_visible_keypoints,
 )
 from moco_det.native.modeling.layers import ConvNorm, get_norm
 from moco_det.native.modeling.mask_head import MaskRCNNConvUpsampleHead, build_mask_head
 from moco_det.native.modeling.pooling import ROIPooler
-from moco_det.native.modeling.sampling import RegionSampler, RegionSamples, Targets, build_sampler
+from moco_det.native.modeling.sampling import (
+    ProposalSampler,
+    SampledProposals,
+    Targets,
+    build_proposal_sampler,
+)
 
 Detections = list[dict[str, Tensor | Charts]]
 
@@ -47,13 +56,15 @@ class ROIHeads(nn.Module):
 
     Args:
         in_features: the feature maps it pools from, from high to low resolution.
+        sampler: draws the proposals to train on.
+        pooler: of the box head.
     """
 
     box_predictor: FastRCNNOutputLayers
     mask_head: MaskRCNNConvUpsampleHead | None
     keypoint_head: KRCNNConvDeconvUpsampleHead | None
 
-    def __init__(self, in_features: list[str], sampler: RegionSampler, pooler: ROIPooler):
+    def __init__(self, in_features: list[str], sampler: ProposalSampler, pooler: ROIPooler):
         super().__init__()
         self.in_features = tuple(in_features)
         self.sampler = sampler
@@ -64,24 +75,28 @@ class ROIHeads(nn.Module):
         features: dict[str, Tensor],
         image_sizes: list[tuple[int, int]],
         proposals: list[Tensor],
-        truth: Targets | None = None,
+        targets: Targets | None = None,
     ) -> tuple[Detections, dict[str, Tensor]]:
         """N tensors of proposals (Ri, 4) -> detections (inference) and losses (training).
 
-        Ground truth in training only. Detections are in pixels of the network's input: "boxes"
+        `targets` in training only. Detections are in pixels of the network's input: "boxes"
         (Di, 4), "scores" and "classes" (Di,), "mask_probabilities" (Di, M, M) in the boxes,
         "keypoints" (Di, P, 3), "charts" of dense pose. What does not belong to the phase is empty.
         """
         maps = [features[name] for name in self.in_features]
         if self.training:
-            return [], self.losses(maps, self.sampler(proposals, truth), truth)
+            return [], self.losses(maps, self.sampler(proposals, targets), targets)
         return self.detect(maps, proposals, image_sizes), {}
 
     def losses(
-        self, maps: list[Tensor], samples: RegionSamples, truth: Targets
+        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
     ) -> dict[str, Tensor]:
         """By Detectron2's names, and in its order."""
         raise NotImplementedError
+
+    def foreground(self, sampled: SampledProposals) -> Tensor:
+        """Which of the proposals are on objects, bool (R,)."""
+        return sampled.classes < self.sampler.num_classes
 
     def box_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, F), the input of the predictor."""
@@ -94,7 +109,7 @@ class ROIHeads(nn.Module):
     def detect(
         self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Detections:
-        """Boxes of the proposals; then masks and all else in the boxes that were found."""
+        """Boxes first; then masks and keypoints, in the boxes found rather than the proposals."""
         predictions = self.box_predictor(self.box_features(maps, proposals))
         found = self.box_predictor.detect(*predictions, proposals, image_sizes)
         boxes = [x["boxes"] for x in found]
@@ -111,20 +126,20 @@ class ROIHeads(nn.Module):
 
 
 def split_per_image(found: Detections, key: str, values: Tensor | Charts) -> None:
-    """Give each image its own of the values of all detections."""
+    """Give each image, under `key`, its own of the `values` of all detections."""
     counts = [len(x["boxes"]) for x in found]
     for detections, of_image in zip(found, values.split(counts), strict=True):
         detections[key] = of_image
 
 
 class Res5ROIHeads(ROIHeads):
-    """The head of a C4 detector: stage res5 on every region.
+    """The head of a C4 detector: stage res5 on every proposal.
 
     Boxes come from the mean over positions, masks from the positions themselves. Pooling is linear
     in each channel and a 1x1 convolution linear at each position, so that the two can be exchanged:
-    those of the first block run once on the map instead of on every region that covers a position.
-    This saves a quarter of the head's arithmetic, and bins that the block's stride passes over need
-    no pooling.
+    those of the first block run once on the map instead of on every proposal that covers a
+    position. This saves a quarter of the head's arithmetic, and bins that the block's stride passes
+    over need no pooling.
     """
 
     keypoint_head = None
@@ -142,32 +157,34 @@ class Res5ROIHeads(ROIHeads):
         self.mask_head = mask_head
 
     def mask_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        def on_regions(conv: ConvNorm) -> Tensor:
+        def convolve_and_pool(conv: ConvNorm) -> Tensor:
             projected = [F.conv2d(feature, conv.weight) for feature in maps]
-            return conv.norm(self.pooler(projected, boxes, every=conv.stride[0]))
+            return conv.norm(self.pooler(projected, boxes, bin_stride=conv.stride[0]))
 
+        # The first block, its two 1x1 convolutions of the input before the pooling.
         first = self.res5[0]
-        out = first.after_conv1(on_regions(first.conv1)) + on_regions(first.shortcut)
+        out = first.after_conv1(convolve_and_pool(first.conv1))
+        out += convolve_and_pool(first.shortcut)
         return self.res5[1:](F.relu_(out))
 
     def box_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         return self.mask_features(maps, boxes).mean(dim=(2, 3))
 
     def losses(
-        self, maps: list[Tensor], samples: RegionSamples, truth: Targets
+        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
     ) -> dict[str, Tensor]:
-        features = self.mask_features(maps, samples.boxes)  # both heads', computed once
+        features = self.mask_features(maps, sampled.boxes)  # both heads', computed once
         predictions = self.box_predictor(features.mean(dim=(2, 3)))
-        losses = self.box_predictor.losses(*predictions, samples)
+        losses = self.box_predictor.losses(*predictions, sampled)
         if self.mask_head is not None:
-            foreground = samples.classes < self.sampler.num_classes
-            samples = samples.where(foreground)
-            losses |= self.mask_head.losses(features[foreground], samples, truth.masks)
+            foreground = self.foreground(sampled)
+            sampled = sampled.where(foreground)
+            losses |= self.mask_head.losses(features[foreground], sampled, targets.masks)
         return losses
 
 
 class StandardROIHeads(ROIHeads):
-    """The heads of an FPN detector: small networks of their own on every region.
+    """The heads of an FPN detector: small networks of their own on every proposal.
 
     Args:
         mask_pooler, keypoint_pooler: of the heads that there are.
@@ -198,18 +215,18 @@ class StandardROIHeads(ROIHeads):
         return self.mask_pooler(maps, boxes)
 
     def losses(
-        self, maps: list[Tensor], samples: RegionSamples, truth: Targets
+        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
     ) -> dict[str, Tensor]:
-        predictions = self.box_predictor(self.box_features(maps, samples.boxes))
-        losses = self.box_predictor.losses(*predictions, samples)
-        foreground = samples.where(samples.classes < self.sampler.num_classes)
+        predictions = self.box_predictor(self.box_features(maps, sampled.boxes))
+        losses = self.box_predictor.losses(*predictions, sampled)
+        foreground = sampled.where(self.foreground(sampled))
         if self.mask_head is not None:
             features = self.mask_features(maps, foreground.boxes)
-            losses |= self.mask_head.losses(features, foreground, truth.masks)
+            losses |= self.mask_head.losses(features, foreground, targets.masks)
         if self.keypoint_head is not None:
-            visible = with_visible_keypoints(foreground, truth.keypoints)
+            visible = select_with_visible_keypoints(foreground, targets.keypoints)
             features = self.keypoint_pooler(maps, visible.boxes)
-            losses |= self.keypoint_head.losses(features, visible, truth.keypoints)
+            losses |= self.keypoint_head.losses(features, visible, targets.keypoints)
         return losses
 
 
@@ -218,7 +235,7 @@ class DensePoseROIHeads(StandardROIHeads):
 
     Args:
         densepose_head, densepose_predictor, densepose_loss, densepose_pooler: that branch.
-        densepose_iou: overlap with its object above which it is trained on a region.
+        densepose_iou: overlap with its object above which a proposal is trained on.
     """
 
     def __init__(
@@ -238,17 +255,17 @@ class DensePoseROIHeads(StandardROIHeads):
         self.densepose_iou = densepose_iou
 
     def charts(self, maps: list[Tensor], boxes: list[Tensor]) -> Charts:
-        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> of all R regions."""
+        """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> those of all R boxes."""
         return self.densepose_predictor(self.densepose_head(self.densepose_pooler(maps, boxes)))
 
     def losses(
-        self, maps: list[Tensor], samples: RegionSamples, truth: Targets
+        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
     ) -> dict[str, Tensor]:
-        losses = super().losses(maps, samples, truth)
-        foreground = samples.where(samples.classes < self.sampler.num_classes)
-        posed = with_dense_pose(foreground, truth.densepose, self.densepose_iou)
+        losses = super().losses(maps, sampled, targets)
+        foreground = sampled.where(self.foreground(sampled))
+        posed = select_with_densepose(foreground, targets.densepose, self.densepose_iou)
         charts = self.charts(maps, posed.boxes)
-        return losses | self.densepose_loss(charts, posed, truth.densepose)
+        return losses | self.densepose_loss(charts, posed, targets.densepose)
 
     def detect(
         self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -259,7 +276,7 @@ class DensePoseROIHeads(StandardROIHeads):
 
 
 def build_res5(cfg, extra_norm: bool) -> nn.Sequential:
-    """Stage res5 on pooled regions.
+    """Stage res5, for pooled features.
 
     `extra_norm` appends a norm, as `roi_heads.res5.norm`: MoCo's head (appendix A.1), where it
     calibrates the magnitudes that the new layers see (section 4.2).
@@ -283,7 +300,7 @@ def build_res5(cfg, extra_norm: bool) -> nn.Sequential:
 
 
 def build_pooler(cfg, backbone: nn.Module, head: str) -> ROIPooler:
-    """The one of MODEL.`head`, such as ROI_MASK_HEAD."""
+    """That of the section `head` of MODEL, such as ROI_MASK_HEAD."""
     section = cfg.MODEL[head]
     strides = [backbone.strides[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     return ROIPooler(
@@ -306,7 +323,11 @@ def build_roi_heads(cfg, backbone: nn.Module) -> ROIHeads:
     build = build_standard_heads if standard else build_res5_heads
     pooler = build_pooler(cfg, backbone, "ROI_BOX_HEAD")
     return build(
-        cfg, backbone, in_features=heads.IN_FEATURES, sampler=build_sampler(cfg), pooler=pooler
+        cfg,
+        backbone,
+        in_features=heads.IN_FEATURES,
+        sampler=build_proposal_sampler(cfg),
+        pooler=pooler,
     )
 
 

@@ -1,7 +1,7 @@
 """Region Proposal Network (Ren et al. 2015).
 
-Shapes: N images, L feature maps of size Hi x Wi, A anchors per position, R = sum(Hi * Wi * A)
-anchors per image, Gi ground-truth boxes in image i.
+Shapes: N images, L feature maps of size Hi x Wi with C channels, A anchors per position,
+R = sum(Hi * Wi * A) anchors per image, S sampled anchors, Gi ground-truth boxes in image i.
 """
 
 import torch
@@ -14,12 +14,11 @@ from moco_det.native.modeling.boxes import (
     Weights,
     decode,
     encode,
-    match,
     nonempty,
     pairwise_iou,
-    subsample,
 )
 from moco_det.native.modeling.layers import ConvNorm
+from moco_det.native.modeling.sampling import match, subsample_labels
 
 
 class RPNHead(nn.Module):
@@ -39,29 +38,37 @@ class RPNHead(nn.Module):
         hidden = [F.relu_(self.conv(x)) for x in features]
         return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
 
-    def at(self, feature: Tensor, image: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_sampled(
+        self, feature: Tensor, image: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What `forward` gives for single anchors of one map, at the cost of these alone.
 
         Args:
             feature: (N, C, H, W).
-            image: (M,) numbers of images.
-            index: (M,) numbers of anchors, counted in the order (H, W, A).
+            image: (S,) indices of images.
+            index: (S,) indices of anchors, counted in the order (H, W, A).
 
         Returns:
-            logits (M,) and deltas (M, 4).
+            logits (S,) and deltas (S, 4).
         """
         height, width = feature.shape[2:]
         num_anchors = self.objectness_logits.out_channels
         position, anchor = index // num_anchors, index % num_anchors
+
+        # The 3x3 patch around each anchor's position; 0 beyond the map, as its padding.
         offset = torch.arange(3, device=index.device) - 1
-        row = (position // width)[:, None, None] + offset[:, None]  # (M, 3, 1)
-        column = (position % width)[:, None, None] + offset  # (M, 1, 3)
+        row = (position // width)[:, None, None] + offset[:, None]  # (S, 3, 1)
+        column = (position % width)[:, None, None] + offset  # (S, 1, 3)
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-        patches = feature[image[:, None, None], :, row, column] * inside[..., None]  # (M, 3, 3, C)
+        patches = feature[image[:, None, None], :, row, column] * inside[..., None]  # (S, 3, 3, C)
+
+        # The 3x3 convolution as a matrix product, then the 1x1 ones.
         weight = self.conv.weight.permute(0, 2, 3, 1)
         hidden = F.relu_(F.linear(patches.flatten(1), weight.flatten(1), self.conv.bias))
-        hidden = hidden[:, :, None, None]
+        hidden = hidden[:, :, None, None]  # (S, C, 1, 1)
+
+        # Of the A anchors at each position, the one that was asked for.
         chosen = torch.arange(len(index), device=index.device), anchor
         deltas = self.anchor_deltas(hidden).view(len(index), num_anchors, 4)
         return self.objectness_logits(hidden).flatten(1)[chosen], deltas[chosen]
@@ -72,8 +79,8 @@ class RPN(nn.Module):
 
     Args:
         head, anchor_generator, in_features: the maps it runs on, and what runs on them.
-        iou_thresholds, iou_labels: see `boxes.match`.
-        batch_size_per_image, positive_fraction: the anchors to train on; see `boxes.subsample`.
+        iou_thresholds, iou_labels: see `sampling.match`.
+        batch_size_per_image, positive_fraction: see `sampling.subsample_labels`.
         box_weights: see `boxes.encode`.
         smooth_l1_beta: where the box loss turns from L2 to L1, in deltas; 0 is L1.
         loss_weights: factors of the losses, by name.
@@ -160,7 +167,7 @@ class RPN(nn.Module):
         matched, labels = match(
             iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=True
         )
-        positive, negative = subsample(
+        positive, negative = subsample_labels(
             labels, self.batch_size_per_image, self.positive_fraction, background=0
         )
         labels.fill_(-1)
@@ -180,17 +187,22 @@ class RPN(nn.Module):
         Both are sums divided by batch_size_per_image * N, the number of samples asked for rather
         than found: Detectron2's normalisation.
         """
+        # Labels and targets of all anchors, over the levels.
         all_anchors = torch.cat(anchors)  # (R, 4)
         labelled = [self.label_anchors(all_anchors, boxes) for boxes in gt_boxes]
         labels = torch.stack([x for x, _ in labelled])  # (N, R)
         targets = torch.stack([x for _, x in labelled])  # (N, R, 4)
-        parts, begin = [], 0
+
+        # The head on the sampled ones, level by level.
+        sampled, begin = [], 0
         for name, level in zip(self.in_features, anchors, strict=True):
             image, index = (labels[:, begin : begin + len(level)] >= 0).nonzero(as_tuple=True)
-            logits, deltas = self.rpn_head.at(features[name], image, index)
-            parts.append((logits.float(), deltas.float(), image, begin + index))
+            logits, deltas = self.rpn_head.forward_sampled(features[name], image, index)
+            sampled.append((logits.float(), deltas.float(), image, begin + index))
             begin += len(level)
-        logits, deltas, image, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        logits, deltas, image, index = (torch.cat(part) for part in zip(*sampled, strict=True))
+
+        # Objectness on all of them (S,), boxes on those of objects.
         label, target = labels[image, index], targets[image, index]
         positive = label == 1
         target_deltas = encode(all_anchors[index[positive]], target[positive], self.box_weights)
@@ -219,9 +231,10 @@ class RPN(nn.Module):
         Boxes that are not finite are dropped (the loss shows them: it is not finite either).
         """
         phase = 0 if self.training else 1
+        # The k best of each level, over all images at once.
         scores, boxes, levels = [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            # Only the k best are decoded: the result is that of decoding all of them.
+            # Only these are decoded: the result is that of decoding all of them.
             score, index = logit.topk(min(self.pre_nms_topk[phase], logit.shape[1]), dim=1)
             delta = delta.gather(1, index[..., None].expand(-1, -1, 4))
             scores.append(score)
@@ -229,6 +242,7 @@ class RPN(nn.Module):
             levels.append(torch.full_like(index[0], level))
         scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
 
+        # Image by image: clip, drop what is not finite or too small, NMS, the best of all levels.
         kept_boxes, kept_scores = [], []
         for score, box, size in zip(scores, boxes, image_sizes, strict=True):
             finite = box.isfinite().all(dim=1) & score.isfinite()

@@ -1,7 +1,8 @@
-"""Which regions the heads are trained on.
+"""Which anchors and proposals the losses are computed on: matched with the targets, and drawn.
 
-Shapes: N images, Ri regions in image i, R = sum(Ri), K classes (the label K is background),
-Gi ground-truth objects in image i, P keypoints of an object.
+Shapes: N images, Ri proposals in image i, R = sum(Ri), K classes (the label K is background),
+Gi objects in image i, P keypoints of an object. In `match`, of one image, B boxes to be labelled
+(anchors or proposals) and G objects.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,63 @@ import torch
 from torch import Tensor
 
 from moco_det.densepose.points import DensePosePoints
-from moco_det.native.modeling.boxes import match, pairwise_iou, subsample
+from moco_det.native.modeling.boxes import pairwise_iou
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def match(
+    iou: Tensor,
+    thresholds: list[float],
+    labels: list[int],
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor]:
+    """Give each of B boxes its best ground truth and a label, from their IoU (G, B).
+
+    A box with thresholds[i - 1] <= best IoU < thresholds[i] gets labels[i]; the RPN has thresholds
+    (.3, .7) and labels (0, -1, 1) for background, ignored, object.
+
+    With `allow_low_quality_matches`, the boxes that overlap a ground truth most (all of them, in
+    a tie) are objects too, so that no ground truth is left without a box (Faster R-CNN, section
+    3.1.2, case i). As in Detectron2 such a box keeps the ground truth that *it* overlaps most.
+
+    Returns the index of the ground truth (B,) int64, and the label (B,) int8. Without ground truth
+    (G = 0) the index is 0 and the label labels[0].
+    """
+    num_boxes = iou.shape[1]
+    result = torch.full((num_boxes,), labels[0], dtype=torch.int8, device=iou.device)
+    if iou.shape[0] == 0:
+        return torch.zeros(num_boxes, dtype=torch.int64, device=iou.device), result
+    best, matched = iou.max(dim=0)
+    for threshold, label in zip(thresholds, labels[1:], strict=True):
+        result[best >= threshold] = label
+    if allow_low_quality_matches:
+        best_of_each_gt = iou.max(dim=1, keepdim=True).values
+        result[(iou == best_of_each_gt).any(dim=0)] = 1
+    return matched, result
+
+
+def subsample_labels(
+    labels: Tensor, num_samples: int, positive_fraction: float, background: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the boxes that a loss is computed on: (indices of positives, indices of negatives).
+
+    At most `positive_fraction * num_samples` positives (labels neither -1 nor `background`), then
+    as many negatives as fill up `num_samples`. Labels -1 are never drawn.
+
+    The draws are one `torch.randperm` over the positives, then one over the negatives, on the
+    labels' device: Detectron2's, so that one seed samples the same boxes in both engines.
+    """
+    positive = ((labels != -1) & (labels != background)).nonzero().squeeze(1)
+    negative = (labels == background).nonzero().squeeze(1)
+    num_positive = min(positive.numel(), int(num_samples * positive_fraction))
+    num_negative = min(negative.numel(), num_samples - num_positive)
+    chosen_positive = torch.randperm(positive.numel(), device=labels.device)[:num_positive]
+    chosen_negative = torch.randperm(negative.numel(), device=labels.device)[:num_negative]
+    return positive[chosen_positive], negative[chosen_negative]
+
+
+# -- proposals for the ROI heads ------------------------------------------------------------------
 
 # Of one image: polygons for each object, each [x0, y0, x1, y1, ...] float64; or a bool (Gi, H, W).
 Masks = list[list[np.ndarray]] | Tensor
@@ -28,18 +85,18 @@ class Targets(NamedTuple):
     densepose: list[list[DensePosePoints | None]] | None = None  # None: not annotated
 
 
-class RegionSamples(NamedTuple):
-    """Regions to train on."""
+class SampledProposals(NamedTuple):
+    """Proposals to train on, each labelled by its object."""
 
     boxes: list[Tensor]  # N tensors (Ri, 4)
     classes: Tensor  # (R,), K for background
     gt_boxes: Tensor  # (R, 4), meaningless for background
     matched: list[Tensor]  # N tensors (Ri,), the object's index in its image; likewise
 
-    def where(self, keep: Tensor) -> "RegionSamples":
-        """The regions for which `keep`, bool (R,), is true."""
+    def where(self, keep: Tensor) -> "SampledProposals":
+        """The proposals for which `keep`, bool (R,), is true."""
         of_image = keep.split([len(boxes) for boxes in self.boxes])
-        return RegionSamples(
+        return SampledProposals(
             [boxes[kept] for boxes, kept in zip(self.boxes, of_image, strict=True)],
             self.classes[keep],
             self.gt_boxes[keep],
@@ -48,48 +105,60 @@ class RegionSamples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RegionSampler:
-    """Labels proposals by their overlap with the ground truth and draws a batch of each image's."""
+class ProposalSampler:
+    """Labels proposals by their overlap with the objects, and draws a batch from each image's.
+
+    Args:
+        num_classes: K.
+        iou_thresholds, iou_labels: see `match`.
+        batch_size_per_image, positive_fraction: see `subsample_labels`.
+        append_gt: propose the objects' own boxes too, or there are no positives at the start.
+    """
 
     num_classes: int
     iou_thresholds: list[float]
     iou_labels: list[int]
     batch_size_per_image: int
     positive_fraction: float
-    append_gt: bool  # ground truth is proposed too, or there are no positives at the start
+    append_gt: bool
 
     @torch.no_grad()
-    def __call__(self, proposals: list[Tensor], truth: Targets) -> RegionSamples:
-        samples = [
+    def __call__(self, proposals: list[Tensor], targets: Targets) -> SampledProposals:
+        """N tensors of proposals (any number, 4) -> those to train on."""
+        sampled = [
             self._sample_image(*image)
-            for image in zip(proposals, truth.boxes, truth.classes, strict=True)
+            for image in zip(proposals, targets.boxes, targets.classes, strict=True)
         ]
-        boxes, classes, targets, matched = zip(*samples, strict=True)
-        return RegionSamples(list(boxes), torch.cat(classes), torch.cat(targets), list(matched))
+        boxes, classes, gt_boxes, matched = zip(*sampled, strict=True)
+        return SampledProposals(list(boxes), torch.cat(classes), torch.cat(gt_boxes), list(matched))
 
     def _sample_image(
         self, proposals: Tensor, gt_boxes: Tensor, gt_classes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes = torch.cat([proposals, gt_boxes]) if self.append_gt else proposals
+        # Each box gets the class and the box of the object that it overlaps most.
         iou = pairwise_iou(gt_boxes, boxes)
         matched, labels = match(
             iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=False
         )
         if len(gt_boxes):
-            classes, targets = gt_classes[matched], gt_boxes[matched]
+            classes, matched_boxes = gt_classes[matched], gt_boxes[matched]
             classes[labels == 0] = self.num_classes
             classes[labels == -1] = -1
         else:
-            classes, targets = torch.full_like(matched, self.num_classes), boxes
+            classes, matched_boxes = torch.full_like(matched, self.num_classes), boxes
+        # Positives first, then background.
         chosen = torch.cat(
-            subsample(classes, self.batch_size_per_image, self.positive_fraction, self.num_classes)
+            subsample_labels(
+                classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+            )
         )
-        return boxes[chosen], classes[chosen], targets[chosen], matched[chosen]
+        return boxes[chosen], classes[chosen], matched_boxes[chosen], matched[chosen]
 
 
-def build_sampler(cfg) -> RegionSampler:
+def build_proposal_sampler(cfg) -> ProposalSampler:
     heads = cfg.MODEL.ROI_HEADS
-    return RegionSampler(
+    return ProposalSampler(
         num_classes=heads.NUM_CLASSES,
         iou_thresholds=heads.IOU_THRESHOLDS,
         iou_labels=heads.IOU_LABELS,

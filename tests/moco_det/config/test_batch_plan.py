@@ -3,7 +3,7 @@
 import pytest
 
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import BatchPlan, plan_batch
+from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
 from moco_det.config.loading import get_cfg
 
 
@@ -63,3 +63,27 @@ def test_what_does_not_divide_is_refused(args):
 
 def test_a_plan_says_what_it_is():
     assert BatchPlan(4, 2, 1, "").describe(0.005).startswith("batch 4 = 2 process(es) x 2 images")
+
+
+def make_cfg(**solver):
+    cfg = get_cfg()
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def test_recipe_scales_with_the_processes():
+    """The example in the documentation of Detectron2's `auto_scale_workers`."""
+    cfg = make_cfg(
+        IMS_PER_BATCH=16, BASE_LR=0.1, MAX_ITER=5000, STEPS=(4000,), CHECKPOINT_PERIOD=1000,
+        REFERENCE_WORLD_SIZE=8,
+    )  # fmt: skip
+    solver = scaled_to_processes(cfg, 16).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (32, 0.2)
+    assert (solver.MAX_ITER, solver.STEPS) == (2500, (2000,))
+    assert (solver.CHECKPOINT_PERIOD, solver.WARMUP_ITERS) == (500, 500)
+    assert solver.REFERENCE_WORLD_SIZE == 16
+    assert scaled_to_processes(cfg, 8) is cfg
+    assert scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=0), 3).SOLVER.IMS_PER_BATCH == 16
+    with pytest.raises(UserError, match="REFERENCE_WORLD_SIZE 5"):
+        scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=5), 2)

@@ -17,7 +17,7 @@ from moco_det.config.loading import (
     load_config,
     nearest,
 )
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco_det.config.loading import get_cfg, load_config
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.parity.comparison import (
     SPREADS,
     Difference,

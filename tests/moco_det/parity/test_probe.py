@@ -1,24 +1,24 @@
 """What the engines' probes promise to those who compare and time with them."""
 
-import importlib
-
 import pytest
 import torch
 
+from moco_det.engines import probe_class
 from moco_det.parity.comparison import draw_items
 from moco_det.parity.probe import EngineProbe, end_layers, of_surfaces
 
 OPTS = ["MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", "0.001"]
 
 
-@pytest.fixture(scope="module", params=["native", "plugin"])
+@pytest.fixture(scope="module", params=["native", "detectron2"])
 def probe(request) -> EngineProbe:
-    if request.param == "plugin":
+    if request.param == "detectron2":
         pytest.importorskip("detectron2", reason="the plugin needs Detectron2")
-    module = importlib.import_module(f"moco_det.{request.param}.probe")
     repository = request.path.parents[3]
     torch.manual_seed(0)
-    return module.Probe(str(repository / "configs" / "quick" / "quickstart_R18_FPN.yaml"), OPTS)
+    return probe_class(request.param)(
+        str(repository / "configs" / "quick" / "quickstart_R18_FPN.yaml"), OPTS
+    )
 
 
 @pytest.fixture(scope="module")

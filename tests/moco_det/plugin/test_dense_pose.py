@@ -21,8 +21,7 @@ from moco_det.evaluation.predictions import prediction_record
 from moco_det.native.data.mapper import DatasetMapper
 from moco_det.native.data.transforms import Augmentation
 from moco_det.plugin import load_config
-from moco_det.plugin.data import register_datasets
-from moco_det.plugin.evaluators import fields_of
+from moco_det.plugin.data import fields_of, register_datasets
 from moco_det.plugin.trainer import Trainer
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quick" / "densepose_mini_R18_FPN.yaml"

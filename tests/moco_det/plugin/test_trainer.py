@@ -11,19 +11,25 @@ from tiny_voc import write_tiny_config, write_tiny_voc
 
 pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
 
-from detectron2.engine import SimpleTrainer
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import SimpleTrainer, hooks
+from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
+from moco_det.common.errors import UserError
+from moco_det.common.launch import launch
+from moco_det.config import loading as native_config
 from moco_det.config.loading import load_config as load_native
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
 from moco_det.native.engine import trainer as native
-from moco_det.native.modeling.rcnn import build_model as build_native
+from moco_det.native.modeling.meta_arch import build_model as build_native
 from moco_det.plugin import load_config
 from moco_det.plugin import trainer as plugin
-from moco_det.plugin.trainer import AccumulatingTrainer
+from moco_det.plugin.trainer import AccumulatingTrainer, SamePreciseBN, StrictCheckpointer
 from moco_det.weights.loading import load_backbone_weights
 
 ROOMS = {"native": (native, load_native), "detectron2": (plugin, load_config)}
@@ -160,3 +166,77 @@ def test_accumulation_is_asked_for_by_its_key(tiny, tmp_path):
     assert trainer._trainer.accumulation == 2
     assert len(next(trainer._trainer._data_loader_iter)) == 1
     assert type(plugin.Trainer(load_config(tiny, out))._trainer) is SimpleTrainer
+
+
+@pytest.fixture
+def backbone_file(tiny, tmp_path):
+    """Function: names to leave out and metadata -> a file with the rest of a ResNet's weights."""
+
+    def write(without=(), **metadata):
+        model = build_native(native_config.load_config(tiny))
+        prefix = "backbone.bottom_up."
+        arrays = {
+            name.removeprefix(prefix): torch.rand_like(value) if value.ndim else value
+            for name, value in model.state_dict().items()
+            if name.startswith(prefix)
+        }
+        for name in without:
+            del arrays[name]
+        content = {"model": arrays, "__author__": "test", "matching_heuristics": True, **metadata}
+        torch.save(content, tmp_path / "backbone.pth")
+        return str(tmp_path / "backbone.pth")
+
+    return write
+
+
+def test_initial_weights_are_detectron2_s(tiny, backbone_file):
+    cfg, path = load_config(tiny), backbone_file()
+    ours, theirs = build_model(cfg), build_model(cfg)
+    theirs.load_state_dict(ours.state_dict())
+    StrictCheckpointer(ours, "", cfg).resume_or_load(path, resume=False)
+    DetectionCheckpointer(theirs).load(path)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+def test_a_backbone_array_left_at_random_is_an_error(tiny, backbone_file):
+    cfg, path = load_config(tiny), backbone_file(without=["res3.0.conv1.weight"])
+    model = build_model(cfg)
+    with pytest.raises(UserError, match="backbone.bottom_up.res3.0.conv1.weight"):
+        StrictCheckpointer(model, "", cfg).resume_or_load(path, resume=False)
+    StrictCheckpointer(model, "", cfg, allow_missing=True).resume_or_load(path, resume=False)
+
+
+def test_a_config_that_contradicts_the_weights_is_refused(tiny, backbone_file):
+    cfg = load_config(tiny)
+    path = backbone_file(requires={"INPUT.FORMAT": "RGB"})
+    with pytest.raises(UserError, match="INPUT.FORMAT RGB .the config says BGR"):
+        StrictCheckpointer(build_model(cfg), "", cfg).resume_or_load(path, resume=False)
+    cfg = load_config(tiny, ["INPUT.FORMAT", "RGB"])
+    StrictCheckpointer(build_model(cfg), "", cfg).resume_or_load(path, resume=False)
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+
+
+def two_processes(folder):
+    rank = torch.distributed.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    batches = [rank + torch.randn(4, 3, 5, 5, generator=generator) for _ in range(3)]
+    for kind in (SamePreciseBN, hooks.PreciseBN):
+        model = layers()
+        kind(0, model, batches, 3).update_stats()
+        torch.save(model.state_dict(), f"{folder}/{kind.__name__}{rank}.pt")
+
+
+def test_precise_bn_is_the_same_on_both_processes_and_detectron2_s_is_not(tmp_path):
+    launch(two_processes, num_gpus=2, args=(str(tmp_path),))
+
+    def means(kind):
+        states = [torch.load(tmp_path / f"{kind}{rank}.pt") for rank in (0, 1)]
+        return [state["0.running_mean"] for state in states]
+
+    assert torch.equal(*means("SamePreciseBN"))
+    assert not torch.allclose(*means("PreciseBN"), atol=0.1)

@@ -9,7 +9,7 @@ from torch import nn
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.native.modeling.backbones import ResNet
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.files import write_weights
 from moco_det.weights.loading import load_backbone_weights
 from moco_det.weights.names import FIELDS, NAMES

@@ -10,10 +10,11 @@ from recording import read
 from tiny_densepose import write_tiny_densepose
 from tiny_voc import write_tiny_config, write_tiny_voc
 
-from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
+from moco_det.config.batch_plan import plan_batch
 from moco_det.config.loading import get_cfg, load_config
 from moco_det.datasets import get_dataset
+from moco_det.native.data import loader
 from moco_det.native.data.loader import (
     batches_by_aspect,
     build_stream,
@@ -45,8 +46,8 @@ def cfg(tmp_path):
 @pytest.fixture
 def as_process(monkeypatch):
     def become(rank, world_size):
-        monkeypatch.setattr(comm, "rank", lambda: rank)
-        monkeypatch.setattr(comm, "world_size", lambda: world_size)
+        monkeypatch.setattr(loader, "rank", lambda: rank)
+        monkeypatch.setattr(loader, "world_size", lambda: world_size)
 
     return become
 
@@ -217,24 +218,28 @@ def equal_items(a, b):
     )
 
 
-def flat(loader, batches):
-    return [item for batch in take(loader, batches) for item in batch]
+def train_loader(cfg, records, **options):
+    return build_train_loader(cfg, plan_batch(cfg, loader.world_size()), records, **options)
+
+
+def flat(batches, count):
+    return [item for batch in take(batches, count) for item in batch]
 
 
 def test_draws_depend_on_neither_workers_nor_start(cfg):
     records = training_records(cfg.DATASETS.TRAIN, filter_empty=True)
-    reference = flat(build_train_loader(cfg, records, seed=3), 9)
-    with_workers = flat(build_train_loader(cfg, records, seed=3, num_workers=2), 9)
-    late = flat(build_train_loader(cfg, records, seed=3, start=4), 5)
+    reference = flat(train_loader(cfg, records, seed=3), 9)
+    with_workers = flat(train_loader(cfg, records, seed=3, num_workers=2), 9)
+    late = flat(train_loader(cfg, records, seed=3, start=4), 5)
     assert all(map(equal_items, reference, with_workers))
     assert all(map(equal_items, reference[4 * 2 :], late))
-    other = flat(build_train_loader(cfg, records, seed=4), 9)
+    other = flat(train_loader(cfg, records, seed=4), 9)
     assert not all(map(equal_items, reference, other))
 
 
 def test_the_draws_of_one_image_differ_between_epochs(cfg):
     records = training_records(cfg.DATASETS.TRAIN, filter_empty=True)[:1]
-    items = flat(build_train_loader(cfg, records, seed=3), 20)
+    items = flat(train_loader(cfg, records, seed=3), 20)
     assert len({item["image"].shape for item in items}) == 2  # both sizes of MIN_SIZE_TRAIN
     assert len({item["gt_boxes"].numpy().tobytes() for item in items}) == 4  # flipped and not
 
@@ -245,7 +250,7 @@ def test_a_broken_image_is_one_clear_error(cfg, workers):
     with open(records[0]["file_name"], "wb") as file:
         file.write(b"garbage")
     with pytest.raises(UserError) as caught:
-        flat(build_train_loader(cfg, records, seed=3, num_workers=workers), 20)
+        flat(train_loader(cfg, records, seed=3, num_workers=workers), 20)
     assert "000.jpg" in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
@@ -326,10 +331,10 @@ def test_only_annotations_in_use_are_held(person_cfg, masks, keypoints):
 def test_the_global_batch_is_divided_among_the_processes(cfg, as_process):
     records = training_records(cfg.DATASETS.TRAIN, filter_empty=True)
     as_process(1, 2)
-    assert all(len(batch) == 1 for batch in take(build_train_loader(cfg, records, seed=3), 3))
+    assert all(len(batch) == 1 for batch in take(train_loader(cfg, records, seed=3), 3))
     as_process(0, 3)
     with pytest.raises(UserError, match=r"IMS_PER_BATCH 2 .* multiple of 3 process"):
-        build_train_loader(cfg, records, seed=3)
+        train_loader(cfg, records, seed=3)
 
 
 def test_test_images_are_dealt_out_once(cfg, as_process):

@@ -67,29 +67,29 @@ def test_image_and_boxes_are_detectron2s(photograph):
         augmentations = [T.ResizeShortestEdge(213, 400)] + [T.RandomFlip(1.0)] * flip
         data = T.AugInput(pixels.copy())
         transforms = T.AugmentationList(augmentations)(data)
-        geometry = Transform(
+        transform = Transform(
             (height, width), shortest_edge_size(height, width, 213, 400), flip=flip
         )
-        image = geometry.apply_image(read_image(str(photograph)), "BGR")
+        image = transform.apply_image(read_image(str(photograph)), "BGR")
         np.testing.assert_array_equal(image, data.image.transpose(2, 0, 1))
-        np.testing.assert_array_equal(geometry.apply_boxes(boxes), transforms.apply_box(boxes))
+        np.testing.assert_array_equal(transform.apply_box(boxes), transforms.apply_box(boxes))
 
 
 def test_boxes_by_hand():
     boxes = np.array([[10.0, 20.0, 30.0, 40.0], [-5.0, 0.0, 60.0, 100.0]])
     halved = Transform(old=(100, 50), new=(50, 25))
-    np.testing.assert_allclose(halved.apply_boxes(boxes), [[5, 10, 15, 20], [0, 0, 25, 50]])
+    np.testing.assert_allclose(halved.apply_box(boxes), [[5, 10, 15, 20], [0, 0, 25, 50]])
     flipped = Transform(old=(100, 50), new=(50, 25), flip=True)
-    np.testing.assert_allclose(flipped.apply_boxes(boxes), [[10, 10, 20, 20], [0, 0, 25, 50]])
+    np.testing.assert_allclose(flipped.apply_box(boxes), [[10, 10, 20, 20], [0, 0, 25, 50]])
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_box_stays_around_its_object(flip):
     pixels = np.zeros((80, 120, 3), np.uint8)
     pixels[20:40, 16:48] = 255
-    geometry = Transform((80, 120), (160, 240), flip)
-    image = geometry.apply_image(Image.fromarray(pixels))
-    x0, y0, x1, y1 = geometry.apply_boxes(np.array([[16.0, 20.0, 48.0, 40.0]]))[0].astype(int)
+    transform = Transform((80, 120), (160, 240), flip)
+    image = transform.apply_image(Image.fromarray(pixels))
+    x0, y0, x1, y1 = transform.apply_box(np.array([[16.0, 20.0, 48.0, 40.0]]))[0].astype(int)
     bright = np.argwhere(image[0] > 127)
     assert (bright.min(0) == (y0, x0)).all()
     assert (bright.max(0) + 1 == (y1, x1)).all()
@@ -171,7 +171,7 @@ FLIPPED = Transform(old=(4, 8), new=(2, 4), flip=True)
 def test_polygons_and_points_by_hand():
     (polygon,) = FLIPPED.apply_polygons([[0, 0, 8, 1, 9, 4]])
     assert polygon.tolist() == [4, 0, 0, 0.5, -0.5, 2]  # beyond the image, and not clipped
-    assert Transform((4, 8), (8, 8)).apply_points(np.array([1.0, 1.0])).tolist() == [1, 2]
+    assert Transform((4, 8), (8, 8)).apply_coords(np.array([1.0, 1.0])).tolist() == [1, 2]
 
 
 def test_mask_by_hand():
@@ -180,8 +180,8 @@ def test_mask_by_hand():
     mask[:2, 1] = 1
     mask[3, 5] = 1
     # PIL takes the lower right of every four pixels, and no mean of them.
-    assert FLIPPED.apply_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
-    same = Transform((4, 8), (4, 8)).apply_mask(mask)
+    assert FLIPPED.apply_segmentation(mask).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    same = Transform((4, 8), (4, 8)).apply_segmentation(mask)
     assert same.flags.c_contiguous
     np.testing.assert_array_equal(same, mask)
 
@@ -211,10 +211,11 @@ def test_masks_polygons_and_keypoints_are_detectron2s(short_edge, flip):
     new = shortest_edge_size(40, 61, short_edge, 120)
     flips = [T.HFlipTransform(new[1])] * flip
     transforms = T.TransformList([T.ResizeTransform(40, 61, *new), *flips])
-    geometry = Transform((40, 61), new, flip)
-    np.testing.assert_array_equal(geometry.apply_mask(mask), transforms.apply_segmentation(mask))
+    transform = Transform((40, 61), new, flip)
+    expected = transforms.apply_segmentation(mask)
+    np.testing.assert_array_equal(transform.apply_segmentation(mask), expected)
     (expected,) = transforms.apply_polygons([polygon.reshape(-1, 2).copy()])
-    np.testing.assert_array_equal(geometry.apply_polygons([polygon])[0], expected.reshape(-1))
+    np.testing.assert_array_equal(transform.apply_polygons([polygon])[0], expected.reshape(-1))
     mirrored = (0, 2, 1, 4, 3)
     expected = utils.transform_keypoint_annotations(keypoints.copy(), transforms, new, mirrored)
-    np.testing.assert_array_equal(geometry.apply_keypoints(keypoints[None], mirrored)[0], expected)
+    np.testing.assert_array_equal(transform.apply_keypoints(keypoints[None], mirrored)[0], expected)

@@ -9,6 +9,7 @@ from tiny_semantic import write_tiny_segmentor, write_tiny_semantic
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
+from moco_det.config.batch_plan import plan_batch
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
@@ -17,9 +18,8 @@ from moco_det.native.data.loader import (
     build_train_loader,
     build_training_records,
 )
-from moco_det.native.engine.run import prepare
-from moco_det.native.engine.trainer import evaluate_weights, train
-from moco_det.native.modeling.rcnn import build_model
+from moco_det.native.engine.trainer import evaluate_weights, prepare, train
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.loading import load_backbone_weights
 
 
@@ -55,12 +55,13 @@ def test_it_learns_its_own_images(make_cfg, tmp_path):
 def test_batches_are_of_crops_and_do_not_depend_on_where_a_run_stopped(make_cfg):
     cfg = make_cfg()
     records = build_training_records(cfg)
-    batches = build_train_loader(cfg, records, seed=5)
+    plan = plan_batch(cfg, processes=1)
+    batches = build_train_loader(cfg, plan, records, seed=5)
     first, second = next(batches), next(batches)
     assert [tuple(x["image"].shape) for x in first] == [(3, 97, 97)] * 4
     assert [tuple(x["sem_seg"].shape) for x in first] == [(97, 97)] * 4
     assert {label for x in first for label in x["sem_seg"].unique().tolist()} <= {0, 3, 15, 255}
-    resumed = next(build_train_loader(cfg, records, seed=5, start=1))
+    resumed = next(build_train_loader(cfg, plan, records, seed=5, start=1))
     for a, b in zip(second, resumed, strict=True):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["sem_seg"], b["sem_seg"])

@@ -11,12 +11,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
-from moco_det.native.engine.solver import (
-    build_lr_scheduler,
-    build_optimizer,
-    parameter_groups,
-    scaled_to_processes,
-)
+from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer, parameter_groups
 
 
 def make_cfg(**solver):
@@ -225,20 +220,3 @@ def test_steps_are_detectron2s(clip, nesterov):
             )
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_recipe_scales_with_the_processes():
-    """The example in the documentation of Detectron2's `auto_scale_workers`."""
-    cfg = make_cfg(
-        IMS_PER_BATCH=16, BASE_LR=0.1, MAX_ITER=5000, STEPS=(4000,), CHECKPOINT_PERIOD=1000,
-        REFERENCE_WORLD_SIZE=8,
-    )  # fmt: skip
-    solver = scaled_to_processes(cfg, 16).SOLVER
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (32, 0.2)
-    assert (solver.MAX_ITER, solver.STEPS) == (2500, (2000,))
-    assert (solver.CHECKPOINT_PERIOD, solver.WARMUP_ITERS) == (500, 500)
-    assert solver.REFERENCE_WORLD_SIZE == 16
-    assert scaled_to_processes(cfg, 8) is cfg
-    assert scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=0), 3).SOLVER.IMS_PER_BATCH == 16
-    with pytest.raises(UserError, match="REFERENCE_WORLD_SIZE 5"):
-        scaled_to_processes(make_cfg(REFERENCE_WORLD_SIZE=5), 2)

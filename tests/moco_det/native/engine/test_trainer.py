@@ -13,15 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_voc import write_tiny_config, write_tiny_voc
 from torch import nn
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.launch import launch
+from moco_det.config.batch_plan import plan_batch
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, verify_results
-from moco_det.native.data.loader import build_train_loader, build_training_records
-from moco_det.native.engine import run, trainer
-from moco_det.native.engine.run import prepare
-from moco_det.native.engine.trainer import STOPPED_BY_SIGTERM, train
+from moco_det.native.engine import trainer
+from moco_det.native.engine.output_dir import Checkpoints, NoLog
+from moco_det.native.engine.trainer import build_state, build_trainer, prepare, train
 from moco_det.native.modeling.layers import SyncBatchNorm
 
 
@@ -80,7 +80,6 @@ def stub(monkeypatch):
         model.at_iteration = dict(happenings)
         return model
 
-    monkeypatch.setattr(run, "build_model", build)
     monkeypatch.setattr(trainer, "build_model", build)
     return happenings
 
@@ -100,8 +99,9 @@ def same(a, b):
 def test_accumulated_gradients_are_the_mean_over_the_passes(make_cfg, stub):
     """The oracle: the gradients of each batch alone, averaged by hand."""
     cfg = prepare(make_cfg("out", "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
-    state = run.build_run(cfg)
-    batches = build_train_loader(cfg, build_training_records(cfg), seed=0)
+    state = build_state(cfg)
+    loop = build_trainer(cfg, plan_batch(cfg, 1), state, Checkpoints(cfg.OUTPUT_DIR), NoLog())
+    batches = loop.batches_from(0)
     two = [next(batches), next(batches)]
     assert [len(batch) for batch in two] == [1, 1]
     expected, losses_by_hand = [], []
@@ -112,7 +112,7 @@ def test_accumulated_gradients_are_the_mean_over_the_passes(make_cfg, stub):
         sum(losses.values()).backward()
         expected.append([p.grad.clone() for p in state.model.parameters()])
         losses_by_hand.append({k: v.detach() for k, v in losses.items()})
-    losses, _ = trainer.gradients(state, state.model, iter(two), iteration=3)
+    losses, _ = loop.compute_gradients(state.model, iter(two), iteration=3)
     for parameter, first, second in zip(state.model.parameters(), *expected, strict=True):
         torch.testing.assert_close(parameter.grad, (first + second) / 2)
     for name, value in losses.items():
@@ -150,7 +150,7 @@ def test_sigterm_then_resume_equals_one_run(make_cfg, stub, capsys, opts):
     stub[fifth] = sigterm
     with pytest.raises(SystemExit) as stopped:
         train(parts)
-    assert stopped.value.code == STOPPED_BY_SIGTERM == 75
+    assert stopped.value.code == EXIT_INTERRUPTED == 75
     assert "model_0000004.pth" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     del stub[fifth]
@@ -240,7 +240,7 @@ def test_resume_without_a_checkpoint_starts_from_the_weights(make_cfg, stub, cap
 def test_a_checkpoint_of_another_model_is_refused(make_cfg, stub, monkeypatch):
     cfg = make_cfg("out")
     train(cfg)
-    monkeypatch.setattr(run, "build_model", lambda cfg: nn.Linear(2, 2))
+    monkeypatch.setattr(trainer, "build_model", lambda cfg: nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"model_final\.pth is from another configuration"):
         train(cfg, resume=True)
 
@@ -291,7 +291,7 @@ class NoiselessStub(Stub):
 
 
 def train_noiseless(cfg):
-    run.build_model = lambda cfg: NoiselessStub()
+    trainer.build_model = lambda cfg: NoiselessStub()
     with in_float64():
         train(cfg)
 
@@ -299,7 +299,8 @@ def train_noiseless(cfg):
 def test_two_processes_train_as_one(make_cfg, monkeypatch):
     opts = ("DATALOADER.ASPECT_RATIO_GROUPING", "False")
     one, two = make_cfg("one", *opts), make_cfg("two", *opts)
-    monkeypatch.setattr(run, "build_model", run.build_model)  # restored after `train_noiseless`
+    # Restored after `train_noiseless`.
+    monkeypatch.setattr(trainer, "build_model", trainer.build_model)
     train_noiseless(one)
     launch(train_noiseless, num_gpus=2, args=(two,))
     for (name, a), b in zip(final(one)["model"].items(), final(two)["model"].values(), strict=True):

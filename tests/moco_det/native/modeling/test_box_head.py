@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou
 
 from moco_det.native.modeling.box_head import FastRCNNConvFCHead, FastRCNNOutputLayers
-from moco_det.native.modeling.sampling import RegionSamples
+from moco_det.native.modeling.sampling import SampledProposals
 
 
 def make_predictor(num_classes=2, in_features=6, **changes) -> FastRCNNOutputLayers:
@@ -23,8 +23,8 @@ def make_predictor(num_classes=2, in_features=6, **changes) -> FastRCNNOutputLay
     return FastRCNNOutputLayers(in_features, num_classes, **(settings | changes))
 
 
-def samples_of(boxes, classes, gt_boxes) -> RegionSamples:
-    return RegionSamples(boxes, classes, gt_boxes, [torch.zeros(len(b)).long() for b in boxes])
+def samples_of(boxes, classes, gt_boxes) -> SampledProposals:
+    return SampledProposals(boxes, classes, gt_boxes, [torch.zeros(len(b)).long() for b in boxes])
 
 
 def boxes_near(centre: float, n: int, seed: int) -> torch.Tensor:

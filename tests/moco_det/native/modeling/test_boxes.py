@@ -1,18 +1,20 @@
-"""Box arithmetic against hand-computed values and slow loops."""
+"""Box arithmetic by hand and against slow loops; anchors against Detectron2's tables."""
 
 import math
 
 import pytest
+import record_anchors
 import torch
+from recording import read
 
 from moco_det.native.modeling.boxes import (
     SCALE_CLAMP,
+    AnchorGenerator,
+    cell_anchors,
     decode,
     encode,
-    match,
     nonempty,
     pairwise_iou,
-    subsample,
 )
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
@@ -84,88 +86,74 @@ def test_pairwise_iou_by_hand():
     torch.testing.assert_close(pairwise_iou(gt, boxes), expected)
 
 
-def slow_match(iou, low, high, allow_low_quality):
-    """Faster R-CNN's rules for the RPN, box by box."""
-    num_gt, num_boxes = iou.shape
-    matched, labels = [], []
-    for n in range(num_boxes):
-        column = [iou[m, n].item() for m in range(num_gt)]
-        best = max(column)
-        matched.append(column.index(best))
-        label = 1 if best >= high else 0 if best < low else -1
-        if allow_low_quality:
-            for m in range(num_gt):
-                if column[m] == max(iou[m].tolist()):
-                    label = 1
-        labels.append(label)
-    return matched, labels
+# -- anchors --------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("allow_low_quality", [False, True])
-def test_match_equals_the_slow_rules(allow_low_quality):
-    gt, boxes = random_boxes(4, 5), random_boxes(200, 6)
-    iou = pairwise_iou(gt, boxes)
-    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality)
-    expected_matched, expected_labels = slow_match(iou, 0.3, 0.7, allow_low_quality)
-    assert matched.tolist() == expected_matched
-    assert labels.tolist() == expected_labels
-    assert set(expected_labels) == {-1, 0, 1} or not allow_low_quality
-
-
-def test_match_at_the_thresholds():
-    iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
-    _, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=False)
-    assert labels.tolist() == [0, -1, -1, 1, 1]
-    _, labels = match(iou, [0.5], [0, 1], allow_low_quality_matches=False)
-    assert labels.tolist() == [0, 0, 1, 1, 1]
-
-
-def test_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
-    # Box 0 is the best for both ground truths; it is an object, and belongs to the second.
-    iou = torch.tensor([[0.2, 0.1], [0.6, 0.9]])
-    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
-    assert matched.tolist() == [1, 1]
-    assert labels.tolist() == [1, 1]
-
-
-def test_match_without_ground_truth():
-    matched, labels = match(torch.zeros(0, 3), [0.3, 0.7], [0, -1, 1], True)
-    assert matched.tolist() == [0, 0, 0]
-    assert labels.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("num_positive", "num_negative", "expected"),
-    [(100, 1000, (64, 192)), (10, 1000, (10, 246)), (100, 30, (64, 30)), (0, 20, (0, 20))],
+# Detectron2, tests/modeling/test_anchor_generator.py: sizes 32 and 64, height / width 1/4, 1, 4,
+# on a map of 1 x 2 pixels with stride 4.
+DETECTRON2 = torch.tensor(
+    [
+        [-32.0, -8.0, 32.0, 8.0],
+        [-16.0, -16.0, 16.0, 16.0],
+        [-8.0, -32.0, 8.0, 32.0],
+        [-64.0, -16.0, 64.0, 16.0],
+        [-32.0, -32.0, 32.0, 32.0],
+        [-16.0, -64.0, 16.0, 64.0],
+        [-28.0, -8.0, 36.0, 8.0],
+        [-12.0, -16.0, 20.0, 16.0],
+        [-4.0, -32.0, 12.0, 32.0],
+        [-60.0, -16.0, 68.0, 16.0],
+        [-28.0, -32.0, 36.0, 32.0],
+        [-12.0, -64.0, 20.0, 64.0],
+    ]
 )
-def test_subsample_counts(num_positive, num_negative, expected):
-    """A quarter of 256 at most are positive; negatives fill up, positives do not."""
-    labels = torch.cat(
-        [torch.full((num_positive,), 3), torch.full((num_negative,), 9), torch.full((50,), -1)]
-    )
-    labels = labels[torch.randperm(len(labels))]
-    positive, negative = subsample(labels, 256, 0.25, background=9)
-    assert (len(positive), len(negative)) == expected
-    assert (labels[positive] == 3).all()
-    assert (labels[negative] == 9).all()
-    assert len(set(positive.tolist() + negative.tolist())) == sum(expected)
 
 
-def test_subsample_draws_positives_then_negatives():
-    """The order of the random draws is part of the contract with Detectron2."""
-    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, -1])
-    torch.manual_seed(3)
-    positive, negative = subsample(labels, 4, 0.5, background=0)
-    torch.manual_seed(3)
-    assert positive.tolist() == torch.tensor([1, 3, 4])[torch.randperm(3)[:2]].tolist()
-    assert negative.tolist() == torch.tensor([0, 2, 5, 6])[torch.randperm(4)[:2]].tolist()
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_of_detectron2(nested):
+    sizes, ratios = [32, 64], [0.25, 1, 4]
+    generator = AnchorGenerator([sizes] if nested else sizes, ratios, strides=[4])
+    (anchors,) = generator([torch.zeros(2, 96, 1, 2)])
+    torch.testing.assert_close(anchors, DETECTRON2)
 
 
-def test_subsample_is_uniform():
-    labels = torch.zeros(10, dtype=torch.int8)
-    torch.manual_seed(0)
-    counts = torch.zeros(10)
-    for _ in range(2000):
-        counts[subsample(labels, 5, 0.5, background=0)[1]] += 1
-    # 2000 draws of probability 1/2: standard deviation 22.
-    assert (counts - 1000).abs().max() < 100
+@pytest.mark.parametrize("case", record_anchors.CASES)
+def test_tables_recorded_from_detectron2(case):
+    options = record_anchors.CASES[case]
+    generator = AnchorGenerator(options["sizes"], options["aspect_ratios"], options["strides"])
+    found = generator(record_anchors.feature_maps(case))
+    for anchors, expected in zip(found, read("anchors")[case], strict=True):
+        torch.testing.assert_close(anchors, torch.tensor(expected), rtol=1e-6, atol=1e-5)
+
+
+def test_offset_moves_all_anchors_by_its_share_of_the_stride():
+    (anchors,) = AnchorGenerator([32, 64], [0.25, 1, 4], [4], offset=0.5)([torch.zeros(1, 1, 1, 2)])
+    torch.testing.assert_close(anchors, DETECTRON2 + 2)
+
+
+def test_areas_and_ratios_are_not_rounded():
+    x0, y0, x1, y1 = cell_anchors([32, 100], [0.5, 1.0, 2.0]).unbind(1)
+    torch.testing.assert_close((x1 - x0) * (y1 - y0), torch.tensor([1024.0] * 3 + [10000.0] * 3))
+    torch.testing.assert_close((y1 - y0) / (x1 - x0), torch.tensor([0.5, 1.0, 2.0] * 2))
+    torch.testing.assert_close(x0, -x1)
+
+
+def test_levels_have_their_own_sizes_and_strides():
+    generator = AnchorGenerator([[32], [64]], [[0.5, 1.0, 2.0]], strides=[4, 8])
+    assert generator.num_anchors == 3
+    fine, coarse = generator([torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)])
+    assert fine.shape == (4 * 6 * 3, 4)
+    assert coarse.shape == (2 * 3 * 3, 4)
+    # Row 1, column 2, the square anchor: centre (2, 1) * stride.
+    assert fine[(1 * 6 + 2) * 3 + 1].tolist() == [8 - 16, 4 - 16, 8 + 16, 4 + 16]
+    assert coarse[(1 * 3 + 2) * 3 + 1].tolist() == [16 - 32, 8 - 32, 16 + 32, 8 + 32]
+
+
+def test_nothing_of_it_is_in_the_checkpoint():
+    assert AnchorGenerator([32], [1.0], [4]).state_dict() == {}
+
+
+def test_lists_that_do_not_fit_the_levels():
+    with pytest.raises(ValueError, match="3 lists of anchor sizes for 2 feature maps"):
+        AnchorGenerator([[32], [64], [128]], [1.0], strides=[4, 8])
+    with pytest.raises(ValueError, match="different numbers of anchors"):
+        _ = AnchorGenerator([[32], [64, 128]], [1.0], strides=[4, 8]).num_anchors

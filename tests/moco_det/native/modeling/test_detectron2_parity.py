@@ -19,7 +19,8 @@ from detectron2.modeling import build_proposal_generator
 from detectron2.modeling import build_roi_heads as build_detectron2_roi_heads
 from detectron2.utils.events import EventStorage
 
-from moco_det.native.modeling.rcnn import build_backbone, build_model
+from moco_det.native.modeling.backbones import build_backbone
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.native.modeling.roi_heads import build_roi_heads
 from moco_det.native.modeling.rpn import build_rpn
 from moco_det.parity.comparison import randomize_for_parity
@@ -249,7 +250,7 @@ def test_features_rpn_outputs_and_proposals(pair, images, batch):
     theirs, ours = (m.eval() for m in pair)
     with torch.no_grad():
         image_list = theirs.preprocess_image(as_detectron2(batch))
-        padded, sizes = ours.preprocess(images)
+        padded, sizes = ours.preprocess(batch)
         assert_close(padded, image_list.tensor, "normalised images")
         expected, features = theirs.backbone(image_list.tensor), ours.backbone(padded)
         assert set(features) == set(expected)

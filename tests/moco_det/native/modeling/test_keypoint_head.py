@@ -8,9 +8,9 @@ from moco_det.native.modeling.keypoint_head import (
     KRCNNConvDeconvUpsampleHead,
     heatmaps_to_keypoints,
     keypoint_cells,
-    with_visible_keypoints,
+    select_with_visible_keypoints,
 )
-from moco_det.native.modeling.sampling import RegionSamples
+from moco_det.native.modeling.sampling import SampledProposals
 
 
 def make_head(keypoints_per_image=None, loss_weight=1.0) -> KRCNNConvDeconvUpsampleHead:
@@ -18,10 +18,10 @@ def make_head(keypoints_per_image=None, loss_weight=1.0) -> KRCNNConvDeconvUpsam
     return KRCNNConvDeconvUpsampleHead(4, 3, (6, 5), loss_weight, keypoints_per_image)
 
 
-def samples_of(boxes, matched) -> RegionSamples:
+def samples_of(boxes, matched) -> SampledProposals:
     count = sum(map(len, boxes))
     matched = [torch.tensor(index, dtype=torch.int64) for index in matched]
-    return RegionSamples(boxes, torch.zeros(count).long(), torch.zeros(count, 4), matched)
+    return SampledProposals(boxes, torch.zeros(count).long(), torch.zeros(count, 4), matched)
 
 
 BOX = [10.0, 20.0, 18.0, 24.0]  # 8 x 4 pixels
@@ -68,7 +68,7 @@ def test_regions_that_hold_a_labelled_keypoint():
         [boxes.repeat(4, 1), boxes[:0], boxes.repeat(2, 1)], [[1, 0, 2, 1], [], [0, 0]]
     )
     samples = samples._replace(classes=torch.arange(6))
-    kept = with_visible_keypoints(samples, keypoints)
+    kept = select_with_visible_keypoints(samples, keypoints)
     assert kept.classes.tolist() == [1, 2, 4, 5]
     assert [index.tolist() for index in kept.matched] == [[0, 2], [], [0, 0]]
 

@@ -13,7 +13,7 @@ from moco_det.native.modeling.mask_head import (
     mask_targets,
     paste_masks,
 )
-from moco_det.native.modeling.sampling import RegionSamples
+from moco_det.native.modeling.sampling import SampledProposals
 from moco_det.parity.comparison import fill_outlines
 
 
@@ -26,10 +26,10 @@ def make_head(**changes) -> MaskRCNNConvUpsampleHead:
     return head
 
 
-def samples_of(boxes, matched, classes=None) -> RegionSamples:
+def samples_of(boxes, matched, classes=None) -> SampledProposals:
     classes = torch.tensor(classes or [0] * sum(map(len, boxes)), dtype=torch.int64)
     matched = [torch.tensor(index, dtype=torch.int64) for index in matched]
-    return RegionSamples(boxes, classes, torch.zeros(len(classes), 4), matched)
+    return SampledProposals(boxes, classes, torch.zeros(len(classes), 4), matched)
 
 
 def rectangle(x0, y0, x1, y1):

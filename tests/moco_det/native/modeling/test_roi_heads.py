@@ -6,7 +6,7 @@ import torch
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.densepose.points import DensePosePoints
-from moco_det.native.modeling.densepose_loss import DensePoseChartLoss, with_dense_pose
+from moco_det.native.modeling.densepose_head import DensePoseChartLoss, select_with_densepose
 from moco_det.native.modeling.pooling import ROIPooler
 from moco_det.native.modeling.roi_heads import Res5ROIHeads, build_res5, build_roi_heads
 from moco_det.native.modeling.sampling import Targets
@@ -227,7 +227,7 @@ def test_dense_pose_is_trained_on_foreground_that_fits_its_annotated_object():
     torch.manual_seed(1)
     samples = heads.sampler(PROPOSALS, truth)
     foreground = samples.where(samples.classes < 2)
-    posed = with_dense_pose(foreground, truth.densepose, 0.6)
+    posed = select_with_densepose(foreground, truth.densepose, 0.6)
     assert 2 <= len(posed.classes) < len(foreground.classes)
     maps = [features["p2"], features["p3"]]
     pooled = ROIPooler(5, [4, 8], sampling_ratio=2, aligned=False)(maps, posed.boxes)

@@ -1,13 +1,113 @@
-"""The regions that the heads are trained on, against hand values."""
+"""Matching and drawing against slow rules, the proposals that the heads are trained on by hand."""
 
 import pytest
 import torch
 from torchvision.ops import box_iou
 
-from moco_det.native.modeling.sampling import RegionSampler, RegionSamples, Targets
+from moco_det.native.modeling.boxes import pairwise_iou
+from moco_det.native.modeling.sampling import (
+    ProposalSampler,
+    SampledProposals,
+    Targets,
+    match,
+    subsample_labels,
+)
 
 
-def make_sampler(**changes) -> RegionSampler:
+def random_boxes(n: int, seed: int, size: float = 100.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=generator) * size
+    return torch.cat([corner, corner + 1 + torch.rand(n, 2, generator=generator) * size], dim=1)
+
+
+def slow_match(iou, low, high, allow_low_quality):
+    """Faster R-CNN's rules for the RPN, box by box."""
+    num_gt, num_boxes = iou.shape
+    matched, labels = [], []
+    for n in range(num_boxes):
+        column = [iou[m, n].item() for m in range(num_gt)]
+        best = max(column)
+        matched.append(column.index(best))
+        label = 1 if best >= high else 0 if best < low else -1
+        if allow_low_quality:
+            for m in range(num_gt):
+                if column[m] == max(iou[m].tolist()):
+                    label = 1
+        labels.append(label)
+    return matched, labels
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+def test_match_equals_the_slow_rules(allow_low_quality):
+    gt, boxes = random_boxes(4, 5), random_boxes(200, 6)
+    iou = pairwise_iou(gt, boxes)
+    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality)
+    expected_matched, expected_labels = slow_match(iou, 0.3, 0.7, allow_low_quality)
+    assert matched.tolist() == expected_matched
+    assert labels.tolist() == expected_labels
+    assert set(expected_labels) == {-1, 0, 1} or not allow_low_quality
+
+
+def test_match_at_the_thresholds():
+    iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
+    _, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=False)
+    assert labels.tolist() == [0, -1, -1, 1, 1]
+    _, labels = match(iou, [0.5], [0, 1], allow_low_quality_matches=False)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
+    # Box 0 is the best for both ground truths; it is an object, and belongs to the second.
+    iou = torch.tensor([[0.2, 0.1], [0.6, 0.9]])
+    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
+    assert matched.tolist() == [1, 1]
+    assert labels.tolist() == [1, 1]
+
+
+def test_match_without_ground_truth():
+    matched, labels = match(torch.zeros(0, 3), [0.3, 0.7], [0, -1, 1], True)
+    assert matched.tolist() == [0, 0, 0]
+    assert labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_positive", "num_negative", "expected"),
+    [(100, 1000, (64, 192)), (10, 1000, (10, 246)), (100, 30, (64, 30)), (0, 20, (0, 20))],
+)
+def test_subsample_counts(num_positive, num_negative, expected):
+    """A quarter of 256 at most are positive; negatives fill up, positives do not."""
+    labels = torch.cat(
+        [torch.full((num_positive,), 3), torch.full((num_negative,), 9), torch.full((50,), -1)]
+    )
+    labels = labels[torch.randperm(len(labels))]
+    positive, negative = subsample_labels(labels, 256, 0.25, background=9)
+    assert (len(positive), len(negative)) == expected
+    assert (labels[positive] == 3).all()
+    assert (labels[negative] == 9).all()
+    assert len(set(positive.tolist() + negative.tolist())) == sum(expected)
+
+
+def test_subsample_draws_positives_then_negatives():
+    """The order of the random draws is part of the contract with Detectron2."""
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, -1])
+    torch.manual_seed(3)
+    positive, negative = subsample_labels(labels, 4, 0.5, background=0)
+    torch.manual_seed(3)
+    assert positive.tolist() == torch.tensor([1, 3, 4])[torch.randperm(3)[:2]].tolist()
+    assert negative.tolist() == torch.tensor([0, 2, 5, 6])[torch.randperm(4)[:2]].tolist()
+
+
+def test_subsample_is_uniform():
+    labels = torch.zeros(10, dtype=torch.int8)
+    torch.manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        counts[subsample_labels(labels, 5, 0.5, background=0)[1]] += 1
+    # 2000 draws of probability 1/2: standard deviation 22.
+    assert (counts - 1000).abs().max() < 100
+
+
+def make_sampler(**changes) -> ProposalSampler:
     settings = {
         "num_classes": 3,
         "iou_thresholds": [0.5],
@@ -16,7 +116,7 @@ def make_sampler(**changes) -> RegionSampler:
         "positive_fraction": 0.25,
         "append_gt": True,
     }
-    return RegionSampler(**(settings | changes))
+    return ProposalSampler(**(settings | changes))
 
 
 def boxes_near(centre: float, n: int, seed: int) -> torch.Tensor:
@@ -80,7 +180,7 @@ def test_sampling_leaves_the_ground_truth_alone():
 
 def test_regions_are_kept_image_by_image():
     boxes = [torch.arange(12.0).reshape(3, 4), torch.zeros(0, 4), torch.arange(8.0).reshape(2, 4)]
-    samples = RegionSamples(
+    samples = SampledProposals(
         boxes,
         torch.tensor([3, 0, 3, 1, 2]),
         torch.cat(boxes) + 1,

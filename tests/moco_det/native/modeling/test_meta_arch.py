@@ -12,7 +12,8 @@ from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
-from moco_det.native.modeling.rcnn import build_backbone, build_model, rescale
+from moco_det.native.modeling.backbones import build_backbone
+from moco_det.native.modeling.meta_arch import build_model, detector_postprocess
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 
@@ -93,7 +94,7 @@ def test_numbers_recorded_from_detectron2(case):
 def test_preprocess_normalises_and_pads(model):
     """Per channel (x - mean) / std, then zeros to the largest size and a multiple of 32."""
     images = [torch.full((3, 40, 70), 100, dtype=torch.uint8), torch.zeros(3, 50, 33)]
-    padded, sizes = model.preprocess(images)
+    padded, sizes = model.preprocess([{"image": x} for x in images])
     assert padded.shape == (2, 3, 64, 96)
     assert sizes == [(40, 70), (50, 33)]
     mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([57.375, 57.12, 58.395])
@@ -122,7 +123,7 @@ def test_rescale_by_hand():
         "scores": torch.tensor([0.9, 0.8, 0.7]),
         "classes": torch.tensor([2, 1, 0]),
     }
-    result = rescale(found, size=(100, 50), original=(50, 100))
+    result = detector_postprocess(found, size=(100, 50), original=(50, 100))
     assert result["boxes"].tolist() == [[20.0, 10.0, 60.0, 20.0], [0.0, 0.0, 100.0, 50.0]]
     assert result["classes"].tolist() == [2, 1]  # the empty box is gone
     torch.testing.assert_close(result["scores"], torch.tensor([0.9, 0.8]))
@@ -134,7 +135,7 @@ def test_rescale_masks_and_keypoints_by_hand():
         "mask_probabilities": torch.stack([torch.full((4, 4), p) for p in (0.9, 0.8, 0.4)]),
         "keypoints": torch.tensor([[[12.0, 30.0, 0.7]], [[1.0, 2.0, 0.3]], [[5.0, 50.0, 0.2]]]),
     }
-    result = rescale(found, size=(100, 50), original=(50, 100))
+    result = detector_postprocess(found, size=(100, 50), original=(50, 100))
     torch.testing.assert_close(
         result["keypoints"], torch.tensor([[[24.0, 15.0, 0.7]], [[10.0, 25.0, 0.2]]])
     )

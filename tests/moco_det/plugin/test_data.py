@@ -12,13 +12,13 @@ pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
+from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
 from moco_det.plugin import load_config
-from moco_det.plugin.data import check_classes, register_datasets
-from moco_det.plugin.evaluators import build_evaluator
+from moco_det.plugin.data import build_evaluator, check_classes, register_datasets
 
 
 @pytest.fixture
@@ -154,3 +154,35 @@ def test_an_unknown_kind_is_named(cfg):
     with pytest.raises(UserError, match="fish: no evaluator for the kind 'fish'"):
         build_evaluator(cfg, "fish")
     MetadataCatalog.remove("fish")
+
+
+def test_a_voc_folder_of_one_s_own(tmp_path):
+    name = f"voc:{write_tiny_voc(tmp_path / 'voc')}:train"
+    register_datasets([name, name])
+    dataset = get_dataset(name)
+    theirs, ours = DatasetCatalog.get(name), dataset.records()
+    for record in theirs:
+        for annotation in record["annotations"]:
+            assert annotation.pop("bbox_mode").name == "XYXY_ABS"
+    assert theirs == ours
+    metadata = MetadataCatalog.get(name)
+    assert tuple(metadata.thing_classes) == dataset.classes
+    assert metadata.evaluator_type == "pascal_voc"
+    with pytest.raises(UserError, match="nearest name"):
+        register_datasets(["voc_2007_trian"])
+
+
+def test_a_tag_that_detectron2_s_evaluator_needs(tmp_path):
+    root = write_tiny_voc(tmp_path / "voc")
+    path = root / "Annotations" / "003.xml"
+    path.write_text(path.read_text().replace("<pose>Unspecified</pose>", ""))
+    with pytest.raises(UserError, match="003.xml: an <object> without <pose>.*--engine native"):
+        register_datasets([f"voc:{root}:train"])
+
+
+def test_classes_that_do_not_fit(tmp_path):
+    path = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
+    cfg = load_config(str(path), ["MODEL.ROI_HEADS.NUM_CLASSES", "20"])
+    register_datasets(cfg.DATASETS.TRAIN)
+    with pytest.raises(UserError, match=r"has 2 classes \(bar, square\): set it to 2"):
+        check_classes(cfg)

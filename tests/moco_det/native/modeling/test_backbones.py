@@ -1,17 +1,18 @@
-"""ResNet, FPN and the norms, against torchvision's networks and torch's own layers."""
+"""ResNet and FPN against torchvision's networks and by hand; the dilated-C5 backbone likewise."""
 
+import copy
 import re
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torchvision
 from torch import nn
 
 from moco_det.common.errors import UserError
-from moco_det.config.loading import get_cfg
-from moco_det.native.modeling.backbones import FPN, ResNet, build_resnet
-from moco_det.native.modeling.layers import FrozenBatchNorm2d, SyncBatchNorm, get_norm, sync_on_cpu
+from moco_det.config.loading import get_cfg, load_config
+from moco_det.native.modeling.backbones import FPN, DilatedC5, ResNet, build_backbone, build_resnet
+from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.names import rename
 
 ALL = ["res2", "res3", "res4", "res5"]
 
@@ -159,94 +160,106 @@ def test_fpn_levels_must_double_the_stride():
         FPN(bottom_up, ["res2", "res4"], 8, "")
 
 
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_frozen_batch_norm_is_batch_norm_in_eval_mode(needs_grad):
+# -- dilated C5 -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backbone():
     torch.manual_seed(0)
-    reference = nn.BatchNorm2d(5).eval()
-    randomise_norms(reference)
-    frozen = FrozenBatchNorm2d.from_batch_norm(reference)
-    x = torch.randn(2, 5, 3, 4, requires_grad=needs_grad)
-    torch.testing.assert_close(frozen(x), reference(x), rtol=1e-5, atol=1e-6)
-    assert list(frozen.parameters()) == []
-    fresh = FrozenBatchNorm2d(5)
-    torch.testing.assert_close(fresh(x), x, rtol=0, atol=1e-6)
-    assert fresh(x.bfloat16()).dtype == torch.bfloat16
+    bottom_up = ResNet(50, out_features=["res5"], norm="BN", freeze_at=0, res5_dilation=2)
+    return DilatedC5(bottom_up, 2048, 16, norm="BN")
 
 
-def test_unknown_norm():
-    assert get_norm("", 4) is None
-    with pytest.raises(UserError, match="unknown normalisation 'BatchNorm'.*SyncBN"):
-        get_norm("BatchNorm", 4)
+def build(repository, *options):
+    path = str(repository / "configs" / "voc_R50_DC5_24k_moco.yaml")
+    return build_backbone(load_config(path, ["MODEL.DEVICE", "cpu", *options]))
 
 
-def test_sync_batch_norm_alone_is_batch_norm():
-    torch.manual_seed(0)
-    ours, reference = SyncBatchNorm(4), nn.BatchNorm2d(4)
-    x = torch.randn(3, 4, 5, 6)
-    assert torch.equal(ours(x), reference(x))
-    assert torch.equal(ours.running_var, reference.running_var)
-    assert torch.equal(ours.eval()(x), reference.eval()(x))
+def test_stride_and_width(backbone):
+    assert (backbone.channels, backbone.strides) == ({"c5": 512}, {"c5": 16})
+    with torch.no_grad():
+        features = backbone.eval()(torch.rand(2, 3, 64, 96))
+    assert {name: tuple(x.shape) for name, x in features.items()} == {"c5": (2, 512, 4, 6)}
 
 
-def union_batches() -> list[torch.Tensor]:
-    """What each process holds: other numbers of rows and of positions, far from mean 0."""
-    generator = torch.Generator().manual_seed(4)
-    shapes = [(5, 3, 2, 4), (1, 3, 3, 2)]
-    return [30 + torch.randn(*s, generator=generator).double() for s in shapes]
+def test_every_block_of_res5_is_dilated_the_first_too(backbone):
+    convs = {name: conv for name, conv in backbone.named_modules() if isinstance(conv, nn.Conv2d)}
+    dilated = [name for name, conv in convs.items() if conv.dilation == (2, 2)]
+    assert dilated == [f"bottom_up.res5.{block}.conv2" for block in range(3)]
+    assert all(conv.stride == (1, 1) for name, conv in convs.items() if ".res5." in name)
+    # Seen from outside: what the first block makes of one pixel reaches two pixels away, no less.
+    image = torch.zeros(1, 1024, 9, 9)
+    image[0, :, 4, 4] = 1.0
+    block = backbone.bottom_up.res5[0].eval()
+    with torch.no_grad():
+        changed = (block(image) != block(torch.zeros_like(image))).any(dim=1)[0]
+    places = {(2, 2), (2, 4), (2, 6), (4, 2), (4, 4), (4, 6), (6, 2), (6, 4), (6, 6)}
+    assert {tuple(place) for place in changed.nonzero().tolist()} == places
 
 
-def loss_of(y: torch.Tensor, process: int) -> torch.Tensor:
-    return (y**3).sum() * (process + 1)
+def test_features_of_torchvision_with_all_of_layer4_dilated(backbone):
+    torch.manual_seed(1)
+    network = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    network, backbone = network.double().eval(), copy.deepcopy(backbone).double()
+    first = network.layer4[0].conv2
+    assert first.dilation == (1, 1)  # torchvision's habit, and a trap
+    first.dilation, first.padding = (2, 2), (2, 2)
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    backbone.bottom_up.load_state_dict(rename(state, "torchvision", "detectron2"), strict=True)
+    nn.init.uniform_(backbone.reduce.norm.weight)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        x = network.maxpool(network.relu(network.bn1(network.conv1(image))))
+        x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
+        # A 3x3 convolution and evaluation-mode BN at its initial statistics, no activation.
+        x = torch.conv2d(x, backbone.reduce.weight, padding=1)
+        norm = backbone.reduce.norm
+        expected = x / (1 + norm.eps) ** 0.5 * norm.weight.view(-1, 1, 1)
+        found = backbone.eval()(image)["c5"]
+    assert (expected < 0).any()
+    torch.testing.assert_close(found, expected)
 
 
-def _sync_batch_norm_process(process: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2
-    )
-    layers = nn.Sequential(nn.SyncBatchNorm(3))
-    nn.init.constant_(layers[0].weight, 1.5)
-    sync_on_cpu(layers)
-    norm = layers[0]
-    results = {}
-    for step in range(2):
-        x = (union_batches()[process] + step).float().requires_grad_()
-        y = norm(x)
-        loss_of(y, process).backward()
-        results[step] = (y.detach(), x.grad)
-    results["norm"] = [b.clone() for b in norm.buffers()]
-    # A process without any region takes part all the same.
-    results["empty"] = norm(x.detach()[: 1 - process]).detach()
-    before = [b.clone() for b in norm.buffers()]
-    norm.zero_grad()
-    norm(x.detach()[:0]).sum().backward()  # and where no process has one, nothing is learnt
-    results["nothing learnt"] = all(map(torch.equal, before, norm.buffers()))
-    results["gradients"] = [p.grad for p in norm.parameters()]
-    torch.save(results, f"{folder}/{process}.pt")
-    torch.distributed.destroy_process_group()
+def test_config_builds_it_with_a_trained_synchronised_norm(repository):
+    backbone = build(repository)
+    assert isinstance(backbone, DilatedC5)
+    assert isinstance(backbone.reduce.norm, nn.SyncBatchNorm)
+    assert backbone.reduce.bias is None
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert {name for name in backbone.state_dict() if "bottom_up" not in name} == {
+        f"reduce.{name}"
+        for name in (
+            "weight",
+            "norm.weight",
+            "norm.bias",
+            "norm.running_mean",
+            "norm.running_var",
+            "norm.num_batches_tracked",
+        )
+    }
 
 
-def test_sync_batch_norm_of_two_processes_is_batch_norm_over_the_union(tmp_path):
-    mp.spawn(_sync_batch_norm_process, (str(tmp_path),), nprocs=2)
-    processes = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.RESNETS.RES5_DILATION", "1"], "RES5_DILATION is 1; .* needs 2"),
+        (["MODEL.RESNETS.OUT_FEATURES", "['res4']"], r"OUT_FEATURES is \['res4'\]; .* \['res5'\]"),
+        (["MODEL.RESNETS.DEPTH", "18"], "DEPTH is 18; .* 50 or more"),
+    ],
+)
+def test_a_resnet_that_is_not_dilated_is_refused(repository, options, message):
+    with pytest.raises(UserError, match=f"MODEL.RESNETS.{message}"):
+        build(repository, *options)
 
-    reference = nn.BatchNorm1d(3).double()
-    nn.init.constant_(reference.weight, 1.5)
-    for step in range(2):
-        xs = [(x + step).requires_grad_() for x in union_batches()]
-        rows = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, 3) for x in xs])
-        outputs = reference(rows).split([x.numel() // 3 for x in xs])
-        sum(loss_of(y, p) for p, y in enumerate(outputs)).backward()
-        for p, (x, y) in enumerate(zip(xs, outputs, strict=True)):
-            y = y.view(x.shape[0], *x.shape[2:], 3).permute(0, 3, 1, 2)
-            torch.testing.assert_close(processes[p][step][0].double(), y, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(processes[p][step][1].double(), x.grad, rtol=1e-4, atol=1e-4)
-    for result in processes:
-        assert result["nothing learnt"]
-        assert [g.abs().sum() for g in result["gradients"]] == [0, 0]
-        mean, var, steps = result["norm"]
-        torch.testing.assert_close(mean.double(), reference.running_mean, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(var.double(), reference.running_var, rtol=1e-4, atol=1e-4)
-        assert steps == 2
-    assert processes[0]["empty"].shape == (1, 3, 2, 4)
-    assert processes[0]["empty"].isfinite().all()
-    assert processes[1]["empty"].shape == (0, 3, 3, 2)
+
+def test_converted_weights_load_by_the_ends_of_their_names(repository, tmp_path):
+    source = ResNet(
+        50, out_features=["res2", "res3", "res4", "res5"], norm="BN", freeze_at=0
+    ).state_dict()
+    torch.save({"model": source}, tmp_path / "moco.pth")
+    model = nn.Module()
+    model.backbone = build(repository)
+    report = load_backbone_weights(model, tmp_path / "moco.pth")
+    assert {name.split(".")[1] for name in report.missing} == {"reduce"}
+    assert not report.unexpected
+    assert torch.equal(model.backbone.bottom_up.res5[2].conv3.weight, source["res5.2.conv3.weight"])

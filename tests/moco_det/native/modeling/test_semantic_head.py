@@ -13,13 +13,8 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
-from moco_det.native.modeling.rcnn import build_model
-from moco_det.native.modeling.semantic_segmentor import (
-    FCN16Head,
-    SemanticSegmentor,
-    pixel_cross_entropy,
-    upsample,
-)
+from moco_det.native.modeling.meta_arch import SemanticSegmentor, build_model
+from moco_det.native.modeling.semantic_head import FCN16Head, pixel_cross_entropy, upsample
 
 
 def small_cfg(*options):

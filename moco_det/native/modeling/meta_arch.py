@@ -1,0 +1,276 @@
+"""The two meta-architectures, on the base that they share, and `build_model`.
+
+    GeneralizedRCNN    images -> backbone -> RPN -> proposals -> ROI heads -> detections
+    SemanticSegmentor  images -> backbone -> semantic head -> a score per class and pixel
+
+Behaviour and parameter names are Detectron2's, so that either engine loads the other's weights.
+
+Shapes: N images, each (3, h, w), padded to one size (N, 3, H, W); D detections in one image,
+K classes, P keypoints of an object, M the side of a predicted mask.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
+
+from moco_det.config.checks import is_semantic
+from moco_det.densepose.points import DensePosePoints
+from moco_det.native.modeling.backbones import build_backbone
+from moco_det.native.modeling.boxes import nonempty
+from moco_det.native.modeling.densepose_head import surfaces
+from moco_det.native.modeling.layers import sync_on_cpu
+from moco_det.native.modeling.mask_head import paste_masks
+from moco_det.native.modeling.roi_heads import DensePoseROIHeads, build_roi_heads
+from moco_det.native.modeling.rpn import build_rpn
+from moco_det.native.modeling.sampling import Targets
+from moco_det.native.modeling.semantic_head import build_semantic_head
+
+Size = tuple[int, int]  # (height, width)
+
+
+class MetaArchitecture(nn.Module):
+    """What detectors and segmentors share: the backbone, and images of any size as one batch.
+
+    Args:
+        backbone: images -> {name: feature map}, with the attribute `size_divisibility`.
+        pixel_mean, pixel_std: per channel, in the input's channel order and 0-255 scale.
+    """
+
+    def __init__(self, backbone: nn.Module, pixel_mean: list[float], pixel_std: list[float]):
+        super().__init__()
+        self.backbone = backbone
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            buffer = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """The losses by name in training, see `losses`; else a dict per image, see `inference`.
+
+        Args:
+            batch: one dict per image. "image": (3, h, w), uint8 or float, 0-255, channels in the
+                order of INPUT.FORMAT, on any device. In training also the targets, in inference
+                optionally the "height" and "width" of the original image.
+        """
+        return self.losses(batch) if self.training else self.inference(batch)
+
+    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def preprocess(self, batch: list[dict]) -> tuple[Tensor, list[Size]]:
+        """Normalise on the model's device and pad with zeros to one size (N, 3, H, W).
+
+        H and W are multiples of the backbone's `size_divisibility`. Also returns the (height,
+        width) of each image before padding (both as Detectron2's ImageList).
+        """
+        images = [x["image"] for x in batch]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in images]
+        multiple = self.backbone.size_divisibility
+        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+        padded = self.pixel_mean.new_zeros((len(images), 3, height, width))
+        for target, image, (h, w) in zip(padded, images, sizes, strict=True):
+            image = image.to(self.device, non_blocking=True)
+            target[:, :h, :w] = (image - self.pixel_mean) / self.pixel_std
+        return padded, sizes
+
+
+def original_size(item: dict, size: Size) -> Size:
+    """The (height, width) that the results of an input are wanted in: its own `size` by default."""
+    return item.get("height", size[0]), item.get("width", size[1])
+
+
+# -- detection ------------------------------------------------------------------------------------
+
+
+class GeneralizedRCNN(MetaArchitecture):
+    """A two-stage detector: Faster, Mask, Keypoint or DensePose R-CNN.
+
+    Args:
+        backbone, pixel_mean, pixel_std: see `MetaArchitecture`.
+        proposal_generator: an `RPN`.
+        roi_heads: an `ROIHeads`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        proposal_generator: nn.Module,
+        roi_heads: nn.Module,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        super().__init__(backbone, pixel_mean, pixel_std)
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+
+    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+        """
+        Args:
+            batch: of G objects, which may be 0, in pixels of their image: "gt_boxes" (G, 4)
+                float32, "gt_classes" (G,) int64; with a mask head "gt_masks", polygons for each
+                object or bool (G, h, w); with a keypoint head "gt_keypoints" (G, P, 3) float32 of
+                x, y, visibility; for dense pose "gt_densepose", a `DensePosePoints` or None for
+                each object.
+
+        Returns:
+            "loss_cls", "loss_box_reg", "loss_mask", "loss_keypoint" and "loss_densepose_U", "_V",
+            "_I", "_S" of the heads that there are; "loss_rpn_cls", "loss_rpn_loc".
+        """
+        targets = self.gather_targets(batch)
+        images, sizes = self.preprocess(batch)
+        features = self.backbone(images)
+        proposals, rpn_losses = self.proposal_generator(features, sizes, targets.boxes)
+        _, losses = self.roi_heads(features, sizes, proposals, targets)
+        return losses | rpn_losses
+
+    def gather_targets(self, batch: list[dict]) -> Targets:
+        """Those that the heads need, on the model's device but for polygons."""
+        heads = self.roi_heads
+
+        def collect(key: str) -> list:
+            return [
+                x[key].to(self.device, non_blocking=True) if isinstance(x[key], Tensor) else x[key]
+                for x in batch
+            ]
+
+        return Targets(
+            collect("gt_boxes"),
+            collect("gt_classes"),
+            masks=collect("gt_masks") if heads.mask_head is not None else None,
+            keypoints=collect("gt_keypoints") if heads.keypoint_head is not None else None,
+            densepose=self._densepose(batch) if isinstance(heads, DensePoseROIHeads) else None,
+        )
+
+    def _densepose(self, batch: list[dict]) -> list[list[DensePosePoints | None]]:
+        return [
+            [None if points is None else points.to(self.device) for points in x["gt_densepose"]]
+            for x in batch
+        ]
+
+    @torch.no_grad()
+    def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
+        """The detections, best first, in pixels of the original image (of the input by default).
+
+        Returns:
+            "boxes" (D, 4), "scores" (D,), "classes" (D,), and with their heads "masks", bool
+            (D, height, width), "keypoints" (D, P, 3) of x, y, score, and "densepose", D tensors
+            (3, h, w) of `densepose_head.surfaces`; all on the model's device.
+        """
+        images, sizes = self.preprocess(batch)
+        features = self.backbone(images)
+        proposals, _ = self.proposal_generator(features, sizes)
+        detections, _ = self.roi_heads(features, sizes, proposals)
+        return [
+            detector_postprocess(found, size, original_size(x, size))
+            for found, size, x in zip(detections, sizes, batch, strict=True)
+        ]
+
+
+def detector_postprocess(
+    detections: dict[str, Tensor], size: Size, original: Size
+) -> dict[str, Tensor]:
+    """Detections in an image of `size` -> in the `original`; those left empty are dropped.
+
+    "mask_probabilities" (D, M, M) in the boxes become "masks", bool (D, *original); "charts" become
+    "densepose", see `densepose_head.surfaces`.
+    """
+    # Boxes first: what is empty on the original image has no mask there.
+    scale = detections["boxes"].new_tensor([original[1] / size[1], original[0] / size[0]])
+    boxes = clip_boxes_to_image(detections["boxes"] * scale.repeat(2), original)
+    keep = nonempty(boxes)
+    found = {key: value[keep] for key, value in (detections | {"boxes": boxes}).items()}
+    # Then what lies in them.
+    if "keypoints" in found:
+        found["keypoints"][..., :2] *= scale
+    if "mask_probabilities" in found:
+        probabilities = found.pop("mask_probabilities")
+        found["masks"] = paste_masks(probabilities, found["boxes"], original)
+    if "charts" in found:
+        found["densepose"] = surfaces(found.pop("charts"), found["boxes"])
+    return found
+
+
+# -- semantic segmentation ------------------------------------------------------------------------
+
+
+class SemanticSegmentor(MetaArchitecture):
+    """A backbone and a head that gives every pixel a score for every class.
+
+    Args:
+        backbone, pixel_mean, pixel_std: see `MetaArchitecture`.
+        sem_seg_head: an `FCN16Head`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        sem_seg_head: nn.Module,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        super().__init__(backbone, pixel_mean, pixel_std)
+        self.sem_seg_head = sem_seg_head
+
+    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+        """{"loss_sem_seg"} of a batch with the label maps "sem_seg" (h, w) int64."""
+        images, _ = self.preprocess(batch)
+        labels = self.batch_labels([x["sem_seg"] for x in batch], images.shape[-2:])
+        return self.sem_seg_head.losses(self.sem_seg_head(self.backbone(images)), labels)
+
+    def batch_labels(self, label_maps: Sequence[Tensor], size: Size) -> Tensor:
+        """Label maps, each (h, w), padded with the ignored label to (N, *size)."""
+        shape, ignored = (len(label_maps), *size), self.sem_seg_head.ignore_value
+        padded = torch.full(shape, ignored, dtype=torch.int64, device=self.device)
+        for target, labels in zip(padded, label_maps, strict=True):
+            target[: labels.shape[0], : labels.shape[1]] = labels.to(self.device, non_blocking=True)
+        return padded
+
+    @torch.no_grad()
+    def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
+        """{"sem_seg": logits (K, height, width)} of each original image (the input by default)."""
+        images, sizes = self.preprocess(batch)
+        logits = self.sem_seg_head(self.backbone(images))
+        return [
+            {"sem_seg": sem_seg_postprocess(one, size, original_size(x, size))}
+            for one, size, x in zip(logits, sizes, batch, strict=True)
+        ]
+
+
+def sem_seg_postprocess(logits: Tensor, size: Size, original: Size) -> Tensor:
+    """Logits (K, H, W) of a padded image -> (K, *original) of the image of `size` in it."""
+    logits = logits[:, : size[0], : size[1]]
+    if tuple(original) == tuple(size):
+        return logits
+    # Here pixels are areas, as in the resizing that made the input of the original.
+    return F.interpolate(logits[None], size=original, mode="bilinear", align_corners=False)[0]
+
+
+# -- from a config --------------------------------------------------------------------------------
+
+
+def build_model(cfg) -> MetaArchitecture:
+    """The model on `cfg.MODEL.DEVICE`, in training mode, at its random initialisation.
+
+    Raises:
+        UserError: the config asks for what the native engine does not have.
+    """
+    backbone = build_backbone(cfg)
+    pixels = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
+    if is_semantic(cfg):
+        model = SemanticSegmentor(backbone, build_semantic_head(cfg, backbone), **pixels)
+    else:
+        rpn, heads = build_rpn(cfg, backbone), build_roi_heads(cfg, backbone)
+        model = GeneralizedRCNN(backbone, rpn, heads, **pixels)
+    model.to(cfg.MODEL.DEVICE)
+    if model.device.type == "cpu":
+        sync_on_cpu(model)
+    return model

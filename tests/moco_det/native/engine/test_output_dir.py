@@ -1,0 +1,45 @@
+"""Checkpoints and metrics as files, without a training loop around them."""
+
+import json
+
+import pytest
+import torch
+
+from moco_det.common.errors import UserError
+from moco_det.native.engine.output_dir import Checkpoints, MetricLog
+
+CONTENT = {"model": {"w": torch.arange(3.0)}, "optimizer": {}, "scheduler": {}, "iteration": 7}
+
+
+def test_the_last_checkpoint_is_what_was_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last() is None
+    first = checkpoints.save("model_0000007", CONTENT)
+    assert Checkpoints(tmp_path).last() == first == tmp_path / "model_0000007.pth"
+    loaded = Checkpoints.load(first)
+    assert torch.equal(loaded["model"]["w"], CONTENT["model"]["w"])
+    assert loaded["iteration"] == 7
+    checkpoints.save("model_final", CONTENT | {"iteration": 9})
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_weights_alone_cannot_be_resumed_from(tmp_path):
+    path = Checkpoints(tmp_path).save("weights", {"model": CONTENT["model"]})
+    with pytest.raises(UserError, match=r"resume from .*weights\.pth: it lacks iteration, opt"):
+        Checkpoints.load(path)
+
+
+def test_medians_of_twenty_iterations_and_no_time_of_the_first_three(tmp_path, capsys):
+    with MetricLog(tmp_path, start_iter=0, max_iter=21) as log:
+        for iteration in range(21):
+            metrics = {"total_loss": float(iteration), "data_time": 0.5}
+            log.step(iteration, 0.1, 100.0 if iteration < 3 else 2.0, metrics)
+        log.results(21, {"bbox": {"AP": 1.0, "AP-cow": float("nan")}, "speed": 3})
+    first, last, results = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    assert (first["iteration"], first["total_loss"], first["time"]) == (19, 9.5, 2.0)
+    assert (last["iteration"], last["total_loss"], last["eta_seconds"]) == (20, 10.5, 0.0)
+    assert results == {"iteration": 21, "bbox/AP": 1.0, "bbox/AP-cow": None, "speed": 3.0}
+    assert [line.split("iter: ")[1][:2] for line in capsys.readouterr().out.splitlines()] == [
+        "19",
+        "20",
+    ]
