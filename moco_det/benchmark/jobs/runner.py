@@ -210,19 +210,20 @@ class Execution:
         folder.write_record(record)
         folder.repair()
         result = job.read_result() if self._run_commands(lock) else None
-        seconds = round(time.monotonic() - begun, 1)
-        record["attempts"].append(
-            {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
-            | {"code": self.code}
-        )
+        attempt = {
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - begun, 1),
+            "code": self.code,
+        }
+        record["attempts"].append(attempt)
         record["seconds"] = round(sum(entry["seconds"] for entry in record["attempts"]), 1)
-        record["state"] = FINISHED if result is not None else self._unfinished_state()
-        folder.write_record(record | (result or {}))
+        if result is not None:
+            record |= {"state": FINISHED, **result}
+        else:
+            stopped = self._stop_asked or self.code == EXIT_INTERRUPTED
+            record["state"] = INTERRUPTED if stopped else FAILED
+        folder.write_record(record)
         return record["state"]
-
-    def _unfinished_state(self) -> str:
-        stopped = self._stop_asked or self.code == EXIT_INTERRUPTED
-        return INTERRUPTED if stopped else FAILED
 
     def _run_commands(self, lock: int) -> bool:
         """Whether all of them ended well."""
