@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = (args.output or Path("output/ablations", args.ablation.stem)).resolve()
     with exit_cleanly(), exit_on_signals(f"stopping; the same command goes on from {output}"):
         trials = ablation.plan_trials(
-            ablation.read_ablation(args.ablation), args.ablation, args.data, output,
-            seeds=args.seeds, workers=args.workers, processes=args.nproc_per_node,
+            ablation.read_ablation(args.ablation), args.seeds, output, args.nproc_per_node,
+            source=args.ablation, data=args.data, workers=args.workers,
         )  # fmt: skip
         if args.dry_run:
             print(f"{ablation.listing(trials)}\n\n{markdown(collect(trials, {}))}")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from moco_det.benchmark.jobs.job import JobFolder
 from moco_det.benchmark.jobs.quickstart import (
     MARK,
     make_plan,
@@ -146,6 +147,16 @@ def test_an_earlier_quickstart_is_cleared_but_nothing_else(tmp_path):
     prepare_output(tmp_path)
     left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert left == {MARK, "mine/metrics.json"}
+
+
+def test_a_folder_that_is_still_written_is_left_alone(tmp_path):
+    """As where an earlier quickstart was killed and its pretraining goes on."""
+    prepare_output(tmp_path)
+    lock = JobFolder("pretrain", tmp_path / "pretrain").claimed()
+    with lock, pytest.raises(UserError, match="pretrain is still being written"):
+        prepare_output(tmp_path)
+    prepare_output(tmp_path)
+    assert not (tmp_path / "pretrain").exists()
 
 
 def run_tool(repository, *arguments):

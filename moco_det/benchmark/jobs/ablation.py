@@ -14,6 +14,7 @@ A run is three commands, which anyone could type: main.py, knn.py, linear.py.
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -144,99 +145,14 @@ def _variants(content: dict, path: Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One row of the table with one seed."""
-
-    row: str
-    seed: int
-    job: Job
-
-    @property
-    def name(self) -> str:
-        return self.job.name
-
-    def result(self) -> dict[str, Any] | None:
-        """{measures, seconds} of a finished trial, else None."""
-        record = self.job.folder.record
-        if record.get("state") != FINISHED:
-            return None
-        return {"measures": record["measures"], "seconds": record["seconds"]}
-
-
-def plan_trials(
-    ablation: Ablation,
-    source: Path,
-    data: Path,
-    output: Path,
-    seeds: int | None = None,
-    workers: int | None = None,
-    processes: int = 1,
-) -> list[Trial]:
-    """All trials, a seed of every row after another: a table cut short has all its rows.
+    """One row of the table with one seed. Raises UserError for flags that do not do.
 
     Args:
+        folder: of its own.
         source: the ablation file, for messages.
         data: ImageFolder root with train/CLASS and val/CLASS.
-        seeds: in place of the file's.
         workers: data loading processes; None: the commands' default.
-        processes: of each command; more than one are started by torchrun.
-
-    Raises:
-        UserError: what cannot be run, before anything is.
-    """
-    if seeds is not None and seeds < 1:
-        raise UserError("--seeds must be at least 1")
-    if not (data / "train").is_dir() or not (data / "val").is_dir():
-        raise UserError(f"--data {data} needs train/CLASS and val/CLASS: both are read")
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launch.append(str(processes))
-    common = {"ablation": ablation, "source": source, "data": data.resolve(), "workers": workers}
-    trials = []
-    for seed in range(seeds or ablation.seeds):
-        for variant in ablation.rows:
-            path = output / re.sub(r"[^\w.]+", "_", variant.name).strip("_") / f"seed{seed}"
-            chain = Chain(variant, seed, path, **common)
-            trials.append(Trial(variant.name, seed, chain.job(launch)))
-    return trials
-
-
-def listing(trials: Sequence[Trial]) -> str:
-    """The state and the commands of each."""
-    lines = []
-    for trial in trials:
-        trial.job.check_identity()
-        state = {FINISHED: "done", TO_DO: TO_DO}.get(trial.job.folder.state(), "begun")
-        lines.append(f"{state:5s}  {trial.name}")
-        lines += [f"         {command.as_typed()}" for command in trial.job.commands]
-    return "\n".join(lines)
-
-
-def run_trials(trials: Sequence[Trial]) -> dict[str, str]:
-    """Run what is not done; returns the reasons of those that failed, by the trials' names.
-
-    Raises:
-        UserError: a folder holds another trial, or cannot be written.
-        KeyboardInterrupt, SystemExit: after the running command was stopped.
-    """
-    todo = unfinished([trial.job for trial in trials])
-    failures, eta = {}, ScreenEta(todo)
-    print(f"{len(trials) - len(todo)} of {len(trials)} trials are done", flush=True)
-    for number, job in enumerate(todo, 1):
-        print(f"== trial {number} of {len(todo)}: {job.name}", flush=True)
-        try:
-            run_on_screen(job, eta)
-        except JobFailed as failure:
-            failures[job.name] = f"{job.folder.log_end()[-1]} ({failure})"
-            print(f"== failed: {job.name}: {failure}", flush=True)
-    return failures
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The commands of one trial, in a folder of their own.
-
-    Raises UserError for flags that do not do. The other fields are those of `plan_trials`.
+        launch: what starts each of the commands.
     """
 
     variant: Variant
@@ -246,19 +162,34 @@ class Chain:
     source: Path
     data: Path
     workers: int | None = None
+    launch: Sequence[str] = (sys.executable,)
 
-    def job(self, launch: Sequence[str]) -> Job:
-        """`launch`: what starts each of the commands."""
-        name = f"{self.variant.name}, seed {self.seed}"
+    @property
+    def row(self) -> str:
+        return self.variant.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @functools.cached_property
+    def job(self) -> Job:
         return Job(
-            JobFolder(name, self.folder, lambda: earlier_record(self.folder)),
+            JobFolder(self.name, self.folder, lambda: earlier_record(self.folder)),
             [
-                Command(name, [*launch, *command], EXPECTED[name])
-                for name, command in self.commands().items()
+                Command(name, [*self.launch, *words], EXPECTED.get(name))
+                for name, words in self.commands().items()
             ],
             identity=self.settings(),
             read_result=lambda: {"measures": self.measures()},
         )
+
+    def result(self) -> dict[str, Any] | None:
+        """{measures, seconds} of a finished trial, else None."""
+        record = self.job.folder.record
+        if record.get("state") != FINISHED:
+            return None
+        return {"measures": record["measures"], "seconds": record["seconds"]}
 
     def commands(self) -> dict[str, list[str]]:
         """Name of each command -> script and arguments, in the order to run them in."""
@@ -325,7 +256,7 @@ class Chain:
         except SystemExit:  # of argparse, which prints its reason last
             last = (printed.getvalue().strip().splitlines() or [""])[-1]
             reason = re.sub(r"^.*?error: ", "", last)
-        raise UserError(f"row '{self.variant.name}' of {self.source}: {reason}")
+        raise UserError(f"row '{self.row}' of {self.source}: {reason}")
 
 
 def _records(path: Path, name: str) -> list[dict]:
@@ -342,3 +273,64 @@ def earlier_record(folder: Path) -> dict[str, Any]:
         return {}
     record = {"state": INTERRUPTED, "identity": json.loads(begun.read_text())["settings"]}
     return record | ({"state": FINISHED} | json.loads(done.read_text()) if done.exists() else {})
+
+
+def plan_trials(
+    ablation: Ablation,
+    seeds: int | None,
+    output: Path,
+    processes: int = 1,
+    **fields: Any,
+) -> list[Trial]:
+    """All trials, a seed of every row after another: a table cut short has all its rows.
+
+    Args:
+        seeds: in place of the file's.
+        processes: of each command; more than one are started by torchrun.
+        fields: source, data and workers of `Trial`.
+
+    Raises:
+        UserError: what cannot be run, or a folder that holds another trial, before anything is run.
+    """
+    if seeds is not None and seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    data = fields["data"]
+    if not (data / "train").is_dir() or not (data / "val").is_dir():
+        raise UserError(f"--data {data} needs train/CLASS and val/CLASS: both are read")
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launch.append(str(processes))
+    fields |= {"ablation": ablation, "launch": launch, "data": data.resolve()}
+    trials = []
+    for seed in range(seeds or ablation.seeds):
+        for variant in ablation.rows:
+            folder = output / re.sub(r"[^\w.]+", "_", variant.name).strip("_") / f"seed{seed}"
+            trials.append(Trial(variant, seed, folder, **fields))
+            trials[-1].job.check_identity()
+    return trials
+
+
+def listing(trials: Sequence[Trial]) -> str:
+    """The state and the commands of each."""
+    lines = []
+    for trial in trials:
+        state = {FINISHED: "done", TO_DO: TO_DO}.get(trial.job.folder.state(), "begun")
+        lines.append(f"{state:5s}  {trial.name}")
+        lines += [f"         {command.as_typed()}" for command in trial.job.commands]
+    return "\n".join(lines)
+
+
+def run_trials(trials: Sequence[Trial]) -> dict[str, str]:
+    """Run what is not done; returns the reasons of those that failed, by the trials' names."""
+    todo = unfinished([trial.job for trial in trials])
+    failures, eta = {}, ScreenEta(todo)
+    print(f"{len(trials) - len(todo)} of {len(trials)} trials are done", flush=True)
+    for number, job in enumerate(todo, 1):
+        print(f"== trial {number} of {len(todo)}: {job.name}", flush=True)
+        try:
+            run_on_screen(job, eta)
+        except JobFailed as failure:
+            failures[job.name] = f"{job.folder.log_end()[-1]} ({failure})"
+            print(f"== failed: {job.name}: {failure}", flush=True)
+    return failures

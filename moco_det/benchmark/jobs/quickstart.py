@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
-from moco_det.benchmark.jobs.job import Job, JobFolder, script_job
+from moco_det.benchmark.jobs.job import RUNNING, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import outcome
@@ -149,13 +149,17 @@ def voc_splits(root: Path) -> tuple[str, str]:
 def prepare_output(output: Path) -> None:
     """Make `output` a fresh folder: new, empty, or an earlier quickstart's, whose files go.
 
-    Raises UserError for a folder that holds anything else, so that nothing of the user's is lost.
+    Raises UserError for a folder that holds anything else, so that nothing of the user's is lost,
+    and where a command of an earlier quickstart that was killed still runs.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         ours = (output / MARK).exists()
         if not ours and any(output.iterdir()):
             raise UserError(f"--output {output} holds other files: name a new or an empty folder")
+        for folder in (lock.parent for lock in output.rglob("run.lock")):
+            if JobFolder(folder.name, folder).state() == RUNNING:
+                raise UserError(f"{folder} is still being written by an earlier quickstart")
         (output / MARK).write_text("Made by tools/quickstart.py; its next run starts afresh.\n")
         for name in ("data", "pretrain", "weights", "runs"):
             if (output / name).is_dir():

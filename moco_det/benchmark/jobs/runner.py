@@ -12,11 +12,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
+from statistics import fmean
 from typing import Any, BinaryIO
 
 import torch
@@ -70,55 +70,46 @@ class Eta:
         self._begun: dict[Command, float] = {}
         self._announced: dict[Command, float] = {}  # when a running command says that it will end
         self._measured: dict[str, list[float]] = {}  # name -> seconds
-        self._lock = threading.Lock()
 
     def begin(self, command: Command, now: float) -> None:
-        with self._lock:
-            self._waiting.discard(command)
-            self._begun[command] = now
-            self._announced.pop(command, None)
+        self._waiting.discard(command)
+        self._begun[command] = now
+        self._announced.pop(command, None)
 
     def hear(self, command: Command, line: str, now: float) -> None:
         """Let the running command's own ETA, if `line` holds one, replace the expectation."""
         seconds = announced_eta(line)
         if seconds is not None:
-            with self._lock:
-                self._announced[command] = now + seconds
+            self._announced[command] = now + seconds
 
     def finish(self, command: Command, now: float) -> float:
         """Note how long the command took; returns it."""
-        with self._lock:
-            seconds = now - self._begun.pop(command)
-            self._measured.setdefault(command.name, []).append(seconds)
+        seconds = now - self._begun.pop(command)
+        self._measured.setdefault(command.name, []).append(seconds)
         return seconds
 
     def drop(self, job: Job) -> None:
         """Count on nothing more from `job`."""
-        with self._lock:
-            for command in job.commands:
-                self._waiting.discard(command)
-                self._begun.pop(command, None)
+        for command in job.commands:
+            self._waiting.discard(command)
+            self._begun.pop(command, None)
 
     def left(self, now: float) -> float | None:
         """None where nothing tells how long some command takes."""
-        with self._lock:
-            seconds = [self._expected(command) for command in self._waiting]
-            for command, begun in self._begun.items():
-                expected = self._expected(command)
-                end = self._announced.get(command, expected and begun + expected)
-                seconds.append(end and max(0.0, end - now))
+        # Copies, because other threads begin and finish commands.
+        seconds = [self._expected(command) for command in tuple(self._waiting)]
+        for command, begun in tuple(self._begun.items()):
+            expected = self._expected(command)
+            end = self._announced.get(command, expected and begun + expected)
+            seconds.append(end and max(0.0, end - now))
         return None if None in seconds else sum(seconds) / self._at_a_time
 
     def _expected(self, command: Command) -> float | None:
         if command.name in self._measured:
-            return _mean(self._measured[command.name])
+            return fmean(self._measured[command.name])
         if command.seconds is None and self._measured:
-            return _mean([_mean(seconds) for seconds in self._measured.values()])
+            return fmean(map(fmean, self._measured.values()))
         return command.seconds
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 class ScreenEta(Eta):
@@ -219,19 +210,20 @@ class Execution:
         folder.write_record(record)
         folder.repair()
         result = job.read_result() if self._run_commands(lock) else None
-        seconds = round(time.monotonic() - begun, 1)
-        record["attempts"].append(
-            {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
-            | {"code": self.code}
-        )
+        attempt = {
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - begun, 1),
+            "code": self.code,
+        }
+        record["attempts"].append(attempt)
         record["seconds"] = round(sum(entry["seconds"] for entry in record["attempts"]), 1)
-        record["state"] = FINISHED if result is not None else self._unfinished_state()
-        folder.write_record(record | (result or {}))
+        if result is not None:
+            record |= {"state": FINISHED, **result}
+        else:
+            stopped = self._stop_asked or self.code == EXIT_INTERRUPTED
+            record["state"] = INTERRUPTED if stopped else FAILED
+        folder.write_record(record)
         return record["state"]
-
-    def _unfinished_state(self) -> str:
-        stopped = self._stop_asked or self.code == EXIT_INTERRUPTED
-        return INTERRUPTED if stopped else FAILED
 
     def _run_commands(self, lock: int) -> bool:
         """Whether all of them ended well."""
@@ -250,7 +242,7 @@ class Execution:
         """The exit code. Asks a stopped command to end, and kills it where it does not."""
         path = self.job.folder.log
         with open(path, "ab", buffering=0) as log, open(path, "rb") as reader:
-            tail = Tail(reader)
+            reader.seek(0, os.SEEK_END)
             log.write(f"$ {command.as_typed()}\n".encode())
             self._process = subprocess.Popen(
                 command.argv,
@@ -262,16 +254,20 @@ class Execution:
                 start_new_session=True,  # Ctrl-C reaches this process only, which then stops it
             )
             while self._process.poll() is None and not self._stop_asked:
-                self._hear(command, tail.lines())
+                self._hear(command, reader)
                 time.sleep(POLL_SECONDS)
             self.end_process()
             code = self._process.wait()
-            self._hear(command, tail.lines(ended=True))
+            self._hear(command, reader, ended=True)
         return code
 
-    def _hear(self, command: Command, lines: Sequence[str]) -> None:
-        for line in lines:
-            self.eta.hear(command, line, time.monotonic())
+    def _hear(self, command: Command, log: BinaryIO, ended: bool = False) -> None:
+        """Pass on the new lines; one that is not whole, once the command has ended."""
+        while (line := log.readline()).endswith(b"\n") or (line and ended):
+            for text in line.decode("utf-8", "replace").splitlines():
+                if text.strip():
+                    self.eta.hear(command, text.rstrip(), time.monotonic())
+        log.seek(-len(line), os.SEEK_CUR)
 
     def end_process(self) -> None:
         """Have the command, if it runs, save its checkpoint and end; kill it where it does not."""
@@ -281,20 +277,6 @@ class Execution:
                 self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-
-
-class Tail:
-    """The lines that are appended to an open file from now on."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._rest = file, b""
-        file.seek(0, os.SEEK_END)
-
-    def lines(self, ended: bool = False) -> list[str]:
-        """The new lines that are whole and not blank; with `ended`, the last one as it is."""
-        *lines, self._rest = re.split(rb"[\r\n]", self._rest + self._file.read())
-        texts = [line.decode("utf-8", "replace").rstrip() for line in lines + [self._rest] * ended]
-        return [text for text in texts if text]
 
 
 # -- several jobs ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from moco_det.benchmark.jobs.grid import Run
 from moco_det.benchmark.jobs.job import FINISHED, JobFolder
 from moco_det.benchmark.jobs.runner import Execution
 from moco_det.benchmark.jobs.runs import Settings
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, import_optional
 
 # submitit's names; others are Slurm's own, which it calls slurm_NAME.
 SHARED = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task")
@@ -38,12 +38,7 @@ def make_executor(folder: Path, parameters: Mapping[str, Any], gpus: int, cluste
     Raises:
         UserError: submitit is missing, there is no Slurm, or it does not know a parameter.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError(
-            "--launcher slurm needs submitit, which is not installed: pip install submitit"
-        ) from error
+    submitit = import_optional("submitit", "--launcher slurm", "submitit")
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(
