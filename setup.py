@@ -13,7 +13,7 @@ SLURM = ["submitit>=1.5"]
 setup(
     name="moco_det",
     version="0.1.0",
-    description="Momentum Contrast pretraining and its detection transfer, images to table",
+    description="MoCo pretraining and its transfer to detection: from images to a Detectron2 table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
     package_data={"moco_det.benchmark": ["jobs/*.yaml", "report/*.css"]},
     python_requires=">=3.10",

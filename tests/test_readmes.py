@@ -14,6 +14,7 @@ import signal
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
+from xml.dom import minidom
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tiny_voc import write_tiny_voc
 from moco_det.benchmark.jobs.ablation import read_ablation
 from moco_det.benchmark.jobs.grid import load_grid
 from moco_det.benchmark.jobs.slurm import parse_parameters
+from moco_det.benchmark.report.charts import Line, dumbbell_chart, line_chart
 from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
@@ -298,6 +300,29 @@ def test_the_tables_hold_the_papers_numbers_and_every_experiment():
         shown[experiment, label] = [float(cell) for cell in cells.split("|")]
     assert shown == published()
     assert {file for _, file, _ in rows} == {p.stem for p in CONFIGS if len(p.parts) == 2}
+
+
+def test_the_picture_is_made_of_a_report(tmp_path, monkeypatch):
+    """The script that is shown there, on a page with the report's own charts and colours."""
+    (sheet,) = (REPOSITORY / "moco_det/benchmark/report").rglob("report.css")
+    page = [
+        f"<style>\n{sheet.read_text()}</style>",
+        line_chart("kNN top-1", "", [Line([(0, 1.0), (1, 2.0)], "moco")], "epoch", "%"),
+        dumbbell_chart("AP50", "", [("mean", 1.0, 2.0)]),
+        *['<svg class="photo" viewBox="0 0 9 9"><image/></svg>'] * 12,
+    ]
+    (tmp_path / "output/quickstart").mkdir(parents=True)
+    (tmp_path / "output/quickstart/report.html").write_text("".join(page))
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "configs/README.md").read_text(), re.S
+    )
+    exec(script, {})
+    picture = (tmp_path / "configs/quickstart.svg").read_text()
+    assert minidom.parseString(picture).documentElement.tagName == "svg"
+    assert [picture.count(part) for part in ("<polyline", 'class="joint"', "<image")] == [1, 1, 6]
+    assert ".photo rect" in picture
 
 
 # -- the six commands, for real -------------------------------------------------------------------

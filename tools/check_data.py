@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Look through the data sets of a YAML before training on them: a dataset doctor.
+"""Check the data sets of a YAML before training on them: a dataset doctor.
 
 python tools/check_data.py --config-file configs/X.yaml
 python tools/check_data.py --config-file configs/X.yaml --images all
 python tools/check_data.py --config-file configs/X.yaml DATASETS.TRAIN voc:DIR:train
 
-Reports every problem of every set: files that are missing, and where they are handed out; counts
-against the official ones; images that cannot be decoded or have another size than annotated; boxes
+Reports every problem of every set: missing files and where to get them; counts that differ from
+the official ones; images that cannot be decoded or have another size than annotated; boxes
 of zero area; missing masks and keypoints; broken dense pose, and files of the body model that it
 needs; classes that do not fit the model; wrong versions.
 """
@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=10,
         metavar="N",
-        help="problems of one kind to print for each set; 0 for all (default 10)",
+        help="problems of each kind to print for each set; 0 for all (default 10)",
     )
     return parser.parse_args(arguments)
 

@@ -5,8 +5,8 @@ python tools/check_parity.py --config-file configs/X.yaml
 python tools/check_parity.py --config-file configs/X.yaml --weights output/model_final.pth
 
 Both engines get the same weights, the same drawn images and the same sampled anchors and proposals.
-All is computed in float32 but gradients, which rounding at a ReLU would decide. Needs Detectron2;
-no data set.
+Gradients are computed in float64, because rounding would decide on which side of a ReLU some values
+lie; everything else in float32. Needs Detectron2, but no data set.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 all within the tolerance; 1 not so, or an error",
+        epilog="exit codes: 0 all within the tolerance; 1 a larger difference, or an error",
     )
     add_config_arguments(parser)
     parser.add_argument(

@@ -30,10 +30,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, metavar="DIR", help="your unlabelled images; needs --voc")
     add("--voc", type=Path, metavar="DIR",
         help="your JPEGImages, Annotations and ImageSets/Main; needs --images")  # fmt: skip
-    add("--seed", type=int, default=0, help="of data, pretraining and the first pair of detectors")
+    add("--seed", type=int, default=0, help="of the data, pretraining and first pair of detectors")
     add("--seeds", type=int, default=2, help="pairs of detectors to train (default: 2)")
-    add("--recipe", type=Path, default=RECIPE, metavar="YAML", help="of pretraining")
-    add("--config-file", type=Path, default=CONFIG, metavar="YAML", help="of the detector")
+    add("--recipe", type=Path, default=RECIPE, metavar="YAML", help="flags of pretraining")
+    add("--config-file", type=Path, default=CONFIG, metavar="YAML", help="config of the detector")
     return parser.parse_args(arguments)
 
 

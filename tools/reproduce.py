@@ -8,9 +8,9 @@
     python tools/reproduce.py --weights ... --gpus-per-run 8 --launcher slurm --slurm partition=gpu
     python tools/reproduce.py --quick                      a toy of it all, on a CPU, without data
 
-The same command again goes on: what is finished is not run again, what was interrupted continues
-from its checkpoint. A name of --weights is the paper's row that the checkpoint is held against
-(moco_in1m where none is given); other names are rows of their own.
+Run the same command again to continue: what is finished is not run again, what was interrupted
+resumes from its checkpoint. The NAME of --weights is the paper's row that the checkpoint is
+compared with (default: moco_in1m); other names become rows of their own.
 """
 
 import argparse
@@ -35,23 +35,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 all runs are finished; 1 an error, or runs that failed; 130 and 143 "
-        "stopped, to be gone on with",
+        "stopped; the same command continues",
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
-        help="checkpoints, of MoCo's layout, torchvision's or Detectron2's")  # fmt: skip
+        help="checkpoints in the layout of MoCo, torchvision or Detectron2")  # fmt: skip
     add("--tables", nargs="+", default=[], metavar="N", help="2a, 2b, 3, ... or 2, 5, 6 (all)")
-    add("--trials", type=int, metavar="N", help="runs of each row (default: the paper's number)")
+    add("--trials", type=int, metavar="N", help="runs of each row (default: as in the paper)")
     add("--output", type=Path, metavar="DIR", help="default: output/reproduce, or output/quick")
     add("--engine", choices=ENGINES, default="auto", help="as in tools/train_net.py")
     add("--launcher", choices=("local", "slurm"), default="local")
     add("--slurm", nargs="+", default=[], metavar="NAME=VALUE",
-        help="of submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
+        help="for submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
     add("--gpus-per-run", type=int, default=1, metavar="N", help="processes of a run, per machine")
     add("--jobs", type=int, metavar="N",
         help="runs at a time (default: as the GPUs allow; on a CPU 1, with --quick 2)")  # fmt: skip
-    add("--retries", type=int, default=1, metavar="N", help="of a failed run (default: 1)")
-    add("--quick", action="store_true", help="toy experiments on drawn images, minutes on a CPU")
+    add("--retries", type=int, default=1, metavar="N", help="after a failure (default: 1)")
+    add("--quick", action="store_true", help="toy experiments on drawn images: minutes on a CPU")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")
     mode.add_argument("--status", action="store_true", help="list the state of every run")

@@ -27,9 +27,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         ),
     )
     add_config_arguments(parser)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, no more")
+    parser.add_argument("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from OUTPUT_DIR's last checkpoint, if any"
+        "--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint, if any"
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1)
@@ -43,7 +43,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="let backbone arrays that MODEL.WEIGHTS lacks keep their random values",
+        help="keep the random values of backbone arrays that MODEL.WEIGHTS lacks",
     )
     return parser.parse_args(argv)
 

@@ -116,8 +116,15 @@ def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
     def parse_args(self, args=None, namespace=None):
         raise _Parsed(original(self, args, namespace))
 
-    words = [str(script), *arguments]
-    with patch.object(argparse.ArgumentParser, "parse_args", parse_args), patch("sys.argv", words):
+    def launch(run, parse_flags):  # of pretraining's commands, which parse their recipe as well
+        with patch.object(argparse.ArgumentParser, "parse_args", original):
+            raise _Parsed(parse_flags(arguments))
+
+    with (
+        patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        patch("pretrain.flags.launch", launch),
+        patch("sys.argv", [str(script), *arguments]),
+    ):
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         except _Parsed as parsed:
