@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_a_stopped_run_may_save_its_checkpoint(tmp_path, run):
     assert job.folder.state() == "interrupted"
 
 
-def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run):
+def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run, monkeypatch):
     """The starter is killed; its command goes on, and must not get a second one beside it."""
     body = (
         "(folder / 'ready').touch()\n"
@@ -145,13 +146,16 @@ def test_a_run_that_outlives_its_starter_is_waited_for(tmp_path, run):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert folder.state() == "running"
+    said, looks = [], []
 
-    class Said(list):
-        def append(self, line):
-            super().append(line)
+    def look_again(seconds):
+        """The run ends when the second one has said that it waits, and then has waited."""
+        looks.extend(said)
+        if len(looks) == 3:
             (folder.path / "waited for").touch()
+        time.sleep(0.01)
 
-    said = Said()
+    monkeypatch.setattr("moco_det.benchmark.runs.time", SimpleNamespace(sleep=look_again))
     second = execution(tmp_path, run, "assert (folder / 'ended').exists()\nfinish()", 0, said)
     assert second.carry_out() == "finished"
     assert len(said) == 1 and "another process" in said[0]
@@ -166,22 +170,25 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, run):
 
 
 def test_local_runs_share_the_places(tmp_path, monkeypatch):
-    """Three runs in two places: each place holds one at a time, and both are used at once."""
+    """Three runs in two places: each place holds one at a time, and both are used at once.
+
+    The first run ends once the third has begun, which must then be in the second one's place.
+    """
     runs = [Run(EXPERIMENT, "moco", trial, Path("c.yaml"), ()) for trial in (1, 2, 3)]
     body = (
         # One clock for all processes of the machine, on which no one sets the time.
         "now = lambda: time.clock_gettime(time.CLOCK_MONOTONIC); begin = now()\n"
-        f"root = pathlib.Path({str(tmp_path)!r}); (root / f'begun{{os.getpid()}}').touch()\n"
-        "wait_until(lambda: len(list(root.glob('begun*'))) > 1)\n"
+        f"root = pathlib.Path({str(tmp_path)!r}); (root / f'begun{{trial}}').touch()\n"
+        "wait_until((root / f'begun{ {1: 3, 2: 1, 3: 2}[trial] }').exists)\n"
         "finish()\n"
         "(folder / 'where').write_text(json.dumps([os.environ['PLACE'], begin, now()]))"
     )
 
     def command(self, run):
-        return execution(tmp_path, run, body).command
+        return execution(tmp_path, run, f"trial = {run.trial}\n{body}").command
 
     monkeypatch.setattr(Settings, "command", command)
-    settings = Settings(Path(__file__).parents[3], tmp_path, "native")
+    settings = Settings(Path(__file__).parents[3], tmp_path, "native", retries=0)
     assert run_locally(runs, settings, [{"PLACE": "a"}, {"PLACE": "b"}]) == []
     spans = {"a": [], "b": []}
     for run in runs:
