@@ -45,7 +45,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """Thousands of tiny steps: threads that wait for a busy core would take most of the time."""
+    """For tiny steps: threads that wait for a busy core would take most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -153,6 +153,7 @@ def test_two_processes_train_as_one_does(images, pretrained, tmp_path, cache):
         np.testing.assert_allclose(two, one, rtol=ROUNDING)
 
 
+@pytest.mark.usefixtures("one_thread")  # as the command's process has: the same sums
 @pytest.mark.parametrize(
     ("cache", "by", "code"),
     [
