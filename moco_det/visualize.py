@@ -26,8 +26,7 @@ from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, Dataset, Record
 from moco_det.datasets.coco import read_categories
 from moco_det.datasets.semantic import IGNORED
-from moco_det.densepose.iuv import decode_iuv
-from moco_det.densepose.points import BOX_SIDE, has_points, read_points
+from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_points
 
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6

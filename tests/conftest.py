@@ -5,15 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-
-# Threads of several test processes would wait for each other's cores. The second line is for the
-# commands that tests start.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-torch.set_num_threads(THREADS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+from float64 import in_float64
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("MOCO_DET_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def pytest_configure(config):
+    """As many threads as OMP_NUM_THREADS says, or else as there are cores for each test process.
+
+    Threads of several processes would wait for each other's cores. The variable is set for the
+    commands that tests start; not by a process that only distributes the tests, since those that
+    run them inherit it.
+    """
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        return
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
 
 
 @pytest.fixture
@@ -27,6 +36,13 @@ def shared_data():
         return folder
 
     return find
+
+
+@pytest.fixture
+def float64():
+    """What the test builds and computes is in float64: see `float64.py`."""
+    with in_float64():
+        yield
 
 
 @pytest.fixture

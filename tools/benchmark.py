@@ -19,6 +19,7 @@ from moco_det.benchmark.speed.cost import COLUMNS, IMAGENET, Setting, measure, r
 from moco_det.benchmark.speed.detector import Task, peak_memory, step_functions
 from moco_det.benchmark.speed.pretraining import alternate, data_path, pretrain_step
 from moco_det.common.errors import exit_cleanly
+from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.moco.mechanisms import MECHANISMS
@@ -67,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     cost.set_defaults(report=report_cost)
 
     detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")
-    detector.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(detector)
     detector.add_argument("--engine", default="native", choices=ENGINES[1:])
     detector.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
     detector.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
@@ -75,7 +76,6 @@ def parse_args() -> argparse.Namespace:
     detector.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"))
     detector.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     detector.add_argument("--rounds", type=int, default=3)
-    detector.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     detector.set_defaults(report=report_detector)
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from moco_det.common.errors import exit_cleanly
-from moco_det.config.loading import load_config
+from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.dataset_doctor import describe, examine, table
 
 
@@ -36,13 +36,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 no problem; 1 problems, or an error",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(parser)
     parser.add_argument(
         "--images",
         type=_count,
         default=100,
         metavar="N",
-        help="photographs and label maps to decode of each set, or 'all' (default 100)",
+        help="images and label maps to decode of each set, or 'all' (default 100)",
     )
     parser.add_argument(
         "--list",
@@ -50,9 +50,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=10,
         metavar="N",
         help="problems of one kind to print for each set; 0 for all (default 10)",
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     return parser.parse_args(arguments)
 

@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from moco_det.common.errors import UserError, exit_cleanly
-from moco_det.config.loading import load_config
+from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.probe import Probe
 from moco_det.parity import comparison as parity
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 all within the tolerance; 1 not so, or an error",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(parser)
     parser.add_argument(
         "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
     )
@@ -46,9 +46,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)"
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     return parser.parse_args(arguments)
 

@@ -12,8 +12,9 @@ import os
 
 from moco_det.common.errors import EXIT_INTERRUPTED, exit_cleanly
 from moco_det.common.launch import launch
+from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, choose_engine
-from moco_det.evaluation.predictions import verify_results
+from moco_det.evaluation import verify_results
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             f"{EXIT_INTERRUPTED} SIGTERM, a checkpoint is saved"
         ),
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(parser)
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, no more")
     parser.add_argument(
         "--resume", action="store_true", help="go on from OUTPUT_DIR's last checkpoint, if any"
@@ -43,9 +44,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--allow-missing",
         action="store_true",
         help="let backbone arrays that MODEL.WEIGHTS lacks keep their random values",
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
 from moco_det.common.errors import UserError, exit_cleanly
-from moco_det.config.loading import load_config
+from moco_det.config.loading import add_config_file, add_config_option, load_config
 from moco_det.datasets import Dataset, Record, get_dataset, read_labels
 from moco_det.evaluation.predictions import checked
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", metavar="NAME", help="as in DATASETS.TEST")
-    source.add_argument("--config-file", metavar="FILE", help="YAML config: its first test set")
+    add_config_file(source, help="YAML config: its first test set")
     parser.add_argument("--train", action="store_true", help="the config's first training set")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run"
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ids", nargs="+", metavar="ID", help="image ids")
     parser.add_argument("--sheet", action="store_true", help="all on one picture, sheet.png")
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
+    add_config_option(parser)
     return parser.parse_args(arguments)
 
 

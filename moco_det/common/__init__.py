@@ -1,1 +1,6 @@
-"""What pretraining and detection both stand on: processes, errors, files, ResNet shapes."""
+"""What pretraining and detection both stand on; it imports nothing else of the project.
+
+Only what both sides use belongs here: the processes of a run and their launch, errors and exit
+codes, files written whole or not at all, ResNet shapes. Start with `errors.py`: a `UserError` is
+what a user can put right, and only a command turns it into an exit code.
+"""

@@ -30,8 +30,8 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     """The module of an optional package.
 
     Args:
-        needed_by: who asks for it, the beginning of the message.
-        install: what `pip install` is to be given.
+        needed_by: what cannot be done without it, the subject of the message.
+        install: the package as `pip install` knows it.
 
     Raises:
         UserError: it cannot be imported; names the package.
@@ -39,4 +39,6 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{needed_by} needs {install}: pip install {install} ({error})") from error
+        raise UserError(
+            f"{needed_by} needs the package {install}: pip install {install} ({error})"
+        ) from error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import print_on_main
-from moco_det.config.tasks import is_semantic
+from moco_det.config.checks import is_semantic
 
 # MoCo v1, Sec. 4.2: Detectron2's recipe of 8 GPUs with 2 images each, BN synchronised over all.
 PAPER_IMAGES = 16

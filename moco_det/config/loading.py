@@ -1,4 +1,4 @@
-"""Detectron2's YAML configuration, for both engines.
+"""A config from a YAML file and the command line, for both engines.
 
 The keys, their defaults and the file format (`_BASE_`, `KEY VALUE` pairs, tuples written as
 strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, listed in
@@ -14,6 +14,7 @@ strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, l
 Anything else is an error that names the key and the nearest known one.
 """
 
+import argparse
 import ast
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,47 @@ from fvcore.common.config import CfgNode
 from moco_det.common.errors import UserError
 from moco_det.config.defaults import DEFAULTS, DENSEPOSE_INERT, INERT, SUPPORTED
 
+# -- the command line -----------------------------------------------------------------------------
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config-file FILE, and KEY VALUE pairs after all flags (`args.opts`)."""
+    add_config_file(parser, required=True)
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        action=_Pairs,
+        metavar="KEY VALUE",
+        help="config keys to override",
+    )
+
+
+def add_config_file(
+    parser: argparse._ActionsContainer, required: bool = False, help: str = "YAML config"
+) -> None:
+    """--config-file FILE alone, for a parser or a group of one."""
+    parser.add_argument("--config-file", required=required, metavar="FILE", help=help)
+
+
+def add_config_option(parser: argparse.ArgumentParser, help: str = "config keys") -> None:
+    """KEY VALUE pairs as a flag, --opts, which others may follow."""
+    parser.add_argument(
+        "--opts", nargs="+", default=[], action=_Pairs, metavar="KEY VALUE", help=help
+    )
+
+
+class _Pairs(argparse.Action):
+    """Stores KEY VALUE pairs; argparse takes all that follows them for more, flags too."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        flags = [value for value in values if value.startswith("--")]
+        if flags:
+            parser.error(f"{flags[0]} comes after KEY VALUE pairs: put all flags before them")
+        setattr(namespace, self.dest, values)
+
+
+# -- the config -----------------------------------------------------------------------------------
+
 
 def get_cfg() -> CfgNode:
     """A fresh, unfrozen copy of the defaults."""
@@ -33,10 +75,14 @@ def get_cfg() -> CfgNode:
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Read a YAML file over the defaults, then the `KEY VALUE KEY VALUE ...` list `opts` over both.
+    """The defaults, a YAML file over them, and the `KEY VALUE KEY VALUE ...` list `opts` over both.
 
-    Returns the frozen config. Raises `UserError` for an unreadable file, an unknown key, a value of
-    the wrong type, and a value that the native engine does not support.
+    Returns:
+        The frozen config.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a value of the wrong type, or one that the
+            native engine does not support.
     """
     cfg = get_cfg()
     for key, value in leaves(_read_yaml(path)):
@@ -55,19 +101,6 @@ def check_supported(cfg: CfgNode) -> None:
         if values[key] not in supported:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
-
-
-def check_dilated_c5(cfg: CfgNode) -> None:
-    """UserError unless the ResNet of `cfg` ends in a res5 of dilation 2 and returns only that."""
-    needed = {"RES5_DILATION": 2, "OUT_FEATURES": ["res5"]}
-    if cfg.MODEL.RESNETS.DEPTH < 50:
-        needed = {"DEPTH": "50 or more: smaller ones have no dilation"}
-    for key, value in needed.items():
-        if cfg.MODEL.RESNETS[key] != value:
-            raise UserError(
-                f"MODEL.RESNETS.{key} is {cfg.MODEL.RESNETS[key]}; the backbone "
-                f"build_resnet_dilated_c5_backbone needs {value}"
-            )
 
 
 def on_available_device(cfg: CfgNode) -> CfgNode:

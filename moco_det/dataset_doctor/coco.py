@@ -8,35 +8,39 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
-from moco_det.dataset_doctor.official import Place
-from moco_det.dataset_doctor.report import Photograph, Problem, Report
-from moco_det.datasets import read_coco
+from moco_det.dataset_doctor.report import ListedImage, Problem, Report
+from moco_det.datasets import Location, read_coco
 from moco_det.datasets.densepose import dense_pose
 
 
-def check_coco(place: Place, report: Report, masks: bool) -> list[Photograph]:
-    """Report what is wrong with the annotation file; the photographs, some of which may lack.
+def check_coco(location: Location, report: Report, masks: bool) -> list[ListedImage]:
+    """Report what is wrong with the annotation file; return the images that it lists.
 
     `masks`: every object needs one.
     """
-    image_dir = Path(place.second).expanduser()
-    if report.lacks((place.first, image_dir)):
+    image_dir = Path(location.second).expanduser()
+    if report.lacks((location.first, image_dir)):
         return []
     try:
-        content = read_coco(place.first)
+        content = read_coco(location.first)
     except UserError as error:
         report.problem("annotation", error)
         return []
-    images = _check_images(content["images"], place, report)
-    _check_annotations(content, images, place, report, masks)
+    images = _check_images(content["images"], location, report)
+    report.objects = len(content["annotations"])
+    _check_ids(content["annotations"], report)
+    if location.kind == "densepose":
+        _check_dense_poses(content["annotations"], report)
+    _check_annotations(content, images, report, masks)
     return [
-        Photograph(_path(image, image_dir, place.kind), _size(image)) for image in images.values()
+        ListedImage(_path(image, image_dir, location.kind), _size(image))
+        for image in images.values()
     ]
 
 
-def _check_images(entries: list[dict], place: Place, report: Report) -> dict[Any, dict]:
+def _check_images(entries: list[dict], location: Location, report: Report) -> dict[Any, dict]:
     """Image id -> entry; an entry without an id or a file name, or a second one, is a problem."""
-    name = "coco_url" if place.kind == "lvis" else "file_name"
+    name = "coco_url" if location.kind == "lvis" else "file_name"
     report.images = len(entries)
     images = {}
     for entry in entries:
@@ -48,7 +52,7 @@ def _check_images(entries: list[dict], place: Place, report: Report) -> dict[Any
         else:
             images[entry["id"]] = entry
     if not entries:
-        report.problem("list", f"{place.first} lists no image")
+        report.problem("list", f"{location.first} lists no image")
     return images
 
 
@@ -64,14 +68,8 @@ def _size(image: dict) -> tuple[int, int] | None:
     return (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
 
 
-def _check_annotations(
-    content: dict, images: dict, place: Place, report: Report, masks: bool
-) -> None:
+def _check_annotations(content: dict, images: dict, report: Report, masks: bool) -> None:
     categories = {category["id"]: category for category in content["categories"]}
-    report.objects = len(content["annotations"])
-    _check_ids(content["annotations"], place, report)
-    if place.kind == "densepose":
-        _check_dense_poses(content["annotations"], report)
     for annotation in content["annotations"]:
         label = _label(annotation)
         try:
@@ -86,10 +84,10 @@ def _label(annotation: dict) -> str:
     return f"annotation {annotation.get('id', '?')} of image {annotation.get('image_id', '?')}"
 
 
-def _check_ids(annotations: list[dict], place: Place, report: Report) -> None:
+def _check_ids(annotations: list[dict], report: Report) -> None:
     ids = Counter(annotation.get("id") for annotation in annotations)
     repeated = {i: times for i, times in ids.items() if i is not None and times > 1}
-    if repeated and place.official and place.official.repeats:
+    if repeated and report.official and report.official.repeats:
         report.notes.append(
             f"{len(repeated)} annotations are listed more than once, as in the official file"
         )

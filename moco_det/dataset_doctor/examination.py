@@ -1,24 +1,34 @@
 """All checks of all data sets that a config names."""
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
 from moco_det.common.errors import UserError
-from moco_det.config.tasks import check_dataset
+from moco_det.config.checks import check_dataset
 from moco_det.dataset_doctor.coco import check_coco
-from moco_det.dataset_doctor.label_maps import (
+from moco_det.dataset_doctor.folders import (
     check_cityscapes,
     check_semantic_cityscapes,
     check_semantic_voc,
+    check_voc,
+    evenly_spaced,
 )
-from moco_det.dataset_doctor.official import COCO_KINDS, Official, Place, find_place, remedy
-from moco_det.dataset_doctor.report import Photograph, Report, check_photographs
-from moco_det.dataset_doctor.voc import check_voc
-from moco_det.datasets import Dataset, get_dataset
-from moco_det.densepose import files as densepose_files
+from moco_det.dataset_doctor.official import OFFICIAL, Official
+from moco_det.dataset_doctor.report import ListedImage, Problem, Report
+from moco_det.datasets import Dataset, Location, get_dataset, locate
+from moco_det.densepose import body
 
 _LABEL_MAPS = {
     "voc_sem_seg": check_semantic_voc,
     "cityscapes_sem_seg": check_semantic_cityscapes,
     "cityscapes": check_cityscapes,
 }
+_EXIF_ORIENTATION = 0x0112
+_ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
 
 def examine(cfg, limit: int | None) -> list[Report]:
@@ -26,8 +36,8 @@ def examine(cfg, limit: int | None) -> list[Report]:
 
     Args:
         cfg: says which data sets, and what the model learns from them.
-        limit: photographs and label maps of each set that are decoded; None for all. Whether they
-            are there, and all other annotations, is checked of every image.
+        limit: images and label maps of each set that are decoded; None for all. Whether they
+            exist, and all other annotations, is checked for every image.
 
     Raises:
         UserError: the config names no data set.
@@ -35,7 +45,7 @@ def examine(cfg, limit: int | None) -> list[Report]:
     names = tuple(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set")
-    reports = [Report(name) for name in names]
+    reports = [Report(name, OFFICIAL.get(name)) for name in names]
     datasets = [_examine_one(cfg, report, limit) for report in reports]
     _compare_classes(reports, datasets)
     return reports
@@ -44,43 +54,77 @@ def examine(cfg, limit: int | None) -> list[Report]:
 def _examine_one(cfg, report: Report, limit: int | None) -> Dataset | None:
     """Fill one report; the data set, if it can be opened."""
     try:
-        place = find_place(report.name)
+        location = locate(report.name)
     except UserError as error:
         report.problem("name", error)
         return None
-    if place.official:
-        report.expected, report.remedy = place.official.images, remedy(place.official)
-    photographs = check_files(cfg, place, report, limit)
-    check_photographs(report, photographs, limit)
-    if place.kind == "densepose" and cfg.MODEL.DENSEPOSE_ON:
+    _check_images(check_files(cfg, location, report, limit), report, limit)
+    if location.kind == "densepose" and cfg.MODEL.DENSEPOSE_ON:
         _check_body_files(cfg, report)
-    if place.official:
-        _check_counts(place.official, report)
+    if report.official:
+        _check_counts(report.official, report)
     if report.images is None:
         return None  # the layout lacks something, and that is reported
-    return _check_against_model(cfg, place, report)
+    return _check_against_model(cfg, location, report)
 
 
-def check_files(cfg, place: Place, report: Report, limit: int | None) -> list[Photograph]:
-    """The checks of the layout and the annotations; the photographs that these name."""
-    if place.kind == "voc":
-        return check_voc(place, report)
-    if place.kind in COCO_KINDS:
-        return check_coco(place, report, masks=cfg.MODEL.MASK_ON)
-    return _LABEL_MAPS[place.kind](place, report, limit)
+def check_files(cfg, location: Location, report: Report, limit: int | None) -> list[ListedImage]:
+    """Check the layout and the annotations; return the images that these list."""
+    if location.kind == "voc":
+        return check_voc(location, report)
+    if location.kind in _LABEL_MAPS:
+        return _LABEL_MAPS[location.kind](location, report, limit)
+    return check_coco(location, report, masks=cfg.MODEL.MASK_ON)
+
+
+def _check_images(images: Sequence[ListedImage], report: Report, limit: int | None) -> None:
+    """Look for all of them; decode `limit`, evenly spaced over the set (None: all)."""
+    present, absent = [], []
+    for image in images:
+        (present if image.path.is_file() else absent).append(image)
+    if images and not present:
+        report.problem(
+            "layout", f"none of the {len(images):,} images exists; expected {images[0].path}"
+        )
+        return
+    for image in absent:
+        report.problem("image", f"{image.path} does not exist")
+    chosen = evenly_spaced(present, limit)
+    report.decoded = len(chosen)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        report.problems += filter(None, threads.map(_image_problem, chosen))
+
+
+def _image_problem(image: ListedImage) -> Problem | None:
+    try:
+        size = _decoded_size(image.path)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        return Problem("image", f"{image.path} cannot be decoded: {error}")
+    if image.size in (None, size):
+        return None
+    (height, width), (h, w) = image.size, size
+    text = f"{image.path} is {w}x{h} pixels, its annotation says {width}x{height}"
+    return Problem("size", text)
+
+
+def _decoded_size(path: Path) -> tuple[int, int]:
+    """(height, width) after decoding all pixels, turned upright as training does."""
+    with Image.open(path) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        image.load()
+        size = image.height, image.width
+    return size[::-1] if orientation >= _ON_ITS_SIDE else size
 
 
 def _check_body_files(cfg, report: Report) -> None:
     """The files of the template body that training and scoring on this set read."""
     needed = []
     if report.name in cfg.DATASETS.TRAIN and cfg.INPUT.RANDOM_FLIP == "horizontal":
-        needed.append(densepose_files.SYMMETRIES)
+        needed.append(body.SYMMETRIES)
     if report.name in cfg.DATASETS.TEST:
-        needed += densepose_files.GEODESICS
-    for path in densepose_files.missing(needed):
-        report.problem(
-            "files", f"{path} does not exist: download {densepose_files.SITE}{path.name}"
-        )
+        needed += body.GEODESICS
+    for path in body.missing(needed):
+        report.problem("files", f"{path} does not exist: download {body.SITE}{path.name}")
 
 
 def _check_counts(official: Official, report: Report) -> None:
@@ -99,12 +143,12 @@ def _check_counts(official: Official, report: Report) -> None:
         )
 
 
-def _check_against_model(cfg, place: Place, report: Report) -> Dataset | None:
+def _check_against_model(cfg, location: Location, report: Report) -> Dataset | None:
     """Open the data set as a run does; report what the model cannot learn from it."""
     try:
         dataset = get_dataset(report.name)
     except UserError as error:
-        report.problem("version" if place.kind == "lvis" else "classes", error)
+        report.problem("version" if location.kind == "lvis" else "classes", error)
         return None
     report.classes = len(dataset.classes)
     try:

@@ -1,4 +1,8 @@
-"""Detection data sets by name, as lists of Detectron2's standard records.
+"""Data sets by name, as lists of Detectron2's standard records.
+
+What reads annotations belongs here, one module for each format; what scores predictions does not
+(`moco_det.evaluation`), nor what turns records into a model's input (`moco_det.native.data`). Start
+with `get_dataset` below and `dataset.py`, which says what a data set is.
 
 Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its layout:
     voc_2007_trainval          VOC2007/{JPEGImages,Annotations,ImageSets/Main/trainval.txt}
@@ -21,48 +25,66 @@ A folder of one's own, named in the YAML or on the command line, without registr
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import cityscapes, coco, densepose, lvis, semantic, voc
 from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import CocoDataset, read_coco
 from moco_det.datasets.dataset import Dataset, Record
 from moco_det.datasets.densepose import DensePoseDataset
-from moco_det.datasets.lvis import LvisDataset
-from moco_det.datasets.semantic import SemanticDataset, read_labels
+from moco_det.datasets.lvis import LvisDataset, refuse_other_versions
+from moco_det.datasets.semantic import (
+    SemanticCityscapesDataset,
+    SemanticDataset,
+    SemanticVocDataset,
+    read_labels,
+)
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
 
 __all__ = [
+    "KINDS",
     "VOC_CLASSES",
     "CityscapesDataset",
     "CocoDataset",
     "Dataset",
     "DensePoseDataset",
+    "Location",
     "LvisDataset",
     "Record",
+    "SemanticCityscapesDataset",
     "SemanticDataset",
+    "SemanticVocDataset",
     "VocDataset",
+    "data_root",
     "get_dataset",
+    "locate",
     "read_coco",
     "read_labels",
 ]
 
-# kind -> module with NAMES, builtin(name, root) and own(name, first part, second part)
-_KINDS = {
-    "voc": voc,
-    "coco": coco,
-    "densepose": densepose,
-    "lvis": lvis,
-    "cityscapes": cityscapes,
-    "voc_sem_seg": semantic,
-    "cityscapes_sem_seg": semantic,
+KINDS: dict[str, type[Dataset]] = {
+    "voc": VocDataset,
+    "coco": CocoDataset,
+    "densepose": DensePoseDataset,
+    "lvis": LvisDataset,
+    "cityscapes": CityscapesDataset,
+    "voc_sem_seg": SemanticVocDataset,
+    "cityscapes_sem_seg": SemanticCityscapesDataset,
 }
-_OWN_FORMS = (
-    "voc:ROOT:SPLIT, coco:ANNOTATIONS.json:IMAGE_DIR, densepose:ANNOTATIONS.json:IMAGE_DIR, "
-    "lvis:ANNOTATIONS.json:IMAGE_DIR, cityscapes:ROOT:SPLIT, voc_sem_seg:ROOT:SPLIT or "
-    "cityscapes_sem_seg:ROOT:SPLIT"
-)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a data set is looked for: the parts of KIND:FIRST:SECOND.
+
+    `data_root`: that of a built-in data set; None for one of the user's own.
+    """
+
+    kind: str
+    first: Path
+    second: str
+    data_root: Path | None = None
 
 
 def data_root() -> Path:
@@ -73,18 +95,35 @@ def data_root() -> Path:
 def get_dataset(name: str) -> Dataset:
     """The data set of that name; see the head of this module for the names.
 
-    Raises `UserError` for an unknown name and for a missing file or folder.
+    Raises:
+        UserError: an unknown name; a missing file or folder.
     """
-    for module in _KINDS.values():
-        if name in module.NAMES:
-            return module.builtin(name, data_root())
-    lvis.refuse_other_versions(name)
-    kind, _, rest = name.partition(":")
-    first, _, second = rest.rpartition(":")
-    if kind in _KINDS and first and second:
-        return _KINDS[kind].own(name, Path(first).expanduser(), second)
+    found = locate(name)
+    return KINDS[found.kind].open(name, found.first, found.second, found.data_root)
+
+
+def locate(name: str) -> Location:
+    """Where the data set of that name is looked for.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    for kind, dataset in KINDS.items():
+        if name in dataset.builtin:
+            root = data_root()
+            first, second = dataset.builtin[name]
+            if dataset.form.endswith(":IMAGE_DIR"):
+                second = str(root / second)
+            return Location(kind, root / first, second, root)
+    refuse_other_versions(name)
+    kind, _, parts = name.partition(":")
+    first, _, second = parts.rpartition(":")
+    if kind in KINDS and first and second:
+        return Location(kind, Path(first).expanduser(), second)
+    *others, last = (f"{kind}:{dataset.form}" for kind, dataset in KINDS.items())
+    forms = f"{', '.join(others)} or {last}"
     if ":" in name:
-        raise UserError(f"dataset {name!r}: a data set of one's own is written {_OWN_FORMS}")
-    names = [known for module in _KINDS.values() for known in module.NAMES]
+        raise UserError(f"dataset {name!r}: a data set of one's own is written {forms}")
+    names = [known for dataset in KINDS.values() for known in dataset.builtin]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-    raise UserError(f"no dataset {name!r}: the nearest name is {nearest}; own data: {_OWN_FORMS}")
+    raise UserError(f"no dataset {name!r}: the nearest name is {nearest}; own data: {forms}")

@@ -42,20 +42,25 @@ LABEL_IDS = {
 }
 # fmt: on
 _CLASS_OF = {label: index for index, label in enumerate(LABEL_IDS.values())}
-_LAST_LABEL = 33
+LAST_LABEL = 33
 
-_PHOTOGRAPH, _INSTANCE_IDS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
-_SPLIT_OF = {f"cityscapes_fine_instance_seg_{split}": split for split in ("train", "val")}
-NAMES = tuple(_SPLIT_OF)
+_IMAGE, _INSTANCE_IDS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
-@dataclass(frozen=True)
-class CityscapesDataset(Dataset):
-    """A split of Cityscapes' layout."""
+class CityscapesLayout:
+    """A split of Cityscapes' folders, for a `Dataset` with the fields `root` and `split`.
 
-    evaluator: ClassVar[str] = "cityscapes"
-    root: Path
-    split: str
+    `all_classes` are those of every data set of the kind.
+    """
+
+    form: ClassVar[str] = "ROOT:SPLIT"
+    all_classes: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def open(cls, name: str, first: Path, second: str, data_root: Path | None = None) -> Dataset:
+        dataset = cls(name, cls.all_classes, first, second)
+        require(name, (dataset.image_dir, dataset.label_dir), data_root)
+        return dataset
 
     @property
     def image_dir(self) -> Path:
@@ -65,6 +70,19 @@ class CityscapesDataset(Dataset):
     def label_dir(self) -> Path:
         return self.root / "gtFine" / self.split
 
+
+@dataclass(frozen=True)
+class CityscapesDataset(CityscapesLayout, Dataset):
+    """Instances of a split of Cityscapes' layout."""
+
+    evaluator: ClassVar[str] = "cityscapes"
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"cityscapes_fine_instance_seg_{split}": ("cityscapes", split) for split in ("train", "val")
+    }
+    all_classes: ClassVar[tuple[str, ...]] = tuple(LABEL_IDS)
+    root: Path
+    split: str
+
     def records(self) -> list[Record]:
         """As in `Dataset`, sorted by image id, "CITY_SEQUENCE_FRAME".
 
@@ -73,17 +91,17 @@ class CityscapesDataset(Dataset):
         each once as long as it does not change.
 
         Raises:
-            UserError: a photograph without a map, or the reverse; a map that cannot be read or is
+            UserError: an image without a map, or the reverse; a map that cannot be read or is
                 none; no image at all.
         """
         maps = self.instance_files()
-        photographs = _by_id(self.image_dir, _PHOTOGRAPH)
-        self._check_pairs(photographs, maps)
+        images = _by_id(self.image_dir, _IMAGE)
+        self._check_pairs(images, maps)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             contents = threads.map(_read, maps.values())
             return [
                 {
-                    "file_name": str(photographs[image_id]),
+                    "file_name": str(images[image_id]),
                     "image_id": image_id,
                     "height": content[0],
                     "width": content[1],
@@ -99,10 +117,10 @@ class CityscapesDataset(Dataset):
             raise UserError(f"dataset {self.name}: no CITY/*{_INSTANCE_IDS} in {self.label_dir}")
         return maps
 
-    def _check_pairs(self, photographs: dict[str, Path], maps: dict[str, Path]) -> None:
+    def _check_pairs(self, images: dict[str, Path], maps: dict[str, Path]) -> None:
         for first, second, ending, folder in (
-            (photographs, maps, _INSTANCE_IDS, self.label_dir),
-            (maps, photographs, _PHOTOGRAPH, self.image_dir),
+            (images, maps, _INSTANCE_IDS, self.label_dir),
+            (maps, images, _IMAGE, self.image_dir),
         ):
             alone = sorted(first.keys() - second.keys())
             if alone:
@@ -113,25 +131,15 @@ class CityscapesDataset(Dataset):
                 )
 
 
-def builtin(name: str, root: Path) -> CityscapesDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    return _open(name, root / "cityscapes", _SPLIT_OF[name], holder=root)
-
-
-def own(name: str, folder: Path, split: str) -> CityscapesDataset:
-    """The split of a folder with this layout, called `name`."""
-    return _open(name, folder, split)
-
-
-def _open(name: str, root: Path, split: str, holder: Path | None = None) -> CityscapesDataset:
-    dataset = CityscapesDataset(name, tuple(LABEL_IDS), root, split)
-    for path in (dataset.image_dir, dataset.label_dir):
-        require(name, path, holder)
-    return dataset
+def files_by_city(folder: Path, ending: str) -> dict[str, Path]:
+    """ "CITY/ID" -> the file FOLDER/CITY/ID + ending."""
+    paths = folder.glob(f"*/*{ending}")
+    return {str(path.relative_to(folder)).removesuffix(ending): path for path in paths}
 
 
 def _by_id(folder: Path, ending: str) -> dict[str, Path]:
-    paths = {path.name.removesuffix(ending): path for path in folder.glob(f"*/*{ending}")}
+    """Image id -> its file, sorted."""
+    paths = {Path(name).name: path for name, path in files_by_city(folder, ending).items()}
     return dict(sorted(paths.items()))
 
 
@@ -150,7 +158,7 @@ def _annotation(number: int, label: int, counts: bytes, size: tuple[int, int]) -
 
 
 def _read(path: Path) -> tuple[int, int, tuple[_Object, ...]]:
-    """(height, width, the objects of the 8 classes) of a map."""
+    """(height, width, objects of the 8 classes) of a map."""
     try:
         state = path.stat()
     except OSError as error:
@@ -161,15 +169,15 @@ def _read(path: Path) -> tuple[int, int, tuple[_Object, ...]]:
 @functools.cache
 def _parse(path: Path, state: tuple[int, int]) -> tuple[int, int, tuple[_Object, ...]]:
     """Kept for each state of a file: a run reads its data sets several times."""
-    numbers = _read_numbers(path)
+    numbers = read_instance_ids(path)
     height, width = numbers.shape
     objects = []
     for number, counts in run_lengths(numbers).items():
         label = number // 1000 if number >= 1000 else number
-        if label > _LAST_LABEL:
+        if label > LAST_LABEL:
             raise UserError(
                 f"{path} holds the number {number}, which is of label {label}; Cityscapes' labels "
-                f"are 0 to {_LAST_LABEL}"
+                f"are 0 to {LAST_LABEL}"
             )
         if label in _CLASS_OF:
             shape = coco_mask.frPyObjects(
@@ -179,7 +187,7 @@ def _parse(path: Path, state: tuple[int, int]) -> tuple[int, int, tuple[_Object,
     return height, width, tuple(objects)
 
 
-def _read_numbers(path: Path) -> np.ndarray:
+def read_instance_ids(path: Path) -> np.ndarray:
     """The map as int64 (H, W)."""
     try:
         with Image.open(path) as image:

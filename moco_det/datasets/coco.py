@@ -5,28 +5,29 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
 
-# name -> (annotation file, image folder)
-_BUILTIN = {
-    "coco_2014_train": ("instances_train2014.json", "train2014"),
-    "coco_2014_val": ("instances_val2014.json", "val2014"),
-    "coco_2014_minival": ("instances_minival2014.json", "val2014"),
-    "coco_2014_valminusminival": ("instances_valminusminival2014.json", "val2014"),
-    "coco_2017_train": ("instances_train2017.json", "train2017"),
-    "coco_2017_val": ("instances_val2017.json", "val2017"),
-    "coco_2017_val_100": ("instances_val2017_100.json", "val2017"),
+_INSTANCES = {
+    "coco_2014_train": ("coco/annotations/instances_train2014.json", "coco/train2014"),
+    "coco_2014_val": ("coco/annotations/instances_val2014.json", "coco/val2014"),
+    "coco_2014_minival": ("coco/annotations/instances_minival2014.json", "coco/val2014"),
+    "coco_2014_valminusminival": (
+        "coco/annotations/instances_valminusminival2014.json",
+        "coco/val2014",
+    ),
+    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
+    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
+    "coco_2017_val_100": ("coco/annotations/instances_val2017_100.json", "coco/val2017"),
 }
-_BUILTIN |= {
-    f"keypoints_{name}": (json_name.replace("instances", "person_keypoints"), image_dir)
-    for name, (json_name, image_dir) in _BUILTIN.items()
+_KEYPOINTS = {
+    f"keypoints_{name}": (json_file.replace("instances", "person_keypoints"), image_dir)
+    for name, (json_file, image_dir) in _INSTANCES.items()
 }
-NAMES = tuple(_BUILTIN)
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,29 @@ class CocoDataset(Dataset):
     """COCO's instances format. `category_ids[i]` is the file's id of contiguous category `i`."""
 
     evaluator: ClassVar[str] = "coco"
+    form: ClassVar[str] = "ANNOTATIONS.json:IMAGE_DIR"
+    builtin: ClassVar[dict[str, tuple[str, str]]] = _INSTANCES | _KEYPOINTS
     json_file: Path
     image_dir: Path
     category_ids: tuple[int, ...]
+
+    @classmethod
+    def open(
+        cls, name: str, first: Path, second: str, data_root: Path | None = None
+    ) -> "CocoDataset":
+        image_dir = Path(second).expanduser()
+        require(name, (first, image_dir), data_root)
+        categories = read_categories(first)
+        cls._check_categories(first, categories)
+        classes = tuple(category["name"] for category in categories)
+        ids = tuple(category["id"] for category in categories)
+        keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
+        names = keypoints.pop() if len(keypoints) == 1 else ()
+        return cls(name, classes, first, image_dir, ids, keypoint_names=names)
+
+    @classmethod
+    def _check_categories(cls, json_file: Path, categories: tuple[dict[str, Any], ...]) -> None:
+        """UserError where the categories are not those that this kind of data set has."""
 
     def records(self) -> list[Record]:
         """As in `Dataset`, sorted by image id, which is the number in the file.
@@ -95,21 +116,6 @@ class CocoDataset(Dataset):
         return self.image_dir / image["file_name"]
 
 
-Opened = TypeVar("Opened", bound=CocoDataset)
-
-
-def builtin(name: str, root: Path) -> CocoDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    json_name, image_dir = _BUILTIN[name]
-    json_file = root / "coco" / "annotations" / json_name
-    return open_coco(CocoDataset, name, json_file, root / "coco" / image_dir, holder=root)
-
-
-def own(name: str, json_file: Path, image_dir: str) -> CocoDataset:
-    """The data set of an annotation file and an image folder, called `name`."""
-    return open_coco(CocoDataset, name, json_file, Path(image_dir).expanduser())
-
-
 def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO instances file; `UserError` if it is not one."""
     try:
@@ -120,23 +126,6 @@ def read_coco(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or any(section not in content for section in sections):
         raise UserError(f"{path} is not in COCO's instances format: it needs {', '.join(sections)}")
     return content
-
-
-def open_coco(
-    kind: type[Opened], name: str, json_file: Path, image_dir: Path, holder: Path | None = None
-) -> Opened:
-    """The data set of a `kind` that an annotation file and an image folder make up.
-
-    `holder`: the root of the built-in data sets, for the message of a missing file.
-    """
-    require(name, json_file, holder)
-    require(name, image_dir, holder)
-    categories = read_categories(json_file)
-    classes = tuple(category["name"] for category in categories)
-    ids = tuple(category["id"] for category in categories)
-    keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
-    names = keypoints.pop() if len(keypoints) == 1 else ()
-    return kind(name, classes, json_file, image_dir, ids, keypoint_names=names)
 
 
 def read_categories(json_file: Path) -> tuple[dict[str, Any], ...]:

@@ -1,5 +1,11 @@
-"""What a data set is: a name, classes, and Detectron2's standard records."""
+"""What a data set is: a name, classes, and Detectron2's standard records.
 
+A data set of one's own is written KIND:FIRST:SECOND. A built-in one is such a data set too, below
+the data root, under Detectron2's name. So a kind is a subclass of `Dataset` that says what its two
+parts are, which names are built in, and how a data set is opened from them.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +26,23 @@ class Dataset:
     """
 
     evaluator: ClassVar[str]
+    form: ClassVar[str]  # what the two parts of a name of one's own are, "FIRST:SECOND"
+    builtin: ClassVar[dict[str, tuple[str, str]]]  # name -> the two parts, below the data root
     name: str
     classes: tuple[str, ...]
     keypoint_names: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @classmethod
+    def open(cls, name: str, first: Path, second: str, data_root: Path | None = None) -> "Dataset":
+        """The data set called `name`, with the parts that `form` names.
+
+        Args:
+            data_root: of a built-in data set; None for one of the user's own.
+
+        Raises:
+            UserError: a file or folder is missing or is not of this kind.
+        """
+        raise NotImplementedError
 
     @property
     def keypoint_flips(self) -> tuple[tuple[str, str], ...]:
@@ -40,14 +60,16 @@ class Dataset:
         raise NotImplementedError
 
 
-def require(name: str, path: Path, holder: Path | None) -> None:
-    """Check that `path` exists. `holder`: the root of the built-in data sets, for the message."""
-    if path.exists():
-        return
-    message = f"dataset {name}: expected {path}, which does not exist"
-    if holder is not None:
-        message += f"; set DETECTRON2_DATASETS to the folder that is to hold it, now {holder}"
-    raise UserError(message)
+def require(name: str, paths: Iterable[Path], data_root: Path | None) -> None:
+    """UserError for the first of `paths` that does not exist; `data_root`: see `Dataset.open`."""
+    for path in paths:
+        if not path.exists():
+            message = f"dataset {name}: expected {path}, which does not exist"
+            if data_root is not None:
+                message += (
+                    f"; set DETECTRON2_DATASETS to the folder that is to hold it, now {data_root}"
+                )
+            raise UserError(message)
 
 
 def image_size(path: Path) -> tuple[int, int]:

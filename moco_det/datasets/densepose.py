@@ -6,27 +6,17 @@ Below $DETECTRON2_DATASETS, in Detectron2's layout:
     densepose_coco_2014_minival_100     .../densepose_minival2014_100.json
     densepose_coco_2014_valminusminival .../densepose_valminusminival2014.json
 or `densepose:ANNOTATIONS.json:IMAGE_DIR`. Evaluation needs files of the template body besides; see
-`moco_det.densepose.files`.
+`moco_det.densepose.body`.
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.coco import CocoDataset, open_coco
-
-# name -> (annotation file, image folder)
-_BUILTIN = {
-    "densepose_coco_2014_train": ("densepose_train2014.json", "train2014"),
-    "densepose_coco_2014_minival": ("densepose_minival2014.json", "val2014"),
-    "densepose_coco_2014_minival_100": ("densepose_minival2014_100.json", "val2014"),
-    "densepose_coco_2014_valminusminival": ("densepose_valminusminival2014.json", "val2014"),
-}
-NAMES = tuple(_BUILTIN)
+from moco_det.datasets.coco import CocoDataset
 
 # field -> least and greatest number: across the box, of charts, on the chart
 _RANGES = {
@@ -45,6 +35,15 @@ class DensePoseDataset(CocoDataset):
     """COCO's instances format with dense pose."""
 
     evaluator: ClassVar[str] = "densepose"
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"densepose_coco_2014_{part}": (f"coco/annotations/densepose_{file}.json", image_dir)
+        for part, file, image_dir in (
+            ("train", "train2014", "coco/train2014"),
+            ("minival", "minival2014", "coco/val2014"),
+            ("minival_100", "minival2014_100", "coco/val2014"),
+            ("valminusminival", "valminusminival2014", "coco/val2014"),
+        )
+    }
 
     def _annotation(self, annotation: dict[str, Any], contiguous: dict) -> dict[str, Any] | None:
         """COCO's and, where the file has them, the fields of `dense_pose`, as in Detectron2."""
@@ -109,15 +108,3 @@ def _checked_mask(shape: Any) -> dict[str, Any] | list:
     if isinstance(shape["counts"], list):
         return coco_mask.frPyObjects(shape, *_MASK_SIZE)
     return shape
-
-
-def builtin(name: str, root: Path) -> DensePoseDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    json_name, image_dir = _BUILTIN[name]
-    json_file = root / "coco" / "annotations" / json_name
-    return open_coco(DensePoseDataset, name, json_file, root / "coco" / image_dir, holder=root)
-
-
-def own(name: str, json_file: Path, image_dir: str) -> DensePoseDataset:
-    """The data set of an annotation file and an image folder, called `name`."""
-    return open_coco(DensePoseDataset, name, json_file, Path(image_dir).expanduser())

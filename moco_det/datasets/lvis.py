@@ -16,19 +16,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.coco import CocoDataset, read_categories
+from moco_det.datasets.coco import CocoDataset
 from moco_det.datasets.dataset import Record, require
 
 NUM_CLASSES = 1230
 _CLASSES_OF_V1 = 1203
 _FREQUENCIES = {"r", "c", "f"}  # rare, common, frequent
-
-# name -> (annotation file, image folder)
-_BUILTIN = {
-    "lvis_v0.5_train": ("lvis_v0.5_train.json", "train2017"),
-    "lvis_v0.5_val": ("lvis_v0.5_val.json", "val2017"),
-}
-NAMES = tuple(_BUILTIN)
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,33 @@ class LvisDataset(CocoDataset):
     """LVIS v0.5."""
 
     evaluator: ClassVar[str] = "lvis"
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"lvis_v0.5_{split}": (f"lvis/lvis_v0.5_{split}.json", "coco") for split in ("train", "val")
+    }
+
+    @classmethod
+    def open(
+        cls, name: str, first: Path, second: str, data_root: Path | None = None
+    ) -> "LvisDataset":
+        if data_root is not None:
+            _, split = name.rsplit("_", 1)
+            require(name, [Path(second) / f"{split}2017"], data_root)
+        return super().open(name, first, second, data_root)
+
+    @classmethod
+    def _check_categories(cls, json_file: Path, categories: tuple[dict[str, Any], ...]) -> None:
+        """The file names no version; its categories tell."""
+        if len(categories) != NUM_CLASSES:
+            version = "LVIS v1" if len(categories) == _CLASSES_OF_V1 else "not LVIS v0.5"
+            raise UserError(
+                f"{json_file} has {len(categories):,} categories, so it is {version}: the paper's "
+                f"LVIS is v0.5, with {NUM_CLASSES:,}; take its files, lvis_v0.5_train.json and "
+                "_val.json"
+            )
+        if any(category.get("frequency") not in _FREQUENCIES for category in categories):
+            raise UserError(
+                f"{json_file} is not LVIS v0.5: each of its categories has a frequency, r, c or f"
+            )
 
     def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:
         """COCO's, and as in Detectron2 what is known of an image, as the file's category ids.
@@ -53,47 +73,11 @@ class LvisDataset(CocoDataset):
         return (within if within.is_dir() else self.image_dir) / name
 
 
-def builtin(name: str, root: Path) -> LvisDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    json_name, folder = _BUILTIN[name]
-    require(name, root / "coco" / folder, root)
-    return _open(name, root / "lvis" / json_name, root / "coco", holder=root)
-
-
-def own(name: str, json_file: Path, image_dir: str) -> LvisDataset:
-    """The data set of an annotation file and an image folder, called `name`."""
-    return _open(name, json_file, Path(image_dir).expanduser())
-
-
 def refuse_other_versions(name: str) -> None:
     """UserError for a name of LVIS in another version, or in COCO's classes."""
     if re.match(r"lvis_(v(?!0\.5)|.*_cocofied)", name):
         raise UserError(
             f"dataset {name}: only LVIS v0.5 with its {NUM_CLASSES:,} classes is supported, on "
             "which the paper's numbers were measured (v1 has 1,203 classes and other images); the "
-            f"names are {' and '.join(NAMES)}"
-        )
-
-
-def _open(name: str, json_file: Path, image_dir: Path, holder: Path | None = None) -> LvisDataset:
-    for path in (json_file, image_dir):
-        require(name, path, holder)
-    categories = read_categories(json_file)
-    _check_version(json_file, categories)
-    classes = tuple(category["name"] for category in categories)
-    ids = tuple(category["id"] for category in categories)
-    return LvisDataset(name, classes, json_file, image_dir, ids)
-
-
-def _check_version(json_file: Path, categories: tuple[dict[str, Any], ...]) -> None:
-    """The file names no version; its categories tell."""
-    if len(categories) != NUM_CLASSES:
-        version = "LVIS v1" if len(categories) == _CLASSES_OF_V1 else "not LVIS v0.5"
-        raise UserError(
-            f"{json_file} has {len(categories):,} categories, so it is {version}: the paper's LVIS "
-            f"is v0.5, with {NUM_CLASSES:,}; take its files, lvis_v0.5_train.json and _val.json"
-        )
-    if any(category.get("frequency") not in _FREQUENCIES for category in categories):
-        raise UserError(
-            f"{json_file} is not LVIS v0.5: each of its categories has a frequency, r, c or f"
+            f"names are {' and '.join(LvisDataset.builtin)}"
         )

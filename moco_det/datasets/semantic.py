@@ -1,4 +1,4 @@
-"""Semantic segmentation: a label map beside each photograph. PASCAL VOC and Cityscapes.
+"""Semantic segmentation: a label map beside each image. PASCAL VOC and Cityscapes.
 
 PASCAL VOC, below $DETECTRON2_DATASETS, or `voc_sem_seg:ROOT:SPLIT` in a folder of its layout:
     voc_2012_sem_seg_{train,val,trainval}
@@ -17,8 +17,8 @@ that are in neither train nor val of VOC 2012's segmentation. Neither VOC nor SB
 list or the label maps as images. The list is the `trainaug.txt` or `train_aug.txt` that came with
 DeepLab (Chen et al.) and is passed on with most segmentation code; it can also be built from the
 two sets' own lists. The label maps are VOC's own where they exist, elsewhere the matrix
-`GTcls.Segmentation` of SBD's `dataset/cls/ID.mat`, written as an 8-bit PNG. SBD's photographs are
-all in VOC's JPEGImages.
+`GTcls.Segmentation` of SBD's `dataset/cls/ID.mat`, written as an 8-bit PNG. SBD's images are all
+in VOC's JPEGImages.
 
 Cityscapes, or `cityscapes_sem_seg:ROOT:SPLIT` in a folder of its layout:
     cityscapes_fine_sem_seg_{train,val}
@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from moco_det.common.errors import UserError
+from moco_det.datasets.cityscapes import CityscapesLayout, files_by_city
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
 from moco_det.datasets.voc import VOC_CLASSES
 
@@ -56,53 +57,48 @@ CITYSCAPES_LABEL_IDS = {
 _TRAIN_ID_OF = np.full(256, IGNORED, dtype=np.uint8)
 _TRAIN_ID_OF[list(CITYSCAPES_LABEL_IDS)] = range(len(CITYSCAPES_LABEL_IDS))
 
-_PHOTOGRAPH, _TRAIN_IDS, _LABEL_IDS = (
+_IMAGE, _TRAIN_IDS, _LABEL_IDS = (
     "_leftImg8bit.png",
     "_gtFine_labelTrainIds.png",
     "_gtFine_labelIds.png",
 )
 
-_VOC = {
-    f"voc_2012_sem_seg_{split}": ("VOC2012", split)
-    for split in ("train", "val", "trainval", "train_aug")
-}
-_CITYSCAPES = {
-    f"cityscapes_fine_sem_seg_{split}": ("cityscapes", split) for split in ("train", "val")
-}
-NAMES = (*_VOC, *_CITYSCAPES)
-
 
 @dataclass(frozen=True)
 class SemanticDataset(Dataset):
-    """Photographs with label maps; `root` and `split` say where, the subclasses in which layout."""
+    """Images with label maps; `root` and `split` say where, the subclasses in which layout."""
 
     evaluator: ClassVar[str] = "sem_seg"
+    form: ClassVar[str] = "ROOT:SPLIT"
     root: Path
     split: str
 
     def records(self) -> list[Record]:
         """{"file_name", "image_id", "height", "width", "sem_seg_file_name"}; see `read_labels`.
 
-        The image id is what the photograph and its label map are both called.
+        The image id is what the image and its label map are both called.
 
         Raises:
-            UserError: a photograph without a label map, or the reverse; no image at all.
+            UserError: an image without a label map, or the reverse; no image at all.
         """
-        records = [
-            dict(zip(("height", "width"), image_size(photograph), strict=True))
-            | {
-                "file_name": str(photograph),
-                "image_id": image_id,
-                "sem_seg_file_name": str(labels),
-            }
-            for image_id, photograph, labels in self._pairs()
-        ]
+        records = []
+        for image_id, image, labels in self._pairs():
+            height, width = image_size(image)
+            records.append(
+                {
+                    "file_name": str(image),
+                    "image_id": image_id,
+                    "height": height,
+                    "width": width,
+                    "sem_seg_file_name": str(labels),
+                }
+            )
         if not records:
             raise UserError(f"dataset {self.name}: no image in {self.root}, split {self.split}")
         return records
 
     def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
-        """(image id, photograph, label map), both of which exist, always in the same order."""
+        """(image id, image, label map), both of which exist, always in the same order."""
         raise NotImplementedError
 
 
@@ -110,7 +106,33 @@ class SemanticDataset(Dataset):
 class SemanticVocDataset(SemanticDataset):
     """VOC's layout. `size`: how many images the list is to have; None for any number."""
 
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"voc_2012_sem_seg_{split}": ("VOC2012", split)
+        for split in ("train", "val", "trainval", "train_aug")
+    }
     size: int | None = None
+
+    @classmethod
+    def open(
+        cls, name: str, first: Path, second: str, data_root: Path | None = None
+    ) -> "SemanticVocDataset":
+        published = data_root is not None and second == "train_aug"
+        size = TRAIN_AUG_IMAGES if published else None
+        dataset = cls(name, SEMANTIC_VOC_CLASSES, first, second, size)
+        try:
+            require(name, (dataset.image_dir, dataset.split_file, dataset.label_dir), data_root)
+        except UserError as error:
+            if not second.endswith("_aug"):
+                raise
+            raise UserError(
+                f"{error}. The list and the label maps are not part of VOC: they add the images of "
+                "SBD (Hariharan et al., 2011); moco_det/datasets/semantic.py says what goes where"
+            ) from error
+        return dataset
+
+    @property
+    def image_dir(self) -> Path:
+        return self.root / "JPEGImages"
 
     @property
     def split_file(self) -> Path:
@@ -130,15 +152,15 @@ class SemanticVocDataset(SemanticDataset):
                 f"published list {self.size}; name a list of your own voc_sem_seg:ROOT:SPLIT"
             )
         for image_id in image_ids:
-            photograph = self.root / "JPEGImages" / f"{image_id}.jpg"
+            image = self.image_dir / f"{image_id}.jpg"
             labels = self.label_dir / f"{image_id}.png"
-            for path in (photograph, labels):
+            for path in (image, labels):
                 if not path.is_file():
                     raise UserError(
                         f"dataset {self.name}: {self.split_file} lists {image_id}, but there is "
                         f"no {path}"
                     )
-            yield image_id, photograph, labels
+            yield image_id, image, labels
 
 
 def _image_id(line: str) -> str:
@@ -147,85 +169,33 @@ def _image_id(line: str) -> str:
 
 
 @dataclass(frozen=True)
-class SemanticCityscapesDataset(SemanticDataset):
-    """Cityscapes' layout, with trainIds, or where a photograph has none, labelIds."""
+class SemanticCityscapesDataset(CityscapesLayout, SemanticDataset):
+    """Cityscapes' layout, with trainIds, or where an image has none, labelIds."""
 
-    @property
-    def image_dir(self) -> Path:
-        return self.root / "leftImg8bit" / self.split
-
-    @property
-    def label_dir(self) -> Path:
-        return self.root / "gtFine" / self.split
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"cityscapes_fine_sem_seg_{split}": ("cityscapes", split) for split in ("train", "val")
+    }
+    all_classes: ClassVar[tuple[str, ...]] = tuple(CITYSCAPES_LABEL_IDS.values())
 
     def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
-        photographs = _by_stem(self.image_dir, _PHOTOGRAPH)
-        labels = _by_stem(self.label_dir, _LABEL_IDS) | _by_stem(self.label_dir, _TRAIN_IDS)
-        bare = sorted(photographs.keys() - labels.keys())
+        images = files_by_city(self.image_dir, _IMAGE)
+        labels = files_by_city(self.label_dir, _LABEL_IDS)
+        labels |= files_by_city(self.label_dir, _TRAIN_IDS)
+        bare = sorted(images.keys() - labels.keys())
         if bare:
             raise UserError(
-                f"dataset {self.name}: {len(bare)} photographs have no label map, the first is "
-                f"{photographs[bare[0]]}: expected {self.label_dir / bare[0]}{_LABEL_IDS} (or "
+                f"dataset {self.name}: {len(bare)} images have no label map, the first is "
+                f"{images[bare[0]]}: expected {self.label_dir / bare[0]}{_LABEL_IDS} (or "
                 f"{_TRAIN_IDS.removeprefix('_gtFine_')})"
             )
-        lost = sorted(labels.keys() - photographs.keys())
+        lost = sorted(labels.keys() - images.keys())
         if lost:
             raise UserError(
-                f"dataset {self.name}: {len(lost)} label maps have no photograph, the first is "
-                f"{labels[lost[0]]}: expected {self.image_dir / lost[0]}{_PHOTOGRAPH}"
+                f"dataset {self.name}: {len(lost)} label maps have no image, the first is "
+                f"{labels[lost[0]]}: expected {self.image_dir / lost[0]}{_IMAGE}"
             )
-        for stem, photograph in sorted(photographs.items()):
-            yield Path(stem).name, photograph, labels[stem]
-
-
-def _by_stem(folder: Path, ending: str) -> dict[str, Path]:
-    """ "CITY/ID" -> the file FOLDER/CITY/ID + ending."""
-    paths = folder.glob(f"*/*{ending}")
-    return {str(path.relative_to(folder)).removesuffix(ending): path for path in paths}
-
-
-def builtin(name: str, root: Path) -> SemanticDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    if name in _CITYSCAPES:
-        folder, split = _CITYSCAPES[name]
-        return _open_cityscapes(name, root / folder, split, holder=root)
-    folder, split = _VOC[name]
-    size = TRAIN_AUG_IMAGES if split == "train_aug" else None
-    return _open_voc(name, root / folder, split, size, holder=root)
-
-
-def own(name: str, folder: Path, split: str) -> SemanticDataset:
-    """The split of a folder with the layout that `name` begins with, called `name`."""
-    if name.startswith("cityscapes"):
-        return _open_cityscapes(name, folder, split)
-    return _open_voc(name, folder, split)
-
-
-def _open_voc(
-    name: str, root: Path, split: str, size: int | None = None, holder: Path | None = None
-) -> SemanticVocDataset:
-    dataset = SemanticVocDataset(name, SEMANTIC_VOC_CLASSES, root, split, size)
-    try:
-        for path in (root / "JPEGImages", dataset.split_file, dataset.label_dir):
-            require(name, path, holder)
-    except UserError as error:
-        if not split.endswith("_aug"):
-            raise
-        raise UserError(
-            f"{error}. The list and the label maps are not part of VOC: they add the images of "
-            "SBD (Hariharan et al., 2011); moco_det/datasets/semantic.py says what goes where"
-        ) from error
-    return dataset
-
-
-def _open_cityscapes(
-    name: str, root: Path, split: str, holder: Path | None = None
-) -> SemanticCityscapesDataset:
-    classes = tuple(CITYSCAPES_LABEL_IDS.values())
-    dataset = SemanticCityscapesDataset(name, classes, root, split)
-    for path in (dataset.image_dir, dataset.label_dir):
-        require(name, path, holder)
-    return dataset
+        for stem, image in sorted(images.items()):
+            yield Path(stem).name, image, labels[stem]
 
 
 def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
@@ -254,7 +224,7 @@ def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
         )
     if "height" in record and labels.shape != (record["height"], record["width"]):
         raise UserError(
-            f"label map {path} is {labels.shape[1]}x{labels.shape[0]} pixels, its photograph "
+            f"label map {path} is {labels.shape[1]}x{labels.shape[0]} pixels, its image "
             f"{record['file_name']} {record['width']}x{record['height']}"
         )
     if path.endswith(_LABEL_IDS):

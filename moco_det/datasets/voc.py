@@ -1,6 +1,6 @@
 """PASCAL VOC's layout: XML annotations, split lists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 from xml.etree import ElementTree
@@ -16,23 +16,42 @@ VOC_CLASSES = (
 )
 # fmt: on
 
-# name -> (folder, split)
-_BUILTIN = {
-    f"voc_{year}_{split}": (f"VOC{year}", split)
-    for year in (2007, 2012)
-    for split in ("train", "val", "trainval", "test")
-}
-NAMES = tuple(_BUILTIN)
-
 
 @dataclass(frozen=True)
 class VocDataset(Dataset):
     """PASCAL VOC layout. `eleven_point`: AP as in VOC 2007, not as the area under the curve."""
 
     evaluator: ClassVar[str] = "voc"
+    form: ClassVar[str] = "ROOT:SPLIT"
+    builtin: ClassVar[dict[str, tuple[str, str]]] = {
+        f"voc_{year}_{split}": (f"VOC{year}", split)
+        for year in (2007, 2012)
+        for split in ("train", "val", "trainval", "test")
+    }
     root: Path
     split: str
     eleven_point: bool = False
+
+    @classmethod
+    def open(
+        cls, name: str, first: Path, second: str, data_root: Path | None = None
+    ) -> "VocDataset":
+        dataset = cls(name, VOC_CLASSES, first, second, name.startswith("voc_2007_"))
+        require(name, (dataset.image_dir, dataset.annotation_dir, dataset.split_file), data_root)
+        own = data_root is None
+        return replace(dataset, classes=_classes_in(dataset.annotation_dir)) if own else dataset
+
+    @property
+    def image_dir(self) -> Path:
+        return self.root / "JPEGImages"
+
+    @property
+    def annotation_dir(self) -> Path:
+        return self.root / "Annotations"
+
+    @property
+    def split_file(self) -> Path:
+        return self.root / "ImageSets" / "Main" / f"{self.split}.txt"
 
     def records(self) -> list[Record]:
         """As in `Dataset`; an annotation also has "difficult", 0 or 1.
@@ -41,18 +60,18 @@ class VocDataset(Dataset):
         1-based inclusive pixels of the file become continuous by subtracting 1 from xmin and ymin.
         """
         # An image may have any extension. Reversed: a .jpg wins over a .png of the same stem.
-        folder = sorted((self.root / "JPEGImages").iterdir(), reverse=True)
+        folder = sorted(self.image_dir.iterdir(), reverse=True)
         image_of = {path.stem: path for path in folder}
         return [self._record(image_id, image_of) for image_id in self._image_ids()]
 
     def _image_ids(self) -> list[str]:
-        lines = _split_file(self.root, self.split).read_text().splitlines()
+        lines = self.split_file.read_text().splitlines()
         return [line.split()[0] for line in lines if line.strip()]
 
     def _record(self, image_id: str, image_of: dict[str, Path]) -> Record:
         if image_id not in image_of:
-            raise UserError(f"dataset {self.name}: no image {image_id}.* in {self.root}/JPEGImages")
-        path = self.root / "Annotations" / f"{image_id}.xml"
+            raise UserError(f"dataset {self.name}: no image {image_id}.* in {self.image_dir}")
+        path = self.annotation_dir / f"{image_id}.xml"
         tree = _parse_xml(path)
         annotations = []
         for name, (xmin, ymin, xmax, ymax), difficult in _voc_objects(tree, path):
@@ -80,35 +99,13 @@ class VocDataset(Dataset):
         }
 
 
-def builtin(name: str, root: Path) -> VocDataset:
-    """The data set of `NAMES`, below the folder `root`."""
-    folder, split = _BUILTIN[name]
-    _require_parts(name, root / folder, split, holder=root)
-    return VocDataset(name, VOC_CLASSES, root / folder, split, folder == "VOC2007")
-
-
-def own(name: str, folder: Path, split: str) -> VocDataset:
-    """The split of a folder with this layout, called `name`."""
-    _require_parts(name, folder, split)
-    return VocDataset(name, _classes_in(folder), folder, split)
-
-
-def _split_file(root: Path, split: str) -> Path:
-    return root / "ImageSets" / "Main" / f"{split}.txt"
-
-
-def _require_parts(name: str, root: Path, split: str, holder: Path | None = None) -> None:
-    for path in (root / "JPEGImages", root / "Annotations", _split_file(root, split)):
-        require(name, path, holder)
-
-
-def _classes_in(root: Path) -> tuple[str, ...]:
+def _classes_in(annotation_dir: Path) -> tuple[str, ...]:
     """Sorted names over all annotations, not one split's, so that train and test agree."""
     names = set()
-    for path in (root / "Annotations").glob("*.xml"):
+    for path in annotation_dir.glob("*.xml"):
         names.update(name for name, _, _ in _voc_objects(_parse_xml(path), path))
     if not names:
-        raise UserError(f"{root}/Annotations/*.xml name no object")
+        raise UserError(f"{annotation_dir}/*.xml name no object")
     return tuple(sorted(names))
 
 

@@ -1,22 +1,29 @@
-"""What one object's dense pose annotation is to a model, and what becomes of it in a mirror.
+"""The two forms of an object's dense pose: points that were annotated, an image that is predicted.
 
 The body's surface is cut into 24 charts; a point of it is a chart and two coordinates U and V in
-[0, 1] on that chart (Güler et al. 2018). P points are annotated on an object. Their places are
-relative to the object's box: 0 is its left or upper edge and 256 the other, whatever its size, so
-that resizing the image moves nothing.
+[0, 1] on that chart (Güler et al. 2018).
+
+Annotated are P points of an object. Their positions are relative to the object's box: 0 is its left
+or upper edge and 256 the other, whatever its size, so that resizing the image moves nothing.
+
+Predicted is an IUV image inside the object's box: chart (I), U and V. It is stored as in the
+results format of COCO's DensePose task, a PNG in base64 with three channels, the chart (0 for the
+background, 1 to 24) and U and V from 0 to 255, of the size of the box in whole pixels.
 """
 
+import base64
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
-from moco_det.densepose import files as densepose_files
 
 BOX_SIDE = 256  # of the square that every box is stretched to
 NUM_CHARTS = 24
@@ -38,7 +45,7 @@ class Symmetries(NamedTuple):
 
 @dataclass(frozen=True)
 class DensePosePoints:
-    """Of one object."""
+    """The annotated points of one object."""
 
     x: Tensor  # (P,), from 0 to 256 across the box
     y: Tensor
@@ -101,27 +108,44 @@ def decode_parts(masks: list) -> Tensor:
     return torch.from_numpy(parts)
 
 
-def load_symmetries() -> Symmetries:
-    """Of the user's file, see `moco_det.densepose.files`.
+def encode_iuv(iuv: np.ndarray) -> dict[str, Any]:
+    """Pack one detection.
+
+    Args:
+        iuv: uint8 (3, h, w), h and w at least 1: chart, U * 255, V * 255.
+
+    Returns:
+        {"uv_shape": [3, h, w], "uv_data": the PNG in base64, a string}.
 
     Raises:
-        UserError: it is absent, or not what it should be.
+        ValueError: another shape or type.
     """
-    name = densepose_files.SYMMETRIES
-    densepose_files.require([name], "INPUT.RANDOM_FLIP horizontal of a dense pose model")
-    path = densepose_files.file_path(name)
-    content = densepose_files.read_mat(path)
+    if iuv.dtype != np.uint8 or iuv.ndim != 3 or len(iuv) != 3 or 0 in iuv.shape:
+        raise ValueError(f"IUV is uint8 (3, h, w), not {iuv.dtype} {iuv.shape}")
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(iuv.transpose(1, 2, 0))).save(stream, format="PNG")
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return {"uv_shape": list(iuv.shape), "uv_data": data}
+
+
+def decode_iuv(result: dict[str, Any]) -> np.ndarray:
+    """Unpack what `encode_iuv`, or anyone else in this format, has packed.
+
+    Returns:
+        uint8 (3, h, w).
+
+    Raises:
+        UserError: a field is absent, the data is no PNG of three channels, or of another size.
+    """
     try:
-        u, v = (
-            torch.from_numpy(np.stack(list(content[key][0])).astype(np.float32))
-            for key in ("U_transforms", "V_transforms")
-        )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold U_transforms and V_transforms: {error}") from error
-    expected = (NUM_CHARTS, BOX_SIDE, BOX_SIDE)
-    if u.shape != expected or v.shape != expected:
-        raise UserError(
-            f"{path}: U_transforms and V_transforms are {tuple(u.shape)} and {tuple(v.shape)}, "
-            f"not {expected}"
-        )
-    return Symmetries(u, v)
+        shape, data = list(result["uv_shape"]), result["uv_data"]
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            mode, pixels = image.mode, np.array(image)
+    except KeyError as error:
+        raise UserError(f"a dense pose lacks {error}: it has uv_shape and uv_data") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"the uv_data of a dense pose is no PNG in base64: {error}") from error
+    if mode != "RGB" or [3, *pixels.shape[:2]] != shape:
+        found = f"{mode} of {pixels.shape[0]}x{pixels.shape[1]}"
+        raise UserError(f"a dense pose of uv_shape {shape} holds an image in {found} pixels")
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,10 +1,4 @@
-"""Distances along the surface of the template body, between points given as chart, U and V.
-
-Only the vertices of a fine mesh have distances, found out beforehand: a point stands for the vertex
-of its chart that is nearest in (U, V). Vertices on the seam of two charts lie on the same point of
-the body.
-
-How well a detected surface fits an annotated person: geodesic point similarity, mask overlap.
+"""How well a predicted surface fits an annotated person: geodesic point similarity, mask overlap.
 
 Of one image D detections, G objects; an object has P annotated points.
 
@@ -15,129 +9,14 @@ place, kappa the mean distance between two points of the annotated point's part.
 detection takes for background or does not reach counts as 0.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from moco_det.common.errors import UserError
-from moco_det.densepose import files as densepose_files
-from moco_det.densepose.iuv import decode_iuv
-from moco_det.densepose.points import NUM_CHARTS
-from moco_det.evaluation.official import import_tool
-from moco_det.weights.files import read_pickle
-
-# Mean geodesic distance in metres between two points of each of 8 parts of the body: torso, hands,
-# feet, upper and lower legs, upper and lower arms, head; and the part of each of the 24 charts.
-# Constants of the official evaluation, for the body of its template.
-_MEAN_DISTANCES = (0.351, 0.107, 0.126, 0.237, 0.173, 0.142, 0.128, 0.150)
-_PARTS = (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7)
-
-
-def mean_distances(charts: np.ndarray) -> np.ndarray:
-    """kappa of each point in metres, by its chart in 1..24, int (P,) to float64 (P,)."""
-    return np.array(_MEAN_DISTANCES)[np.array(_PARTS)[charts - 1]]
-
-
-class Geodesics:
-    """Geodesic distances between points of the charts.
-
-    Args:
-        charts: of the V vertices, int (V,), 1 to 24.
-        uv: their coordinates on it, in [0, 1], float (2, V).
-        points: the point of the body that each lies on, int (V,), from 0.
-        between: (int (P,), int (P,)) to float (P,): the distances in metres of pairs of different
-            points, the larger number first.
-    """
-
-    def __init__(
-        self,
-        charts: np.ndarray,
-        uv: np.ndarray,
-        points: np.ndarray,
-        between: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ):
-        members = [np.flatnonzero(charts == chart) for chart in range(1, NUM_CHARTS + 1)]
-        self._charts = [(uv[:, mine].T, points[mine]) for mine in members]
-        self._between = between
-        self._cdist = import_tool("scipy.spatial.distance", "scipy").cdist
-
-    def nearest(self, charts: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """The point of the body, (P,), nearest to each (chart, U, V); -1 where the chart is 0."""
-        found = np.full(len(charts), -1)
-        uv = np.stack([u, v], axis=1)
-        for chart in np.unique(charts[charts > 0]):
-            mine = charts == chart
-            vertices, points = self._charts[chart - 1]
-            found[mine] = points[self._cdist(vertices, uv[mine]).argmin(axis=0)]
-        return found
-
-    def distances(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Metres, float64 (P,), between points of `nearest`; infinite where one of them is -1."""
-        found = np.where(first == second, 0.0, np.inf)
-        different = (first != second) & (first >= 0) & (second >= 0)
-        pair = first[different], second[different]
-        found[different] = self._between(np.maximum(*pair), np.minimum(*pair))
-        found[(first < 0) | (second < 0)] = np.inf
-        return found
-
-
-def read_geodesics() -> Geodesics:
-    """Those of the official files, for which see `moco_det.densepose.files`.
-
-    The distances, about 380 million, take what their file does, and twice that while it is read.
-
-    Raises:
-        UserError: a file is absent, damaged, or does not fit the others.
-    """
-    densepose_files.require(densepose_files.GEODESICS, "the evaluation of dense pose")
-    vertices, points, distances = map(densepose_files.file_path, densepose_files.GEODESICS)
-    mesh = densepose_files.read_mat(vertices)
-    charts = _column(mesh, "Part_ID_subdiv", vertices).astype(np.int64)
-    uv = np.stack([_column(mesh, f"{axis}_subdiv", vertices) for axis in "UV"])
-    index = densepose_files.read_mat(points)
-    index = _column(index, "index", points).astype(np.int64) - 1
-    condensed = _column(read_pickle(distances), "Pdist_matrix", distances)
-    _check(charts, uv, index, condensed)
-
-    def between(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
-        """The file holds the lower triangle, row by row."""
-        return condensed[larger * (larger - 1) // 2 + smaller]
-
-    return Geodesics(charts, uv, index, between)
-
-
-def _column(content: object, name: str, path: Path) -> np.ndarray:
-    try:
-        column = content[name]
-    except (KeyError, TypeError, IndexError):
-        column = None
-    if not isinstance(column, np.ndarray) or column.dtype.kind not in "fiu":
-        raise UserError(f"{path} holds no array {name}: download it anew")
-    return column.reshape(-1)
-
-
-def _check(charts: np.ndarray, uv: np.ndarray, index: np.ndarray, condensed: np.ndarray) -> None:
-    names = densepose_files.GEODESICS
-    count = int(index.max(initial=-1)) + 1
-    wrong = ""
-    if not len(charts) == uv.shape[1] == len(index):
-        wrong = f"the first has {len(charts):,} vertices, the second {len(index):,} points"
-    elif not set(range(1, NUM_CHARTS + 1)) <= set(charts.tolist()) or index.min() < 0:
-        wrong = f"not every chart of {NUM_CHARTS} has a vertex, or points do not count from 1"
-    elif len(condensed) < count * (count - 1) // 2:  # more: points without a vertex
-        wrong = (
-            f"{count:,} points have {count * (count - 1) // 2:,} distances, the third has "
-            f"{len(condensed):,}"
-        )
-    if wrong:
-        folder = densepose_files.file_path(names[0]).parent
-        raise UserError(
-            f"{', '.join(names)} in {folder} do not fit each other: {wrong}; download them anew"
-        )
-
+from moco_det.common.errors import import_optional
+from moco_det.densepose.body import Geodesics, mean_distances
+from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, decode_iuv
 
 Annotation = dict[str, Any]  # of a COCO file; of a detection with "densepose", for `decode_iuv`
 
@@ -151,7 +30,7 @@ class Pairs(NamedTuple):
 
 
 class Points(NamedTuple):
-    """(P,) each: places in the image, points of the body (see `Geodesics.nearest`), kappas."""
+    """(P,) each: positions in the image, points of the body (`Geodesics.nearest`), kappas."""
 
     x: np.ndarray
     y: np.ndarray
@@ -159,7 +38,7 @@ class Points(NamedTuple):
     kappa: np.ndarray
 
 
-def compare(
+def pairwise_similarity(
     objects: list[Annotation],
     detections: list[Annotation],
     size: tuple[int, int],
@@ -177,6 +56,7 @@ def compare(
         UserError: a "densepose" that cannot be decoded.
         ValueError: one with charts beyond 24.
     """
+    # GPS: each detected surface at each object's annotated points
     surfaces = [_surface(detection) for detection in detections]
     gps = np.zeros((len(detections), len(objects)))
     for column, item in enumerate(objects):
@@ -184,7 +64,8 @@ def compare(
             points = _points(item, geodesics)
             corners = (detection["bbox"][:2] for detection in detections)
             pairs = zip(surfaces, corners, strict=True)
-            gps[:, column] = [similarity(iuv, xy, points, geodesics) for iuv, xy in pairs]
+            gps[:, column] = [point_similarity(iuv, xy, points, geodesics) for iuv, xy in pairs]
+    # Overlaps: of the masks, where a detection's is all that is not background, and of the boxes
     found = [
         _on_image(iuv[0] > 0, detection["bbox"], size)
         for iuv, detection in zip(surfaces, detections, strict=True)
@@ -195,7 +76,7 @@ def compare(
     return Pairs(gps, _overlaps(found, masks, crowds), _overlaps(*boxes, crowds))
 
 
-def similarity(iuv: np.ndarray, corner, points: Points, geodesics: Geodesics) -> float:
+def point_similarity(iuv: np.ndarray, corner, points: Points, geodesics: Geodesics) -> float:
     """GPS of a detected surface, uint8 (3, h, w) with its upper left corner (x, y), to an object.
 
     The pixel that a point lies in is found by rounding towards zero, so a point less than one pixel
@@ -251,11 +132,11 @@ def _object_mask(item: Annotation, size: tuple[int, int]) -> dict[str, Any]:
 
 def _stretched(masks: list, width: float, height: float) -> np.ndarray:
     """The union of the parts' masks, (256, 256) each, over a box of that many pixels, bool."""
-    zoom = import_tool("scipy.ndimage", "scipy").zoom
-    union = np.zeros((256, 256))
+    zoom = import_optional("scipy.ndimage", "dense pose", "scipy").zoom
+    union = np.zeros((BOX_SIDE, BOX_SIDE))
     for mask in filter(None, masks):
         union[coco_mask.decode(mask) > 0] = 1
-    scale = max(height, 1) / 256, max(width, 1) / 256
+    scale = max(height, 1) / BOX_SIDE, max(width, 1) / BOX_SIDE
     return zoom(union, scale, order=1, prefilter=False) > 0.5
 
 

@@ -1,10 +1,17 @@
-"""Predictions to metrics: one call for every data set, one table for every metric."""
+"""Predictions to metrics: one call for every data set, one table for every metric.
 
+What scores predictions belongs here, one module for each data set's rules; neither engine is
+imported. Reading annotations is `moco_det.datasets`' work. Start with `evaluate` below, and with
+`predictions.py` for what an engine hands over.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from tabulate import tabulate
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import Dataset
 from moco_det.evaluation.cityscapes import evaluate_cityscapes
 from moco_det.evaluation.coco import evaluate_coco
@@ -34,14 +41,14 @@ def evaluate(
     """Score predictions with the metrics of the data set.
 
     Args:
-        dataset: that they are of.
-        predictions: at most one `records.prediction_record` per image, in any order, {"image_id",
-            "boxes" (N, 4) XYXY in pixels of the original image, "scores" (N,), "classes" (N,)
-            contiguous}, and, where the detector finds them, "segmentations", N compressed RLEs,
-            "keypoints" (N, K, 3): x, y in continuous coordinates, score, and "densepose", N of
-            `moco_det.densepose.iuv.encode_iuv`; arrays, lists or CPU tensors. An image without one
-            counts as an image without detections. Of a semantic data set {"image_id",
-            "sem_seg"}; see `moco_det.evaluation.semantic`.
+        dataset: the one that they are predictions of.
+        predictions: at most one per image, in any order; see `predictions.prediction_record`.
+            {"image_id", "boxes" (N, 4) XYXY in pixels of the original image, "scores" (N,),
+            "classes" (N,) contiguous} and, where the detector finds them, "segmentations", N
+            compressed RLEs, "keypoints" (N, K, 3): x, y in continuous coordinates, score, and
+            "densepose", N of `moco_det.densepose.points.encode_iuv`; arrays, lists or CPU tensors.
+            An image without one counts as an image without detections. Of a semantic data set
+            {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`.
         keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
 
     Returns:
@@ -89,3 +96,20 @@ def print_table(results: Results) -> None:
 def _columns(rows: list[tuple[str, float]], count: int) -> list[tuple]:
     """Lay (name, value) rows out side by side, `count` of them in a line."""
     return [sum(rows[i : i + count], ()) for i in range(0, len(rows), count)]
+
+
+def verify_results(expected: list, results: dict) -> None:
+    """Hold `results` against TEST.EXPECTED_RESULTS, entries [task, metric, value, tolerance].
+
+    Raises:
+        UserError: names every metric that is absent, not finite, or further off than allowed.
+    """
+    missed = []
+    for task, metric, value, tolerance in expected:
+        actual = results.get(task, {}).get(metric, math.nan)
+        if not abs(actual - value) <= tolerance:
+            missed.append(f"{task}/{metric} is {actual:.4g}, expected {value} +- {tolerance}")
+    if missed:
+        raise UserError(f"TEST.EXPECTED_RESULTS missed: {'; '.join(missed)}")
+    if expected:
+        print("TEST.EXPECTED_RESULTS met", flush=True)

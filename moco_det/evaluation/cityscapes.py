@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, import_optional
 from moco_det.datasets.cityscapes import LABEL_IDS, CityscapesDataset
-from moco_det.evaluation.official import import_tool, old_numpy
+from moco_det.evaluation.official import old_numpy
 from moco_det.evaluation.predictions import check_images, check_mask_sizes
 
 _TOOL = "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling"
@@ -38,7 +38,7 @@ def evaluate_cityscapes(
         UserError: the package is not installed; there are boxes but no masks.
         ValueError: predictions for other images.
     """
-    tool = import_tool(_TOOL, "cityscapesscripts")
+    tool = import_optional(_TOOL, "this data set's metric", "cityscapesscripts")
     sizes = {r["image_id"]: (r["height"], r["width"]) for r in dataset.records()}
     check_images(predictions, sizes)
     check_mask_sizes(predictions, sizes)
@@ -59,16 +59,16 @@ def _run(
 ) -> dict[str, Any]:
     """The tool's averages, from files that are written to `folder`."""
     prediction_of = {prediction["image_id"]: prediction for prediction in predictions}
-    truth = {image_id: str(path) for image_id, path in dataset.instance_files().items()}
-    lists = [str(_write(folder, name, prediction_of.get(name), dataset.classes)) for name in truth]
+    maps = {image_id: str(path) for image_id, path in dataset.instance_files().items()}
+    lists = [str(_write(folder, name, prediction_of.get(name), dataset.classes)) for name in maps]
     args = copy.copy(tool.args)
     args.predictionPath = str(folder)
     args.quiet = True
     tool.setInstanceLabels(args)
     with old_numpy(tool), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # no ground truth
-        instances = tool.instances2dict(list(truth.values()))
-        matches = tool.matchGtWithPreds(lists, list(truth.values()), instances, args)
+        instances = tool.instances2dict(list(maps.values()))
+        matches = tool.matchGtWithPreds(lists, list(maps.values()), instances, args)
         return tool.computeAverages(tool.evaluateMatches(matches, args), args)
 
 

@@ -55,32 +55,33 @@ def evaluate_coco(
     """
     tasks = tasks_of(predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = ground_truth(dataset)
-        sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
+        ground_truth = load_ground_truth(dataset)
+        sizes = {i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()}
         check_images(predictions, sizes)
         check_mask_sizes(predictions, sizes)
         if "segm" in tasks:
-            _require_masks(truth, dataset)
+            _require_masks(ground_truth, dataset)
         if "keypoints" in tasks:
-            _require_keypoints(truth, dataset)
+            _require_keypoints(ground_truth, dataset)
         return {
-            task: _metrics(truth, dataset, predictions, task, keypoint_sigmas) for task in tasks
+            task: _metrics(ground_truth, dataset, predictions, task, keypoint_sigmas)
+            for task in tasks
         }
 
 
 def _metrics(
-    truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], task: str, sigmas
+    ground_truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], task: str, sigmas
 ) -> dict[str, float]:
     results = [
         result
         for prediction in predictions
         for result in as_results(prediction, dataset.category_ids, task)
     ]
-    run = COCOeval(truth, load_results(truth, results), iouType=task)
+    run = COCOeval(ground_truth, load_results(ground_truth, results), iouType=task)
     if task == "keypoints":
         if sigmas:
             run.params.kpt_oks_sigmas = np.array(sigmas, dtype=np.float64)
-        _check_keypoint_counts(truth, dataset, predictions, len(run.params.kpt_oks_sigmas))
+        _check_keypoint_counts(ground_truth, dataset, predictions, len(run.params.kpt_oks_sigmas))
     names = KEYPOINT_METRICS if task == "keypoints" else _DETECTION_METRICS
     return scored(run, dataset, names)
 
@@ -105,30 +106,32 @@ def _percent(value: float) -> float:
     return float(100 * value) if value >= 0 else float("nan")
 
 
-def ground_truth(dataset: CocoDataset) -> COCO:
+def load_ground_truth(dataset: CocoDataset) -> COCO:
     """The annotation file, with what the tool needs and users' own files often lack."""
     content = read_coco(dataset.json_file)
     for image in content["images"]:
         if "height" not in image or "width" not in image:
             image["height"], image["width"] = image_size(dataset.image_dir / image["file_name"])
-    truth = _indexed(content)
+    ground_truth = _indexed(content)
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         if "area" not in annotation:
-            annotation["area"] = _area(truth, annotation, dataset)
-    return truth
+            annotation["area"] = _area(ground_truth, annotation, dataset)
+    return ground_truth
 
 
-def _area(truth: COCO, annotation: dict[str, Any], dataset: CocoDataset) -> float:
+def _area(ground_truth: COCO, annotation: dict[str, Any], dataset: CocoDataset) -> float:
     """COCO's: of the mask where there is one, else of the box."""
     if annotation.get("segmentation"):
-        return float(coco_mask.area(_run_lengths(truth, annotation, dataset)))
+        return float(coco_mask.area(_run_lengths(ground_truth, annotation, dataset)))
     return annotation["bbox"][2] * annotation["bbox"][3]
 
 
-def _run_lengths(truth: COCO, annotation: dict[str, Any], dataset: CocoDataset) -> dict[str, Any]:
+def _run_lengths(
+    ground_truth: COCO, annotation: dict[str, Any], dataset: CocoDataset
+) -> dict[str, Any]:
     try:
-        return truth.annToRLE(annotation)
+        return ground_truth.annToRLE(annotation)
     except Exception as error:  # the tool raises that very class, and others
         raise UserError(
             f"{dataset.json_file}: the segmentation of annotation {annotation['id']} is broken: "
@@ -136,19 +139,19 @@ def _run_lengths(truth: COCO, annotation: dict[str, Any], dataset: CocoDataset) 
         ) from error
 
 
-def _require_masks(truth: COCO, dataset: CocoDataset) -> None:
-    for number, annotation in truth.anns.items():
+def _require_masks(ground_truth: COCO, dataset: CocoDataset) -> None:
+    for number, annotation in ground_truth.anns.items():
         if not annotation.get("segmentation"):
             raise UserError(
                 f"{dataset.json_file}: annotation {number} has no segmentation, without which "
                 "masks cannot be scored: add it, or set MODEL.MASK_ON False"
             )
-        annotation["segmentation"] = _run_lengths(truth, annotation, dataset)
+        annotation["segmentation"] = _run_lengths(ground_truth, annotation, dataset)
 
 
-def _require_keypoints(truth: COCO, dataset: CocoDataset) -> None:
+def _require_keypoints(ground_truth: COCO, dataset: CocoDataset) -> None:
     """An object without keypoints is, as in COCO's files, one with none of them labelled."""
-    counts = {len(a["keypoints"]) for a in truth.anns.values() if a.get("keypoints")}
+    counts = {len(a["keypoints"]) for a in ground_truth.anns.values() if a.get("keypoints")}
     if len(counts) != 1 or min(counts) % 3:
         raise UserError(
             f"{dataset.json_file}: keypoints are scored where all objects have the same number of "
@@ -156,7 +159,7 @@ def _require_keypoints(truth: COCO, dataset: CocoDataset) -> None:
             "correct them, or set MODEL.KEYPOINT_ON False"
         )
     length = counts.pop()
-    for annotation in truth.anns.values():
+    for annotation in ground_truth.anns.values():
         if not annotation.get("keypoints"):
             annotation["keypoints"] = [0] * length
         labelled = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
@@ -164,9 +167,9 @@ def _require_keypoints(truth: COCO, dataset: CocoDataset) -> None:
 
 
 def _check_keypoint_counts(
-    truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], sigmas: int
+    ground_truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], sigmas: int
 ) -> None:
-    annotated = len(next(iter(truth.anns.values()))["keypoints"]) // 3
+    annotated = len(next(iter(ground_truth.anns.values()))["keypoints"]) // 3
     if sigmas != annotated:
         raise UserError(
             f"{dataset.json_file} has {annotated} keypoints per object and there are {sigmas} "
@@ -181,11 +184,11 @@ def _check_keypoint_counts(
             )
 
 
-def load_results(truth: COCO, results: list[dict[str, Any]]) -> COCO:
+def load_results(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:
     """Results in COCO's format, for the tool."""
     if not results:  # loadRes fails on an empty list
-        return _indexed({**truth.dataset, "annotations": []})
-    return truth.loadRes(results)
+        return _indexed({**ground_truth.dataset, "annotations": []})
+    return ground_truth.loadRes(results)
 
 
 def as_results(

@@ -16,12 +16,13 @@ from pycocotools.cocoeval import COCOeval
 from moco_det.common.errors import UserError
 from moco_det.datasets import DensePoseDataset
 from moco_det.datasets.densepose import dense_pose
-from moco_det.densepose.similarity import Geodesics, Pairs, compare, read_geodesics
+from moco_det.densepose.body import Geodesics, read_geodesics
+from moco_det.densepose.similarity import Pairs, pairwise_similarity
 from moco_det.evaluation.coco import (
     KEYPOINT_METRICS,
     as_results,
     evaluate_coco,
-    ground_truth,
+    load_ground_truth,
     load_results,
     scored,
 )
@@ -63,23 +64,25 @@ def evaluate_densepose(
         return results
     geodesics = read_geodesics()
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = ground_truth(dataset)
-        _check_truth(truth, dataset)
-        found = load_results(truth, _results(dataset, predictions))
-        pairs = _Comparison(truth, geodesics)
+        ground_truth = load_ground_truth(dataset)
+        _check_ground_truth(ground_truth, dataset)
+        found = load_results(ground_truth, _results(dataset, predictions))
+        similarities = _Similarities(ground_truth, geodesics)
         return results | {
-            task: scored(_Matching(truth, found, pairs, measure), dataset, KEYPOINT_METRICS)
+            task: scored(
+                _Matching(ground_truth, found, similarities, measure), dataset, KEYPOINT_METRICS
+            )
             for task, measure in _MEASURES.items()
         }
 
 
-def _check_truth(truth: COCO, dataset: DensePoseDataset) -> None:
-    for number, annotation in truth.anns.items():
+def _check_ground_truth(ground_truth: COCO, dataset: DensePoseDataset) -> None:
+    for number, annotation in ground_truth.anns.items():
         try:
             annotation.update(dense_pose(annotation))
         except (TypeError, ValueError) as error:
             raise UserError(f"{dataset.json_file}: annotation {number} {error}") from error
-    if not any("dp_x" in annotation for annotation in truth.anns.values()):
+    if not any("dp_x" in annotation for annotation in ground_truth.anns.values()):
         raise UserError(
             f"{dataset.json_file}: no annotation has dp_x and its like, without which dense pose "
             "cannot be scored: add them, or set MODEL.DENSEPOSE_ON False"
@@ -98,19 +101,21 @@ def _results(dataset: DensePoseDataset, predictions: list[dict[str, Any]]) -> li
     ]
 
 
-class _Comparison:
-    """The pairs of each image, compared once for all measures: unpacking surfaces takes time."""
+class _Similarities:
+    """The pairs of each image, computed once for all measures: unpacking surfaces takes time."""
 
-    def __init__(self, truth: COCO, geodesics: Geodesics):
-        self._sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
+    def __init__(self, ground_truth: COCO, geodesics: Geodesics):
+        self._sizes = {
+            i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()
+        }
         self._geodesics = geodesics
         self._known: dict[tuple, Pairs] = {}
 
     def __call__(self, key: tuple, objects: list[dict], detections: list[dict]) -> Pairs:
-        """`key`: (image id, category id); for the rest see `compare`."""
+        """`key`: (image id, category id); for the rest see `pairwise_similarity`."""
         if key not in self._known:
             size = self._sizes[key[0]]
-            self._known[key] = compare(objects, detections, size, self._geodesics)
+            self._known[key] = pairwise_similarity(objects, detections, size, self._geodesics)
         return self._known[key]
 
 
@@ -122,15 +127,15 @@ class _Matching(COCOeval):
 
     def __init__(
         self,
-        truth: COCO,
+        ground_truth: COCO,
         found: COCO,
-        comparison: _Comparison,
+        similarities: _Similarities,
         measure: Callable[[Pairs], np.ndarray],
     ):
-        for annotation in truth.anns.values():
+        for annotation in ground_truth.anns.values():
             annotation["num_keypoints"] = 1  # the tool asks; `_prepare` decides what to ignore
-        super().__init__(truth, found, iouType="keypoints")
-        self._comparison = comparison
+        super().__init__(ground_truth, found, iouType="keypoints")
+        self._similarities = similarities
         self._measure = measure
 
     def _prepare(self) -> None:
@@ -141,7 +146,7 @@ class _Matching(COCOeval):
     def _pairs(self, image: int, category: int) -> Pairs:
         """Of the best detections, the best first, and all objects."""
         key = image, category
-        return self._comparison(key, self._gts[key], self._best(key))
+        return self._similarities(key, self._gts[key], self._best(key))
 
     def _best(self, key: tuple[int, int]) -> list[dict]:
         best_first = sorted(self._dts[key], key=lambda detection: -detection["score"])

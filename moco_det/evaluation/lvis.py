@@ -4,9 +4,10 @@ import logging
 from types import ModuleType
 from typing import Any
 
+from moco_det.common.errors import import_optional
 from moco_det.datasets.lvis import LvisDataset
 from moco_det.evaluation.coco import as_results
-from moco_det.evaluation.official import import_tool, old_numpy
+from moco_det.evaluation.official import old_numpy
 from moco_det.evaluation.predictions import check_images, check_mask_sizes, tasks_of
 
 DETECTIONS_PER_IMAGE = 300  # LVIS's rule, where COCO has 100
@@ -33,19 +34,19 @@ def evaluate_lvis(
         ValueError: predictions for other images.
     """
     tool = _tool()
-    truth = tool.LVIS(str(dataset.json_file))
-    check_images(predictions, truth.imgs)
-    sizes = {i: (image["height"], image["width"]) for i, image in truth.imgs.items()}
+    ground_truth = tool.LVIS(str(dataset.json_file))
+    check_images(predictions, ground_truth.imgs)
+    sizes = {i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()}
     check_mask_sizes(predictions, sizes)
     tasks = [task for task in tasks_of(predictions) if task in ("bbox", "segm")]
-    return {task: _metrics(tool, truth, dataset, predictions, task) for task in tasks}
+    return {task: _metrics(tool, ground_truth, dataset, predictions, task) for task in tasks}
 
 
 def _tool() -> ModuleType:
     """The package `lvis`, kept from setting up logging for the whole program as it is imported."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    tool = import_tool("lvis", "lvis")
+    tool = import_optional("lvis", "this data set's metric", "lvis")
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.getLogger("lvis").setLevel(logging.ERROR)  # it warns of results given as a list
@@ -53,19 +54,25 @@ def _tool() -> ModuleType:
 
 
 def _metrics(
-    tool: ModuleType, truth, dataset: LvisDataset, predictions: list[dict[str, Any]], task: str
+    tool: ModuleType,
+    ground_truth,
+    dataset: LvisDataset,
+    predictions: list[dict[str, Any]],
+    task: str,
 ) -> dict[str, float]:
     results = [r for p in predictions for r in as_results(p, dataset.category_ids, task)]
-    found = tool.LVISResults(truth, results or [_nothing(truth)], DETECTIONS_PER_IMAGE)
-    run = tool.LVISEval(truth, found, task)
+    found = tool.LVISResults(
+        ground_truth, results or [_nothing(ground_truth)], DETECTIONS_PER_IMAGE
+    )
+    run = tool.LVISEval(ground_truth, found, task)
     with old_numpy(tool.eval):
         run.run()
     return {name: _percent(run.results[name]) for name in _METRICS}
 
 
-def _nothing(truth) -> dict[str, Any]:
+def _nothing(ground_truth) -> dict[str, Any]:
     """The tool fails on an empty list, and passes over a detection of a category that is none."""
-    image_id = next(iter(truth.imgs))
+    image_id = next(iter(ground_truth.imgs))
     return {"image_id": image_id, "category_id": 0, "bbox": [0, 0, 1, 1], "score": 0.0}
 
 

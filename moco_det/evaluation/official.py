@@ -7,13 +7,10 @@ nothing stays changed. What the names do is what they did, so the metrics are th
 """
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
-
-from moco_det.common.errors import UserError
 
 
 class _OldNumPy:
@@ -37,17 +34,3 @@ def old_numpy(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         module.np = np
-
-
-def import_tool(module: str, package: str) -> ModuleType:
-    """The module of an optional package.
-
-    Raises:
-        UserError: it cannot be imported; names the package.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"this data set's metric needs the package {package}: pip install {package} ({error})"
-        ) from error

@@ -1,12 +1,11 @@
-"""The evaluators' input: the detections in one image, as tensors of fitting shapes.
+"""Predictions, the form in which both engines hand over what a model found.
 
-N detections, K keypoints of each.
-
-What both engines end in: predictions on disk, and results held against what was expected.
+A record is made from a model's output (`prediction_record`), kept in a file (`save_predictions`)
+and, before it is scored, checked and turned into tensors (`checked`). N detections of an image, K
+keypoints of each.
 """
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,141 +17,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
-from moco_det.densepose.iuv import encode_iuv
+from moco_det.densepose.points import encode_iuv
 
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
-
-
-def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """The prediction with float64 and int64 tensors; see `moco_det.evaluation.evaluate`.
-
-    Raises:
-        ValueError: lengths, shapes or classes that do not fit; a broken mask.
-    """
-    found = {
-        "image_id": prediction["image_id"],
-        "boxes": torch.as_tensor(prediction["boxes"], dtype=torch.float64).reshape(-1, 4),
-        "scores": torch.as_tensor(prediction["scores"], dtype=torch.float64),
-        "classes": torch.as_tensor(prediction["classes"], dtype=torch.int64),
-    }
-    if "keypoints" in prediction:
-        found["keypoints"] = torch.as_tensor(prediction["keypoints"], dtype=torch.float64)
-    if "segmentations" in prediction:
-        found["segmentations"] = list(prediction["segmentations"])
-    if "densepose" in prediction:
-        found["densepose"] = list(prediction["densepose"])
-    where = f"image {found['image_id']}"
-    fields = [key for key in found if key != "image_id"]
-    if len({len(found[key]) for key in fields}) > 1:
-        raise ValueError(f"{where}: {', '.join(f'{len(found[key])} {key}' for key in fields)}")
-    if "keypoints" in found and len(found["boxes"]) and found["keypoints"].shape[2:] != (3,):
-        raise ValueError(
-            f"{where}: keypoints of shape {tuple(found['keypoints'].shape)}, not NxKx3"
-        )
-    classes = found["classes"]
-    if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
-        raise ValueError(f"{where}: a class is outside [0, {num_classes})")
-    for shape in found.get("segmentations", ()):
-        if not _is_whole(shape):
-            raise ValueError(f"{where}: the runs of a mask do not make up its size")
-    for surface, box in zip(found.get("densepose", ()), found["boxes"].tolist(), strict=False):
-        if not _fits(surface, box):
-            raise ValueError(
-                f"{where}: a dense pose of uv_shape {surface.get('uv_shape')} is not of the box "
-                f"{box}, in whole pixels"
-            )
-    return found
-
-
-def tasks_of(predictions: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """ "bbox", and "segm" and "keypoints" where the predictions have them.
-
-    Raises:
-        ValueError: some have them and some do not.
-    """
-    tasks = ["bbox"]
-    for field, task in _TASK_OF.items():
-        having = sum(field in prediction for prediction in predictions)
-        if 0 < having < len(predictions):
-            raise ValueError(f"{having} of {len(predictions)} predictions have {field}")
-        if having:
-            tasks.append(task)
-    return tuple(tasks)
-
-
-def check_images(predictions: Sequence[dict[str, Any]], image_ids: Collection[int | str]) -> None:
-    """ValueError for a prediction whose image is not among the data set's."""
-    unknown = {prediction["image_id"] for prediction in predictions}.difference(image_ids)
-    if unknown:
-        shown = sorted(unknown, key=str)[:10]
-        raise ValueError(f"predictions for images that are not in the data set: {shown}")
-
-
-def check_mask_sizes(
-    predictions: Sequence[dict[str, Any]], sizes: Mapping[int | str, tuple[int, int]]
-) -> None:
-    """Check that masks are of their images' size; `sizes` are (height, width) by image id.
-
-    The COCO API would count a mask of another size as one that overlaps nothing.
-
-    Raises:
-        ValueError: names the image and both sizes.
-    """
-    for prediction in predictions:
-        size = sizes[prediction["image_id"]]
-        for shape in prediction.get("segmentations", ()):
-            if tuple(shape["size"]) != tuple(size):
-                raise ValueError(
-                    f"image {prediction['image_id']}: a mask is of size {list(shape['size'])}, "
-                    f"the image of {list(size)} (height, width)"
-                )
-
-
-def _fits(surface: dict[str, Any], box: list[float]) -> bool:
-    """Whether a dense pose has the box's sides, rounded down to whole pixels and at least one.
-
-    The sides may have been found in another precision, and so be rounded to the next pixel.
-    """
-    shape = surface.get("uv_shape", ())
-    if len(shape) != 3 or shape[0] != 3:
-        return False
-    sides = max(box[3] - box[1], 1), max(box[2] - box[0], 1)
-    return all(
-        found >= 1 and -1.001 < found - side < 0.001
-        for found, side in zip(shape[1:], sides, strict=True)
-    )
-
-
-def _is_whole(shape: dict[str, Any]) -> bool:
-    """Whether the runs of a compressed RLE add up to its size; the COCO API does not look."""
-    try:
-        (height, width), counts = shape["size"], shape["counts"]
-        code = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
-    except (KeyError, TypeError, ValueError):
-        return False
-    runs = _runs(code)
-    return len(runs) > 0 and runs.min() >= 0 and int(runs.sum()) == height * width
-
-
-def _runs(code: bytes) -> np.ndarray:
-    """The run lengths of a compressed RLE, int64; empty where `code` is none.
-
-    A number is five bits a character, the lowest first, 32 marking that more follow; the last has
-    its sign in bit 16. From the fourth on it is the difference from the run but one before.
-    """
-    bits = np.frombuffer(code, np.uint8).astype(np.int64) - 48
-    last = (bits & 32) == 0
-    if not len(bits) or bits.min() < 0 or bits.max() > 63 or not last[-1]:
-        return np.empty(0, np.int64)
-    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    place = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
-    if place.max() > 50:
-        return np.empty(0, np.int64)
-    values = np.add.reduceat((bits & 31) << place, starts)
-    values -= np.where(bits[last] & 16, 1 << (place[last] + 5), 0)
-    values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()
-    return values
 
 
 def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[str, Any]:
@@ -225,18 +92,133 @@ def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> Non
         raise UserError(f"cannot write detections to {path}: {error.strerror}") from error
 
 
-def verify_results(expected: list, results: dict) -> None:
-    """Hold `results` against TEST.EXPECTED_RESULTS, entries [task, metric, value, tolerance].
+def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """The prediction with float64 and int64 tensors; see `moco_det.evaluation.evaluate`.
 
     Raises:
-        UserError: names every metric that is absent, not finite, or further off than allowed.
+        ValueError: lengths, shapes or classes that do not fit; a broken mask.
     """
-    missed = []
-    for task, metric, value, tolerance in expected:
-        actual = results.get(task, {}).get(metric, math.nan)
-        if not abs(actual - value) <= tolerance:
-            missed.append(f"{task}/{metric} is {actual:.4g}, expected {value} +- {tolerance}")
-    if missed:
-        raise UserError(f"TEST.EXPECTED_RESULTS missed: {'; '.join(missed)}")
-    if expected:
-        print("TEST.EXPECTED_RESULTS met", flush=True)
+    found = {
+        "image_id": prediction["image_id"],
+        "boxes": torch.as_tensor(prediction["boxes"], dtype=torch.float64).reshape(-1, 4),
+        "scores": torch.as_tensor(prediction["scores"], dtype=torch.float64),
+        "classes": torch.as_tensor(prediction["classes"], dtype=torch.int64),
+    }
+    if "keypoints" in prediction:
+        found["keypoints"] = torch.as_tensor(prediction["keypoints"], dtype=torch.float64)
+    if "segmentations" in prediction:
+        found["segmentations"] = list(prediction["segmentations"])
+    if "densepose" in prediction:
+        found["densepose"] = list(prediction["densepose"])
+    where = f"image {found['image_id']}"
+    fields = [key for key in found if key != "image_id"]
+    if len({len(found[key]) for key in fields}) > 1:
+        raise ValueError(f"{where}: {', '.join(f'{len(found[key])} {key}' for key in fields)}")
+    if "keypoints" in found and len(found["boxes"]) and found["keypoints"].shape[2:] != (3,):
+        raise ValueError(
+            f"{where}: keypoints of shape {tuple(found['keypoints'].shape)}, not NxKx3"
+        )
+    classes = found["classes"]
+    if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
+        raise ValueError(f"{where}: a class is outside [0, {num_classes})")
+    for shape in found.get("segmentations", ()):
+        if not _is_whole(shape):
+            raise ValueError(f"{where}: the runs of a mask do not make up its size")
+    for surface, box in zip(found.get("densepose", ()), found["boxes"].tolist(), strict=False):
+        if not _fits(surface, box):
+            raise ValueError(
+                f"{where}: a dense pose of uv_shape {surface.get('uv_shape')} is not of the box "
+                f"{box}, in whole pixels"
+            )
+    return found
+
+
+def _fits(surface: dict[str, Any], box: list[float]) -> bool:
+    """Whether a dense pose has the box's sides, rounded down to whole pixels and at least one.
+
+    The sides may have been found in another precision, and so be rounded to the next pixel.
+    """
+    shape = surface.get("uv_shape", ())
+    if len(shape) != 3 or shape[0] != 3:
+        return False
+    sides = max(box[3] - box[1], 1), max(box[2] - box[0], 1)
+    return all(
+        found >= 1 and -1.001 < found - side < 0.001
+        for found, side in zip(shape[1:], sides, strict=True)
+    )
+
+
+def _is_whole(shape: dict[str, Any]) -> bool:
+    """Whether the runs of a compressed RLE add up to its size; the COCO API does not look."""
+    try:
+        (height, width), counts = shape["size"], shape["counts"]
+        code = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+    except (KeyError, TypeError, ValueError):
+        return False
+    runs = _runs(code)
+    return len(runs) > 0 and runs.min() >= 0 and int(runs.sum()) == height * width
+
+
+def _runs(code: bytes) -> np.ndarray:
+    """The run lengths of a compressed RLE, int64; empty where `code` is none.
+
+    A number is five bits a character, the lowest first, 32 marking that more follow; the last has
+    its sign in bit 16. From the fourth on it is the difference from the run but one before.
+    """
+    bits = np.frombuffer(code, np.uint8).astype(np.int64) - 48
+    last = (bits & 32) == 0
+    if not len(bits) or bits.min() < 0 or bits.max() > 63 or not last[-1]:
+        return np.empty(0, np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
+    place = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
+    if place.max() > 50:
+        return np.empty(0, np.int64)
+    values = np.add.reduceat((bits & 31) << place, starts)
+    values -= np.where(bits[last] & 16, 1 << (place[last] + 5), 0)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
+
+
+def tasks_of(predictions: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """ "bbox", and "segm" and "keypoints" where the predictions have them.
+
+    Raises:
+        ValueError: some have them and some do not.
+    """
+    tasks = ["bbox"]
+    for field, task in _TASK_OF.items():
+        having = sum(field in prediction for prediction in predictions)
+        if 0 < having < len(predictions):
+            raise ValueError(f"{having} of {len(predictions)} predictions have {field}")
+        if having:
+            tasks.append(task)
+    return tuple(tasks)
+
+
+def check_images(predictions: Sequence[dict[str, Any]], image_ids: Collection[int | str]) -> None:
+    """ValueError for a prediction whose image is not among the data set's."""
+    unknown = {prediction["image_id"] for prediction in predictions}.difference(image_ids)
+    if unknown:
+        shown = sorted(unknown, key=str)[:10]
+        raise ValueError(f"predictions for images that are not in the data set: {shown}")
+
+
+def check_mask_sizes(
+    predictions: Sequence[dict[str, Any]], sizes: Mapping[int | str, tuple[int, int]]
+) -> None:
+    """Check that masks are of their images' size; `sizes` are (height, width) by image id.
+
+    The COCO API would count a mask of another size as one that overlaps nothing.
+
+    Raises:
+        ValueError: names the image and both sizes.
+    """
+    for prediction in predictions:
+        size = sizes[prediction["image_id"]]
+        for shape in prediction.get("segmentations", ()):
+            if tuple(shape["size"]) != tuple(size):
+                raise ValueError(
+                    f"image {prediction['image_id']}: a mask is of size {list(shape['size'])}, "
+                    f"the image of {list(size)} (height, width)"
+                )

@@ -1,6 +1,6 @@
 """Metrics of semantic segmentation, from one confusion matrix over all pixels of a data set.
 
-Names and rules are those of Detectron2's SemSegEvaluator: pixels whose truth is ignored count
+Names and rules are those of Detectron2's SemSegEvaluator: pixels whose label is ignored count
 nowhere, not even as false positives; a class that no pixel truly has is NaN and takes no part in
 the means, even where it is predicted. (Cityscapes' script instead counts such a class as IoU 0. All
 19 classes occur in its val set, so that there the two agree.)
@@ -38,12 +38,12 @@ def evaluate_semantic(
     count = len(dataset.classes)
     confusion = np.zeros((count + 1, count + 1), dtype=np.int64)
     for record in dataset.records():
-        truth = read_labels(record, count)
+        target = read_labels(record, count)
         try:
-            found = label_map(segments_of.pop(record["image_id"], ()), truth.shape, count)
+            found = label_map(segments_of.pop(record["image_id"], ()), target.shape, count)
         except ValueError as error:
             raise ValueError(f"image {record['image_id']}: {error}") from error
-        confusion += confusion_matrix(found, truth, count)
+        confusion += confusion_matrix(found, target, count)
     if segments_of:
         shown = sorted(segments_of, key=str)[:10]
         raise ValueError(f"predictions for images that are not in the data set: {shown}")
@@ -72,11 +72,13 @@ def label_map(
     return labels
 
 
-def confusion_matrix(found: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
+def confusion_matrix(found: np.ndarray, target: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels by (found, true) class, (K + 1, K + 1); the last of each stands for `IGNORED`."""
-    found, truth = (np.minimum(x.reshape(-1), num_classes).astype(np.int64) for x in (found, truth))
+    found, target = (
+        np.minimum(x.reshape(-1), num_classes).astype(np.int64) for x in (found, target)
+    )
     side = num_classes + 1
-    return np.bincount(side * found + truth, minlength=side * side).reshape(side, side)
+    return np.bincount(side * found + target, minlength=side * side).reshape(side, side)
 
 
 def semantic_metrics(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:

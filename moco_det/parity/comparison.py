@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from moco_det.config.tasks import is_semantic, num_classes
+from moco_det.config.checks import is_semantic, num_classes
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, NUM_PARTS, DensePosePoints
 

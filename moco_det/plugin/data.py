@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
-from moco_det.config.tasks import is_semantic, num_classes, num_classes_key
+from moco_det.config.checks import is_semantic, num_classes, num_classes_key
 from moco_det.datasets import (
     CityscapesDataset,
     CocoDataset,
@@ -40,7 +40,7 @@ from moco_det.datasets import (
     read_labels,
 )
 from moco_det.datasets.semantic import IGNORED
-from moco_det.densepose import files as densepose_files
+from moco_det.densepose import body
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.modeling.semantic_head import pad, scaled_size
@@ -124,8 +124,7 @@ def _metadata(dataset: Dataset) -> dict[str, Any]:
                 "evaluator_type": dataset.evaluator,
             }
             if isinstance(dataset, DensePoseDataset):
-                symmetries = densepose_files.file_path(densepose_files.SYMMETRIES)
-                kind["densepose_transform_src"] = str(symmetries)
+                kind["densepose_transform_src"] = str(body.file_path(body.SYMMETRIES))
         case CocoDataset():  # all but the classes is set by `register_coco_instances`
             kind = {}
             if dataset.keypoint_names:
@@ -236,7 +235,7 @@ class SemanticDatasetMapper:
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
-    """For training; `moco_det.config.tasks.check_input` says what it needs of the INPUT keys."""
+    """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
     if cfg.INPUT.RANDOM_SCALE:
         augmentations[0] = RandomScale(*cfg.INPUT.RANDOM_SCALE)

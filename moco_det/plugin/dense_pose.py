@@ -8,7 +8,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from moco_det.common.errors import UserError
-from moco_det.densepose import files as densepose_files
+from moco_det.densepose import body
 from moco_det.densepose.points import KEYS, DensePosePoints, has_points
 
 
@@ -44,7 +44,7 @@ def build_train_loader(cfg, images: int):
     """
     from densepose.data import DatasetMapper
 
-    densepose_files.require([densepose_files.SYMMETRIES], "the DensePose project's mapper")
+    body.require([body.SYMMETRIES], "the DensePose project's mapper")
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )

@@ -21,7 +21,7 @@ from detectron2.modeling import (
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from torch import Tensor
 
-from moco_det.config.loading import check_dilated_c5
+from moco_det.config.checks import check_dilated_c5
 from moco_det.native.modeling import backbones, semantic_head
 from moco_det.native.modeling.layers import Norm
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import BatchPlan, plan_batch
-from moco_det.config.tasks import check_input, check_metric_files, is_semantic
+from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
 from moco_det.native.modeling.layers import precise_bn
 from moco_det.plugin import dense_pose
 from moco_det.plugin.configuration import load_config
@@ -34,7 +34,7 @@ from moco_det.plugin.data import (
     check_classes,
     register_datasets,
 )
-from moco_det.weights.loading import check_against_config, load_backbone_weights
+from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 
@@ -267,5 +267,5 @@ class StrictCheckpointer(DetectionCheckpointer):
         if isinstance(model, DistributedDataParallel):
             model = model.module
         report = load_backbone_weights(model, path, self.allow_missing)
-        check_against_config(report.metadata, self.cfg)
+        check_weights(self.cfg, report.metadata)
         return {}

@@ -1,1 +1,7 @@
-"""Names, files, loading and conversion of weights."""
+"""Weights: what their arrays are called, the files they come in, loading and conversion.
+
+What reads or writes a file of arrays belongs here; a run's whole state does not (the engines'
+checkpoints), nor whether weights fit a config (`moco_det.config.checks`). Start with `names.py`,
+the one map between the names of torchvision, Detectron2 and Caffe2; then `files.py` reads,
+`loading.py` fills a detector, and `conversion.py` makes one kind of file from another.
+"""

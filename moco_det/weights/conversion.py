@@ -48,7 +48,7 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -
     """Take the ResNet out of a file's arrays, checked against what torchvision's network holds.
 
     Args:
-        weights, metadata: as `moco_det.weights.loading.read_state_dict` returns them.
+        weights, metadata: as `moco_det.weights.files.read_state_dict` returns them.
 
     Raises:
         UserError: an unknown layout, a small stem, another architecture than `metadata["arch"]`, or

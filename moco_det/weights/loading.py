@@ -5,24 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
-from moco_det.config.loading import leaves
-from moco_det.weights.files import read_state_dict, write_weights
+from moco_det.weights.files import read_state_dict
 from moco_det.weights.names import DETECTRON2, find_layout, infer_architecture, name_map
-
-__all__ = [
-    "LoadReport",
-    "check_against_config",
-    "load_backbone_weights",
-    "read_state_dict",
-    "write_weights",
-]
 
 
 @dataclass(frozen=True)
@@ -177,32 +166,3 @@ def _refuse_missing(path, weights: Mapping[str, Tensor], missing: list[str]) -> 
     if not any(name.endswith("running_mean") for name in weights):
         advice = "without running statistics only MODEL.RESNETS.NORM FrozenBN can take the file"
     raise UserError(f"{path} leaves arrays of the backbone at random values: {shown}; {advice}")
-
-
-def check_against_config(metadata: Mapping[str, object], cfg: CfgNode) -> None:
-    """Compare what a converted file needs (its entry "requires") with the config.
-
-    Raises:
-        UserError: names every key of the config that contradicts the file.
-    """
-    values, requires = dict(leaves(cfg)), metadata.get("requires", {})
-    if not isinstance(requires, Mapping):
-        raise UserError(
-            f"{cfg.MODEL.WEIGHTS}: its entry 'requires' is not a dict of config keys: convert again"
-        )
-    wrong = [
-        f"{key} {needed} (the config says {values[key]})"
-        for key, needed in requires.items()
-        if key in values and not _equal(values[key], needed)
-    ]
-    if wrong:
-        raise UserError(f"the weights in {cfg.MODEL.WEIGHTS} need {', '.join(wrong)}")
-
-
-def _equal(value: object, needed: object) -> bool:
-    if isinstance(needed, list) and isinstance(value, list) and len(value) == len(needed):
-        try:
-            return np.allclose(value, needed, rtol=1e-3)  # pixel values; configs round differently
-        except TypeError:  # no numbers
-            return False
-    return value == needed

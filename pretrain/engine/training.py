@@ -27,12 +27,8 @@ from pretrain.moco.mechanisms import build_mechanism
 
 # torch 2.14 renamed it, and warns of the old name; under the new one, buffers are broadcast once,
 # by the constructor, which changes nothing where all processes have loaded the same.
-_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-OWN_BUFFERS = {
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in _DDP_ARGUMENTS
-    else "broadcast_buffers": False
-}
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 def train(args, device: torch.device) -> None:

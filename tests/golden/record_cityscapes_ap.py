@@ -14,8 +14,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 from record_coco_shapes import SIDE, ellipse, sides
-from record_lvis_ap import as_instances
-from recording import write
+from recording import as_instances, evaluate, write
 
 CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 LABELS = (24, 25, 26, 27, 28, 31, 32, 33)
@@ -98,11 +97,9 @@ def record():
         metadata.set(thing_classes=list(CLASSES), gt_dir=f"{folder}/gtFine/val")
         evaluator = CityscapesInstanceEvaluator("golden")
         MetadataCatalog.remove("golden")
-        evaluator.reset()
-        for found in detections:
-            inputs = [{"file_name": f"{found['image_id']}_leftImg8bit.png"}]
-            evaluator.process(inputs, [{"instances": as_instances(found)}])
-        return dict(evaluator.evaluate())
+        inputs = [{"file_name": f"{found['image_id']}_leftImg8bit.png"} for found in detections]
+        outputs = [{"instances": as_instances(found)} for found in detections]
+        return evaluate(evaluator, inputs, outputs)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,8 @@
 Coordinates are quarters of pixels, which float32 and float64 hold alike, and scores all differ.
 """
 
-import json
-import tempfile
-from pathlib import Path
-
 import numpy as np
-from recording import write
+from recording import coco_metadata, evaluate, write
 
 CATEGORIES = {2: "disc", 5: "ring", 9: "star"}  # ids with gaps, as COCO's
 IMAGES, SIDE = 20, 300
@@ -60,23 +56,14 @@ def instances(detections):
 
 
 def record():
-    from detectron2.data import MetadataCatalog
-    from detectron2.data.datasets import load_coco_json
     from detectron2.evaluation import COCOEvaluator
 
     content, detections = draw_case()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "case.json"
-        path.write_text(json.dumps(content))
-        load_coco_json(str(path), folder, "golden")  # fills in the metadata
-        MetadataCatalog.get("golden").json_file = str(path)
-        evaluator = COCOEvaluator("golden", ("bbox",), distributed=False, use_fast_impl=False)
-    MetadataCatalog.remove("golden")
-    evaluator.reset()
-    for image in range(IMAGES):
-        found = instances([row for row in detections if row[0] == image])
-        evaluator.process([{"image_id": image}], [{"instances": found}])
-    return dict(evaluator.evaluate())
+    with coco_metadata(content) as name:
+        evaluator = COCOEvaluator(name, ("bbox",), distributed=False, use_fast_impl=False)
+    inputs = [{"image_id": image} for image in range(IMAGES)]
+    of_image = ([row for row in detections if row[0] == image] for image in range(IMAGES))
+    return evaluate(evaluator, inputs, [{"instances": instances(rows)} for rows in of_image])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,9 @@ Coordinates are quarters of pixels, which float32 and float64 hold alike, and sc
 Objects are ellipses, as polygons or, crowds, as runs; keypoints lie about them.
 """
 
-import json
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from pycocotools import mask as coco_mask
-from recording import write
+from recording import as_instances, coco_metadata, evaluate, write
 
 CATEGORIES = {3: "finch", 8: "heron"}  # ids with gaps, as COCO's
 IMAGES, SIDE = 12, 200
@@ -107,39 +103,17 @@ def _detections(random, rows):
     return found
 
 
-def as_instances(detections):
-    """One image's detections as Detectron2's model returns them."""
-    import torch
-    from detectron2.structures import Boxes, Instances
-
-    instances = Instances((SIDE, SIDE))
-    instances.pred_boxes = Boxes(torch.tensor(detections["boxes"], dtype=torch.float32))
-    instances.scores = torch.tensor(detections["scores"], dtype=torch.float32)
-    instances.pred_classes = torch.tensor(detections["classes"])
-    instances.pred_masks = torch.tensor(detections["masks"])
-    instances.pred_keypoints = torch.tensor(detections["keypoints"], dtype=torch.float32)
-    return instances
-
-
 def record():
-    from detectron2.data import MetadataCatalog
-    from detectron2.data.datasets import load_coco_json
     from detectron2.evaluation import COCOEvaluator
 
     content, detections = draw_case()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "case.json"
-        path.write_text(json.dumps(content))
-        load_coco_json(str(path), folder, "golden")  # fills in the metadata
-        MetadataCatalog.get("golden").json_file = str(path)
+    with coco_metadata(content) as name:
         evaluator = COCOEvaluator(
-            "golden", distributed=False, use_fast_impl=False, kpt_oks_sigmas=list(SIGMAS)
+            name, distributed=False, use_fast_impl=False, kpt_oks_sigmas=list(SIGMAS)
         )
-    MetadataCatalog.remove("golden")
-    evaluator.reset()
-    for found in detections:
-        evaluator.process([{"image_id": found["image_id"]}], [{"instances": as_instances(found)}])
-    results = evaluator.evaluate()
+    inputs = [{"image_id": found["image_id"]} for found in detections]
+    outputs = [{"instances": as_instances(found)} for found in detections]
+    results = evaluate(evaluator, inputs, outputs)
     return {task: results[task] for task in ("segm", "keypoints")}
 
 

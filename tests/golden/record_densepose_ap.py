@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from recording import write
 
-from moco_det.densepose.iuv import decode_iuv, encode_iuv
+from moco_det.densepose.points import decode_iuv, encode_iuv
 
 STEPS = 5  # of the template's charts
 MODES = {"densepose_gps": "GPS", "densepose_gpsm": "GPSM", "densepose_segm": "IOU"}

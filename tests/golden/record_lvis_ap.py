@@ -6,13 +6,9 @@ Objects are ellipses of four of the 1,230 classes. Of the others, some are known
 an image, and some that are there are not annotated exhaustively.
 """
 
-import json
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from record_coco_shapes import SIDE, ellipse, polygon, quarters, sides
-from recording import write
+from recording import as_instances, coco_metadata, evaluate, write
 
 USED = {4: "r", 30: "c", 700: "f", 1230: "f"}  # category id -> frequency
 IMAGES = 8
@@ -86,38 +82,19 @@ def _detections(random, rows):
     return found
 
 
-def as_instances(detections):
-    """One image's detections as Detectron2's model returns them."""
-    import torch
-    from detectron2.structures import Boxes, Instances
-
-    instances = Instances(detections["masks"].shape[1:])
-    instances.pred_boxes = Boxes(torch.tensor(detections["boxes"], dtype=torch.float32))
-    instances.scores = torch.tensor(detections["scores"], dtype=torch.float32)
-    instances.pred_classes = torch.tensor(detections["classes"])
-    instances.pred_masks = torch.tensor(detections["masks"])
-    return instances
-
-
 def record():
     import lvis
-    from detectron2.data import MetadataCatalog
     from detectron2.evaluation import LVISEvaluator
 
     from moco_det.evaluation.official import old_numpy
 
     content, detections = draw_case()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "case.json"
-        path.write_text(json.dumps(content))
-        MetadataCatalog.get("golden").json_file = str(path)
-        evaluator = LVISEvaluator("golden", distributed=False)
-    MetadataCatalog.remove("golden")
-    evaluator.reset()
-    for found in detections:
-        evaluator.process([{"image_id": found["image_id"]}], [{"instances": as_instances(found)}])
+    with coco_metadata(content) as name:
+        evaluator = LVISEvaluator(name, distributed=False)
+    inputs = [{"image_id": found["image_id"]} for found in detections]
+    outputs = [{"instances": as_instances(found)} for found in detections]
     with old_numpy(lvis.eval):  # without it, the package stops at np.float
-        return dict(evaluator.evaluate())
+        return evaluate(evaluator, inputs, outputs)
 
 
 if __name__ == "__main__":

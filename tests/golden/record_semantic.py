@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from recording import write
+from recording import evaluate, write
 
 HEIGHT, WIDTH, CLASSES = 12, 18, 4
 SCALE, CROP, MEAN = (0.5, 1.5), (14, 16), (123.675, 116.28, 103.53)
@@ -66,7 +66,7 @@ def evaluated_maps():
     return pairs
 
 
-def evaluate(pairs):
+def metrics(pairs):
     """SemSegEvaluator's metrics; those of the boundaries left out, NaN as None."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.evaluation import SemSegEvaluator
@@ -79,11 +79,11 @@ def evaluate(pairs):
         classes = [f"c{i}" for i in range(CLASSES)]
         MetadataCatalog.get("golden").set(stuff_classes=classes, ignore_label=255)
         evaluator = SemSegEvaluator("golden", distributed=False)
-        evaluator.reset()
-        for name, (found, _) in zip(names, pairs, strict=True):
-            scores = torch.nn.functional.one_hot(torch.from_numpy(found).long(), CLASSES)
-            evaluator.process([{"file_name": name}], [{"sem_seg": scores.permute(2, 0, 1)}])
-        results = evaluator.evaluate()["sem_seg"]
+        maps = [torch.from_numpy(found).long() for found, _ in pairs]
+        scores = [torch.nn.functional.one_hot(found, CLASSES).permute(2, 0, 1) for found in maps]
+        results = evaluate(
+            evaluator, [{"file_name": name} for name in names], [{"sem_seg": x} for x in scores]
+        )["sem_seg"]
     DatasetCatalog.remove("golden")
     MetadataCatalog.remove("golden")
     kept = {k: float(v) for k, v in results.items() if "Boundary" not in k and "min(" not in k}
@@ -95,7 +95,7 @@ def _golden_record(name):
 
 
 def record():
-    return {"inputs": record_inputs(), "metrics": evaluate(evaluated_maps())}
+    return {"inputs": record_inputs(), "metrics": metrics(evaluated_maps())}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_a_missing_val_is_one_line_without_traceback(repository, images, pretrai
     script = str(repository / "pretrain" / "knn.py")
     done = subprocess.run(
         [sys.executable, script, *flags(images / "train", pretrained)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

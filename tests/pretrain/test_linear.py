@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from noisy_colours import slow_features, write_checkpoint, write_images
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -65,7 +66,7 @@ def command(images, pretrained, output, *flags, launcher=()):
 def run(*args, **kwargs):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=300
+        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=600
     )
 
 
@@ -138,16 +139,18 @@ def test_the_probe_reaches_the_optimum_of_logistic_regression(images, pretrained
 @pytest.mark.parametrize("cache", [(), ("--cache-features",)], ids=["crops", "cached"])
 def test_two_processes_train_as_one_does(images, pretrained, tmp_path, cache):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launcher += (str(REPOSITORY / "tests" / "float64.py"),)
     done = run(images, pretrained, tmp_path / "two", "-j", "2", *cache, launcher=launcher)
     assert done.returncode == 0, done.stderr
-    train(images, pretrained, tmp_path / "one", *cache)
+    with in_float64():
+        train(images, pretrained, tmp_path / "one", *cache)
     one, two = (checkpoint(tmp_path / name)["state_dict"] for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert_equal_but_for_rounding(two[name], one[name], name)
     for name in ("loss", "acc1", "val_loss", "val_acc1"):
         one, two = (values(tmp_path / output, name) for output in ("one", "two"))
-        np.testing.assert_allclose(two, one, rtol=1e-4)
+        np.testing.assert_allclose(two, one, rtol=ROUNDING)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from moco_det.densepose.iuv import decode_iuv
+from moco_det.densepose.points import decode_iuv
 
 POINTS = 120  # of an object, if it has so many pixels
 SURE = 0.5  # score

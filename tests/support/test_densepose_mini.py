@@ -6,8 +6,7 @@ import numpy as np
 from densepose_mini import PART_OF_CHART, write_densepose_mini
 
 from moco_det.datasets import get_dataset
-from moco_det.densepose.iuv import decode_iuv
-from moco_det.densepose.points import MIRRORED_CHARTS, MIRRORED_PARTS, read_points
+from moco_det.densepose.points import MIRRORED_CHARTS, MIRRORED_PARTS, decode_iuv, read_points
 
 
 def test_parts_of_mirrored_charts_are_mirrored():

@@ -171,7 +171,7 @@ def test_a_killed_grid_ends_with_the_same_table(repository, data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, str(whole)], check=True, timeout=600, env=environment)
     process = subprocess.Popen([*command, str(killed)], env=environment)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     checkpoint = killed / "base/seed0/checkpoint_last.pth.tar"
     while not checkpoint.exists():
         assert process.poll() is None

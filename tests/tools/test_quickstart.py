@@ -150,7 +150,7 @@ def test_an_earlier_quickstart_is_cleared_but_nothing_else(tmp_path):
 
 def run_tool(repository, *arguments):
     command = [sys.executable, str(repository / "tools/quickstart.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_bad_input_is_one_line_and_a_code(repository, tmp_path):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco_det.common.errors import UserError
 from moco_det.common.processes import print_on_main, rank, world_size
 from moco_det.config.batch_plan import BatchPlan
-from moco_det.config.tasks import is_semantic
+from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
 from moco_det.densepose.points import has_points

@@ -17,15 +17,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
-from moco_det.config.tasks import is_semantic
+from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset, read_labels
-from moco_det.densepose.points import (
-    DensePosePoints,
-    Symmetries,
-    has_points,
-    load_symmetries,
-    read_points,
-)
+from moco_det.densepose.body import load_symmetries
+from moco_det.densepose.points import DensePosePoints, Symmetries, has_points, read_points
 from moco_det.native.data.transforms import (
     Augmentation,
     RandomCrop,
@@ -302,7 +297,7 @@ def build_detection_mapper(cfg) -> DatasetMapper:
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
-    """For training; `moco_det.config.tasks.check_input` says what it needs of the INPUT keys."""
+    """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
     scale, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.CROP
     return SemanticDatasetMapper(
         RandomScale(*scale, flip=_flips(cfg)) if scale else _build_augmentation(cfg),

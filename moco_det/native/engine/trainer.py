@@ -33,16 +33,20 @@ from moco_det.common.processes import (
     world_size,
 )
 from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
+from moco_det.config.checks import (
+    check_datasets,
+    check_input,
+    check_metric_files,
+    check_weights,
+)
 from moco_det.config.loading import load_config, on_available_device
-from moco_det.config.tasks import check_dataset, check_input, check_metric_files
-from moco_det.datasets import get_dataset
 from moco_det.native.data.loader import build_train_loader, build_training_records
 from moco_det.native.engine.inference import evaluate_model
 from moco_det.native.engine.output_dir import Checkpoints, MetricLog, NoLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
 from moco_det.native.modeling.layers import precise_bn
 from moco_det.native.modeling.meta_arch import build_model
-from moco_det.weights.loading import check_against_config, load_backbone_weights
+from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["evaluate_weights", "load_config", "train"]
 
@@ -113,7 +117,7 @@ def prepare(cfg):
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_input(cfg, crops_objects=False)
-    check_classes(cfg)
+    check_datasets(cfg)
     check_metric_files(cfg)
     if is_main():
         try:
@@ -123,19 +127,6 @@ def prepare(cfg):
             raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
     synchronize()
     return cfg
-
-
-def check_classes(cfg) -> None:
-    """UserError unless all data sets have the same classes, and the model as many as they."""
-    datasets = [get_dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    for dataset in datasets:
-        first = datasets[0]
-        if dataset.classes != first.classes:
-            raise UserError(
-                f"the data sets {first.name} ({', '.join(first.classes)}) and {dataset.name} "
-                f"({', '.join(dataset.classes)}) have different classes: use sets that share them"
-            )
-        check_dataset(cfg, dataset)
 
 
 @dataclass
@@ -229,7 +220,7 @@ def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> 
     """
     if cfg.MODEL.WEIGHTS:
         report = load_backbone_weights(model, cfg.MODEL.WEIGHTS, allow_missing)
-        check_against_config(report.metadata, cfg)
+        check_weights(cfg, report.metadata)
     else:
         print_on_main("MODEL.WEIGHTS is '': the model starts from random initialisation")
 

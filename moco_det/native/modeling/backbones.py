@@ -18,7 +18,8 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
-from moco_det.config.loading import check_dilated_c5, check_supported
+from moco_det.config.checks import check_dilated_c5
+from moco_det.config.loading import check_supported
 from moco_det.native.modeling.layers import ConvNorm, Norm, freeze
 
 # -- ResNet ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
-from moco_det.config.tasks import is_semantic
+from moco_det.config.checks import is_semantic
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
 from moco_det.native.modeling.boxes import nonempty

@@ -17,7 +17,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
-from moco_det.config.tasks import semantic_feature
+from moco_det.config.checks import semantic_feature
 from moco_det.native.modeling.layers import ConvNorm, Norm
 
 

@@ -8,12 +8,11 @@ from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import Report
 from moco_det.dataset_doctor.examination import check_files
-from moco_det.dataset_doctor.official import OFFICIAL, find_place, remedy
-from moco_det.datasets import cityscapes, coco, densepose, get_dataset, lvis, semantic, voc
+from moco_det.dataset_doctor.official import OFFICIAL, remedy
+from moco_det.datasets import KINDS, get_dataset, locate
 from moco_det.datasets.semantic import TRAIN_AUG_IMAGES
 
-MODULES = (cityscapes, coco, densepose, lvis, semantic, voc)
-NAMES = sorted({name for module in MODULES for name in module.NAMES})
+NAMES = sorted(name for kind in KINDS.values() for name in kind.builtin)
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def test_layout_is_what_the_data_set_asks_for(name, root, repository):
     """Once all that the doctor misses is there, the data set opens; it misses nothing else."""
     cfg = load_config(repository / "configs" / "Base-RCNN-FPN-BN.yaml")
     report = Report(name)
-    check_files(cfg, find_place(name), report, None)
+    check_files(cfg, locate(name), report, None)
     missing = [problem.text.removesuffix(" does not exist") for problem in report.problems]
     assert missing
     with pytest.raises(UserError) as error:
@@ -95,4 +94,4 @@ def test_remedy_names_files_and_the_place_below_the_data_root(name, root):
 )
 def test_wrong_name(name, message):
     with pytest.raises(UserError, match=message):
-        find_place(name)
+        locate(name)

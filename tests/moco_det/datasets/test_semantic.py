@@ -6,8 +6,13 @@ from PIL import Image
 from tiny_semantic import COLOURS, save_palette, write_tiny_semantic
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import get_dataset, read_labels
-from moco_det.datasets.semantic import CITYSCAPES_LABEL_IDS, NAMES
+from moco_det.datasets import (
+    SemanticCityscapesDataset,
+    SemanticVocDataset,
+    get_dataset,
+    read_labels,
+)
+from moco_det.datasets.semantic import CITYSCAPES_LABEL_IDS
 from moco_det.datasets.voc import VOC_CLASSES
 
 STEMS = ("aachen/aachen_000000_000019", "bochum/bochum_000000_000313")
@@ -20,7 +25,7 @@ def write_png(path, array):
 
 @pytest.fixture
 def cityscapes(tmp_path):
-    """Two photographs of 4 x 6 pixels; the first has trainIds as well as labelIds."""
+    """Two images of 4 x 6 pixels; the first has trainIds as well as labelIds."""
     root = tmp_path / "cityscapes"
     for number, stem in enumerate(STEMS):
         write_png(root / f"leftImg8bit/val/{stem}_leftImg8bit.png", np.zeros((4, 6, 3), np.uint8))
@@ -57,7 +62,7 @@ def test_builtin_names_lie_below_the_root(tmp_path, monkeypatch, cityscapes):
     write_tiny_semantic(tmp_path / "VOC2012", images=3, split="val")
     assert len(get_dataset("voc_2012_sem_seg_val").records()) == 3
     assert len(get_dataset("cityscapes_fine_sem_seg_val").records()) == 2
-    assert len(NAMES) == 6
+    assert len(SemanticVocDataset.builtin) + len(SemanticCityscapesDataset.builtin) == 6
     for name in ("voc_2012_sem_seg_trainval", "cityscapes_fine_sem_seg_train"):
         with pytest.raises(UserError, match=rf"{name}: expected .* DETECTRON2_DATASETS"):
             get_dataset(name)
@@ -128,8 +133,8 @@ def test_cityscapes_classes_are_the_official_ones():
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("leftImg8bit/val/{}_leftImg8bit.png", "1 label maps have no photograph, the first is"),
-        ("gtFine/val/{}_gtFine_labelIds.png", "1 photographs have no label map, the first is"),
+        ("leftImg8bit/val/{}_leftImg8bit.png", "1 label maps have no image, the first is"),
+        ("gtFine/val/{}_gtFine_labelIds.png", "1 images have no label map, the first is"),
     ],
 )
 def test_cityscapes_names_what_has_no_partner(cityscapes, missing, message):
@@ -149,7 +154,7 @@ def test_genuine_voc(shared_data):
 
 
 def test_genuine_cityscapes(shared_data):
-    """The official script's trainIds; and val, of which there are no photographs."""
+    """The official script's trainIds; and val, of which there are no images."""
     helpers = pytest.importorskip("cityscapesscripts.helpers.labels")
     root = shared_data("cityscapes_sample")
     records = get_dataset(f"cityscapes_sem_seg:{root}:train").records()
@@ -168,8 +173,7 @@ def test_genuine_cityscapes(shared_data):
 def test_detectron2_has_the_same_names_and_classes():
     data = pytest.importorskip("detectron2.data")
     builtin = pytest.importorskip("detectron2.data.datasets.builtin_meta")
-    known = [name for name in NAMES if name.startswith("cityscapes")]
-    assert set(known) <= set(data.DatasetCatalog.list())
+    assert set(SemanticCityscapesDataset.builtin) <= set(data.DatasetCatalog.list())
     meta = builtin._get_builtin_metadata("cityscapes")
     assert tuple(meta["stuff_classes"]) == tuple(CITYSCAPES_LABEL_IDS.values())
 

@@ -1,20 +1,25 @@
-"""Dense pose annotations: hand values, a hand-made table of symmetries, and DensePose itself."""
+"""Both forms of dense pose against hand values, files made by others, and DensePose itself."""
+
+import base64
+import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from densepose_symmetries import write_symmetries
+from PIL import Image
 from pycocotools import mask as coco_mask
-from scipy.io import savemat
 
 from moco_det.common.errors import UserError
-from moco_det.densepose.files import file_path
+from moco_det.densepose.body import file_path, load_symmetries
 from moco_det.densepose.points import (
     MIRRORED_CHARTS,
     MIRRORED_PARTS,
     DensePosePoints,
+    decode_iuv,
+    encode_iuv,
     has_points,
-    load_symmetries,
     read_points,
 )
 
@@ -117,33 +122,6 @@ def test_points_without_parts_are_mirrored_and_moved(symmetries):
     assert points.to(torch.device("cpu")).parts is None
 
 
-def test_no_file_of_symmetries(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(UserError) as raised:
-        load_symmetries()
-    message = str(raised.value)
-    assert "RANDOM_FLIP horizontal" in message
-    assert "https://dl.fbaipublicfiles.com/densepose/data/UV_symmetry_transforms.mat" in message
-    assert str(file_path("UV_symmetry_transforms.mat").parent) in message
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"U_transforms": np.zeros((1, 24))}, "U_transforms and V_transforms"),
-        ({name: np.zeros((1, 3, 256, 256)) for name in ("U_transforms", "V_transforms")}, "not"),
-    ],
-)
-def test_another_file_than_that_of_symmetries(tmp_path, monkeypatch, content, message):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    path = file_path("UV_symmetry_transforms.mat")
-    path.parent.mkdir(parents=True)
-    savemat(path, content)
-    with pytest.raises(UserError, match=message) as raised:
-        load_symmetries()
-    assert str(path) in str(raised.value)
-
-
 def test_mirrored_as_by_densepose(symmetries):
     """Its own annotation, with its own reader of the same file."""
     structures = pytest.importorskip("densepose.structures")
@@ -169,3 +147,59 @@ def test_mirrored_as_by_densepose(symmetries):
     ]
     for found, expected in pairs:
         assert torch.equal(found, expected)
+
+
+# -- IUV images ------------------------------------------------------------------------------------
+
+
+def png(mode: str) -> str:
+    stream = io.BytesIO()
+    Image.new(mode, (3, 2)).save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def test_round_trip():
+    iuv = np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    result = encode_iuv(iuv)
+    assert result["uv_shape"] == [3, 5, 7]
+    np.testing.assert_array_equal(decode_iuv(json.loads(json.dumps(result))), iuv)
+
+
+def test_the_channels_are_red_green_and_blue():
+    result = encode_iuv(np.array([[[1]], [[20]], [[255]]], np.uint8))
+    with Image.open(io.BytesIO(base64.b64decode(result["uv_data"]))) as image:
+        assert (image.format, image.getpixel((0, 0))) == ("PNG", (1, 20, 255))
+
+
+def test_official_results_are_read(shared_data):
+    results = json.loads((shared_data("densepose") / "example_results.json").read_text())
+    assert len(results) == 21
+    for result in results:
+        iuv = decode_iuv(result)
+        assert list(iuv.shape) == result["uv_shape"] == [3, *map(int, result["bbox"][:1:-1])]
+        assert iuv[0].max() <= 24
+        assert (iuv[0] == 0).any()
+        # Nothing but the background has no coordinates.
+        assert not iuv[1:, iuv[0] == 0].any()
+
+
+@pytest.mark.parametrize(
+    "iuv", [np.zeros((3, 2, 2)), np.zeros((2, 2, 3), np.uint8), np.zeros((3, 0, 2), np.uint8)]
+)
+def test_other_arrays_are_refused(iuv):
+    with pytest.raises(ValueError, match=r"IUV is uint8 \(3, h, w\)"):
+        encode_iuv(iuv)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"uv_shape": [3, 2, 3]}, "lacks 'uv_data'"),
+        ({"uv_shape": [3, 2, 3], "uv_data": "AAAA"}, "no PNG in base64"),
+        ({"uv_shape": [3, 2, 3], "uv_data": png("L")}, "an image in L of 2x3 pixels"),
+        ({"uv_shape": [3, 3, 2], "uv_data": png("RGB")}, r"\[3, 3, 2\] holds .* RGB of 2x3"),
+    ],
+)
+def test_broken_results_are_refused(result, message):
+    with pytest.raises(UserError, match=message):
+        decode_iuv(result)

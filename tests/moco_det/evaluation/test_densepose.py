@@ -13,8 +13,9 @@ from recording import read
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.densepose.iuv import encode_iuv
-from moco_det.densepose.similarity import compare, read_geodesics
+from moco_det.densepose.body import read_geodesics
+from moco_det.densepose.points import encode_iuv
+from moco_det.densepose.similarity import pairwise_similarity
 from moco_det.evaluation import evaluate
 
 BOX = [10, 20, 48, 48]
@@ -101,7 +102,7 @@ def similarity(found, item):
     """GPS of one detection and one object."""
     found = {**found, **encode_iuv(found["iuv"]), "image_id": 1}
     found["densepose"] = {key: found[key] for key in ("uv_shape", "uv_data")}
-    return compare([item], [found], (200, 200), read_geodesics()).gps.item()
+    return pairwise_similarity([item], [found], (200, 200), read_geodesics()).gps.item()
 
 
 def test_a_perfect_detection(score):
@@ -306,7 +307,8 @@ def assert_same_similarities(content, results, recorded):
         found = [r for r in results if r["image_id"] == image["id"]]
         found = sorted(found, key=lambda result: -result["score"])[:20]
         found = [{**result, "densepose": result} for result in found]
-        pairs = compare(persons, found, (image["height"], image["width"]), geodesics)
+        size = image["height"], image["width"]
+        pairs = pairwise_similarity(persons, found, size, geodesics)
         np.testing.assert_allclose(pairs.gps, expected, atol=1e-9)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from moco_det.densepose.iuv import decode_iuv, encode_iuv
+from moco_det.densepose.points import decode_iuv, encode_iuv
 from moco_det.evaluation.predictions import (
     check_images,
     check_mask_sizes,

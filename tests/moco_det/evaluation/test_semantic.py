@@ -121,7 +121,7 @@ def test_detectron2_live(drawn):
     _, _, pairs = drawn
     for chosen in (pairs, pairs[:1], pairs[1:]):
         confusion = sum(confusion_matrix(*pair, len(CLASSES)) for pair in chosen)
-        assert_same_metrics(semantic_metrics(confusion, CLASSES), record_semantic.evaluate(chosen))
+        assert_same_metrics(semantic_metrics(confusion, CLASSES), record_semantic.metrics(chosen))
 
 
 def test_without_any_labelled_pixel(tmp_path):

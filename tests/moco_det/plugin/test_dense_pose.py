@@ -15,9 +15,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from moco_det.common.errors import UserError
-from moco_det.densepose.files import file_path
-from moco_det.densepose.iuv import decode_iuv
-from moco_det.densepose.points import load_symmetries
+from moco_det.densepose.body import file_path, load_symmetries
+from moco_det.densepose.points import decode_iuv
 from moco_det.evaluation.predictions import prediction_record
 from moco_det.native.data.mapper import DatasetMapper
 from moco_det.native.data.transforms import Augmentation

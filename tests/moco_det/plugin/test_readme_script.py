@@ -44,7 +44,7 @@ def test_the_script_in_the_readme_trains_the_paper_s_c4_detector(repository, tmp
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert (out / "model_final.pth").exists()

@@ -93,7 +93,7 @@ def test_the_command_trains_resumes_and_evaluates(tiny, tmp_path, repository):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
 
     done = command("--engine", "auto", "SOLVER.CHECKPOINT_PERIOD", "2")

@@ -10,8 +10,9 @@ from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.native.modeling.meta_arch import build_model
-from moco_det.weights.loading import check_against_config, load_backbone_weights, write_weights
-from moco_det.weights.names import FIELDS, NAMES, Architecture
+from moco_det.weights.files import write_weights
+from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.names import FIELDS, NAMES
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -230,44 +231,6 @@ def test_caffe2_file_with_statistics(weight_file):
     load_backbone_weights(model, weight_file(caffe2_arrays(source, spelling)))
     for name, value in model.backbone.bottom_up.state_dict().items():
         assert "num_batches" in name or torch.equal(value, source[name]), name
-
-
-def test_config_that_contradicts_the_file():
-    metadata = {"requires": Architecture(50).config()}
-    cfg = get_cfg()
-    with pytest.raises(UserError) as caught:
-        check_against_config(metadata, cfg)
-    for key in (
-        "INPUT.FORMAT RGB",
-        "MODEL.PIXEL_MEAN [123.675",
-        "MODEL.RESNETS.STRIDE_IN_1X1 False",
-    ):
-        assert key in str(caught.value)
-    assert "DEPTH" not in str(caught.value)
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]
-    cfg.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    check_against_config(metadata, cfg)
-    cfg.MODEL.RESNETS.DEPTH = 101
-    with pytest.raises(UserError, match=r"need MODEL\.RESNETS\.DEPTH 50 \(the config says 101\)$"):
-        check_against_config(metadata, cfg)
-
-
-@pytest.mark.parametrize("requires", [["INPUT.FORMAT"], "RGB", 3])
-def test_requirements_that_are_no_dict(requires):
-    with pytest.raises(UserError, match="'requires' is not a dict of config keys: convert again"):
-        check_against_config({"requires": requires}, get_cfg())
-
-
-@pytest.mark.parametrize("needed", [["a", "b", "c"], [1.0], 5, {"a": 1}])
-def test_a_requirement_of_another_kind_is_a_contradiction(needed):
-    with pytest.raises(UserError, match="need MODEL.PIXEL_MEAN"):
-        check_against_config({"requires": {"MODEL.PIXEL_MEAN": needed}}, get_cfg())
-
-
-def test_file_that_says_nothing_contradicts_nothing():
-    check_against_config({"__author__": "MOCO"}, get_cfg())
 
 
 @pytest.mark.parametrize("kind", ["moco", "caffe2", "detector"])

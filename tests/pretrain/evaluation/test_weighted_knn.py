@@ -11,6 +11,7 @@ from pretrain.evaluation.weighted_knn import KnnMonitor, weighted_knn
 from pretrain.moco.encoders import build_encoder
 
 
+@pytest.mark.usefixtures("float64")
 def test_votes_are_weighted_by_similarity():
     torch.manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(30, 6), dim=1)
@@ -36,6 +37,7 @@ def test_fewer_images_than_neighbours():
     assert weighted_knn(bank, torch.arange(3), bank, 3).argmax(1).tolist() == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("float64")
 def test_pooled_features_are_those_below_the_head():
     encoder = build_encoder("resnet18", 8, mlp=True).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -21,6 +21,7 @@ def slow_loss(fc, im_q, im_k, tau: float, gradient_to_keys: bool = True):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.usefixtures("float64")
 def test_loss_and_gradient_are_those_of_the_formula():
     torch.manual_seed(0)
     model = EndToEnd(MeanColour(), temperature=0.2)
@@ -38,6 +39,7 @@ def test_loss_and_gradient_are_those_of_the_formula():
     assert not torch.allclose(gradient, torch.autograd.grad(detached, fc.weight)[0], rtol=0.05)
 
 
+@pytest.mark.usefixtures("float64")
 def test_positives_come_first_and_negatives_are_the_other_keys():
     torch.manual_seed(0)
     model = EndToEnd(MeanColour(), temperature=1.0)

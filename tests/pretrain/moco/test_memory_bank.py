@@ -11,6 +11,7 @@ from pretrain.moco.losses import InfoNCE
 from pretrain.moco.memory_bank import MemoryBank, draw_others
 
 
+@pytest.mark.usefixtures("float64")
 def test_loss_and_rows_are_those_of_the_formulas():
     torch.manual_seed(0)
     model = MemoryBank(MeanColour(), samples=20, dim=4, negatives=7, momentum=0.3, temperature=0.2)
@@ -42,6 +43,7 @@ def test_loss_and_rows_are_those_of_the_formulas():
     assert torch.equal(model.bank[others], before.bank[others])
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_gradient_is_that_of_the_rows_before_the_update():
     torch.manual_seed(0)
     model = MemoryBank(MeanColour(), samples=20, dim=4, negatives=7, temperature=0.2)

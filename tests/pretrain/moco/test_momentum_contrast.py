@@ -31,6 +31,7 @@ def views(n: int, seed: int = 0, size: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
+@pytest.mark.usefixtures("float64")
 def test_logits_are_those_of_algorithm_1():
     torch.manual_seed(0)
     model = MoCo(Linear(), dim=4, queue_size=7, momentum=0.9, temperature=0.2)
@@ -67,6 +68,7 @@ def test_no_gradient_reaches_keys_and_the_queue_stays_as_the_logits_saw_it():
     assert not keys.requires_grad
 
 
+@pytest.mark.usefixtures("float64")
 def test_key_encoder_starts_as_a_copy_and_follows_by_momentum():
     torch.manual_seed(0)
     model = MoCo(build_encoder("resnet18", 8), 8, queue_size=4, momentum=0.99)
@@ -105,6 +107,7 @@ def test_the_queue_is_a_ring_of_any_length(size, batch):
     torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(size))
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_shuffle_is_undone_exactly():
     model = MoCo(Linear(), dim=4, queue_size=4)
     images = views(12)
@@ -121,6 +124,7 @@ def test_key_order_is_a_function_of_seed_and_step():
     assert not torch.equal(shuffle_index(1, 2, 64), shuffle_index(2, 2, 64))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_batchnorm_is_batchnorm_of_each_group(groups):
     torch.manual_seed(0)

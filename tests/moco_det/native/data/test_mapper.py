@@ -467,7 +467,7 @@ def test_crops_are_everywhere_and_nowhere_else():
         (np.full((40, 60), 6, np.uint8), r"labels\.png holds the label 6, but there are 6 classes"),
         (
             np.zeros((40, 59), np.uint8),
-            r"labels\.png is 59x40 pixels, its photograph .*a\.png 60x40",
+            r"labels\.png is 59x40 pixels, its image .*a\.png 60x40",
         ),
         (np.zeros((40, 60), np.uint16), r"labels\.png is of Pillow's mode I;16"),
         (np.zeros((40, 60, 3), np.uint8), r"labels\.png is of Pillow's mode RGB.*not colours"),

@@ -1,5 +1,6 @@
 """ResNet and FPN against torchvision's networks and by hand; the dilated-C5 backbone likewise."""
 
+import copy
 import re
 
 import pytest
@@ -46,6 +47,7 @@ def randomise_norms(network: nn.Module) -> None:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("depth", "norm"), [(18, "BN"), (34, "BN"), (50, "BN"), (50, "FrozenBN")])
 def test_features_of_torchvision(depth, norm):
     torch.manual_seed(0)
@@ -61,11 +63,12 @@ def test_features_of_torchvision(depth, norm):
     with torch.no_grad():
         expected, features = torchvision_features(reference, x), model(x)
     for name in ALL:
-        torch.testing.assert_close(features[name], expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features[name], expected[name])
         assert features[name].shape[1] == model.channels[name]
         assert features[name].shape[3] == 64 // model.strides[name]
 
 
+@pytest.mark.usefixtures("float64")
 def test_dilated_res5_dilates_all_its_blocks():
     torch.manual_seed(0)
     reference = torchvision.models.resnet50(
@@ -79,7 +82,7 @@ def test_dilated_res5_dilates_all_its_blocks():
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         expected, features = torchvision_features(reference, x), model(x)
-    torch.testing.assert_close(features["res5"], expected["res5"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features["res5"], expected["res5"])
     assert model.strides == {"res5": 16}
 
 
@@ -196,14 +199,15 @@ def test_every_block_of_res5_is_dilated_the_first_too(backbone):
 
 def test_features_of_torchvision_with_all_of_layer4_dilated(backbone):
     torch.manual_seed(1)
-    network = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    network = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    network, backbone = network.double().eval(), copy.deepcopy(backbone).double()
     first = network.layer4[0].conv2
     assert first.dilation == (1, 1)  # torchvision's habit, and a trap
     first.dilation, first.padding = (2, 2), (2, 2)
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
     backbone.bottom_up.load_state_dict(rename(state, "torchvision", "detectron2"), strict=True)
     nn.init.uniform_(backbone.reduce.norm.weight)
-    image = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         x = network.maxpool(network.relu(network.bn1(network.conv1(image))))
         x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
@@ -213,7 +217,7 @@ def test_features_of_torchvision_with_all_of_layer4_dilated(backbone):
         expected = x / (1 + norm.eps) ** 0.5 * norm.weight.view(-1, 1, 1)
         found = backbone.eval()(image)["c5"]
     assert (expected < 0).any()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(found, expected)
 
 
 def test_config_builds_it_with_a_trained_synchronised_norm(repository):

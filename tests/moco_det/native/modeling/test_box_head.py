@@ -33,6 +33,7 @@ def boxes_near(centre: float, n: int, seed: int) -> torch.Tensor:
     return torch.cat([corner, corner + 5 + 40 * torch.rand(n, 2, generator=generator)], dim=1)
 
 
+@pytest.mark.usefixtures("float64")
 def test_losses_by_hand():
     predictor = make_predictor(num_classes=2, box_loss_weight=3.0)
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 20.0, 20.0], [5.0, 5.0, 9.0, 9.0]])
@@ -91,6 +92,7 @@ def slow_detections(boxes, probabilities, size, score_thresh, nms_thresh, limit)
     return sorted(found, key=lambda item: -item[0])[:limit]
 
 
+@pytest.mark.usefixtures("float64")
 def test_detections_equal_slow_rules():
     torch.manual_seed(0)
     proposals = boxes_near(5, 40, 3), boxes_near(20, 30, 4)
@@ -116,6 +118,7 @@ def test_detections_equal_slow_rules():
     )
 
 
+@pytest.mark.usefixtures("float64")
 def test_each_class_refines_its_own_box():
     predictor = make_predictor(num_classes=2, nms_thresh=1.0)
     deltas = torch.zeros(1, 2, 4)

@@ -85,6 +85,7 @@ def test_layers_and_initialisation():
     assert wide.conv_fcn1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.02)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("per_image", "weight"), [(None, 1.0), (12.0, 3.0)])
 def test_loss_equals_a_slow_loop(per_image, weight):
     head = make_head(per_image, weight)

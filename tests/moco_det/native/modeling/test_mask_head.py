@@ -159,6 +159,7 @@ def test_layers():
     assert [n for n, _ in make_head(num_conv=0).named_parameters()] == last
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("class_agnostic", [False, True])
 def test_loss_equals_a_slow_loop(class_agnostic):
     head = make_head(class_agnostic=class_agnostic)

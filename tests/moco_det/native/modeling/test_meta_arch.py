@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
@@ -209,15 +210,16 @@ def test_masks_and_keypoints_come_in_pixels_of_the_original():
     assert agree.float().mean() > 0.9
 
 
+@pytest.mark.usefixtures("float64")
 def test_channels_last_gives_the_same_losses():
     losses = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = build_model(small_cfg())
+        model = build_model(small_cfg()).double()
         recorder.fill(model)
         model.to(memory_format=layout)
         torch.manual_seed(0)
         losses.append({k: v.item() for k, v in model([example(64, 96)]).items()})
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=ROUNDING)
 
 
 def test_bfloat16_autocast_is_close():
@@ -283,9 +285,10 @@ def _ddp_process(process: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2
     )
-    model = synced_model()
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    losses = losses_and_gradients(parallel, [two_images()[process]])
+    with in_float64():
+        model = synced_model()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        losses = losses_and_gradients(parallel, [two_images()[process]])
     state = {k: v for k, v in model.state_dict().items() if "running" in k}
     gradients = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
     torch.save((losses, gradients, state), f"{folder}/{process}.pt")
@@ -294,7 +297,7 @@ def _ddp_process(process: int, folder: str) -> None:
 
 def synced_model():
     norms = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD")]
-    model = build_model(small_cfg(*(x for norm in norms for x in (norm, "SyncBN"))))
+    model = build_model(small_cfg(*(x for norm in norms for x in (norm, "SyncBN")))).double()
     recorder.fill(model)
     return model
 
@@ -303,17 +306,17 @@ def test_two_processes_with_sync_bn_equal_one(tmp_path):
     """2 processes x 1 image: mean losses, gradients and statistics of 1 process x 2 images."""
     torch.multiprocessing.spawn(_ddp_process, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
-    model = synced_model()
-    expected = losses_and_gradients(model, two_images())
+    with in_float64():
+        model = synced_model()
+        expected = losses_and_gradients(model, two_images())
     for name, value in expected.items():
         mean = sum(losses[name] for losses, _, _ in results) / 2
-        torch.testing.assert_close(mean, value, rtol=1e-4, atol=0)
+        torch.testing.assert_close(mean, value, rtol=ROUNDING, atol=0)
     for _, gradients, state in results:
         for name, gradient in gradients.items():
-            error = (gradient - model.get_parameter(name).grad).abs().max() / gradient.abs().max()
-            assert error < 1e-3, name
+            assert_equal_but_for_rounding(gradient, model.get_parameter(name).grad, name)
         for name, value in state.items():
-            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-4)
+            assert_equal_but_for_rounding(value, model.state_dict()[name], name)
 
 
 @pytest.mark.parametrize(

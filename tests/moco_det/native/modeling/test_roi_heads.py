@@ -121,6 +121,7 @@ def ground_truth():
     return Targets(boxes, [torch.tensor([0, 1]), torch.tensor([1])], masks, keypoints)
 
 
+@pytest.mark.usefixtures("float64")
 def test_c4_masks_are_trained_on_the_foreground_s_positions():
     """The oracle pools the foreground regions by themselves and runs res5 on them."""
     heads, features = small_heads("Res5ROIHeadsExtraNorm")
@@ -140,6 +141,7 @@ def test_c4_masks_are_trained_on_the_foreground_s_positions():
     torch.testing.assert_close(losses["loss_mask"], expected["loss_mask"])
 
 
+@pytest.mark.usefixtures("float64")
 def test_fpn_heads_are_trained_on_foreground_of_their_own_resolution():
     heads, features = small_heads("StandardROIHeads", *FPN)
     torch.manual_seed(1)
@@ -156,6 +158,7 @@ def test_fpn_heads_are_trained_on_foreground_of_their_own_resolution():
         torch.testing.assert_close(losses[name], loss)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("name", "options"), [("Res5ROIHeads", ()), ("StandardROIHeads", FPN)], ids=["C4", "FPN"]
 )
@@ -213,6 +216,7 @@ def dense_pose(seed):
     return DensePosePoints(x * 256, y * 256, charts, u, v, parts)
 
 
+@pytest.mark.usefixtures("float64")
 def test_dense_pose_is_trained_on_foreground_that_fits_its_annotated_object():
     heads, features = small_heads("DensePoseROIHeads", *DENSEPOSE)
     truth = ground_truth()._replace(densepose=[[dense_pose(0), None], [dense_pose(1)]])
@@ -245,6 +249,7 @@ def test_no_dense_pose_in_a_batch_is_zero_with_gradients():
     assert all(p.grad is not None for p in heads.densepose_predictor.parameters())
 
 
+@pytest.mark.usefixtures("float64")
 def test_charts_are_those_of_the_boxes_found():
     heads, features = small_heads("DensePoseROIHeads", *DENSEPOSE)
     with torch.no_grad():

@@ -97,6 +97,7 @@ def slow_proposals(rows, size, pre_nms, post_nms, threshold, min_size):
     return torch.stack([box for _, box in kept[:post_nms]])
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("min_box_size", [0.0, 12.0])
 @pytest.mark.parametrize("training", [False, True])
 def test_proposals_equal_slow_rules(features, training, min_box_size):
@@ -111,6 +112,7 @@ def test_proposals_equal_slow_rules(features, training, min_box_size):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("float64")
 def test_losses_equal_slow_rules(features):
     """Everything is sampled, so that chance plays no part."""
     weights = {"loss_rpn_cls": 2.0, "loss_rpn_loc": 3.0}
@@ -217,6 +219,7 @@ def test_numbers_in_detectron2s_own_test():
     torch.testing.assert_close(proposals[0], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("float64")
 def test_single_anchors_are_what_the_whole_map_gives(features):
     """Also at the borders, and in the gradients of the map and of the head."""
     head = strong_head(make_rpn()).rpn_head

@@ -6,6 +6,7 @@ import pytest
 import record_semantic_model
 import torch
 import torch.nn.functional as F
+from float64 import ROUNDING
 from record_model import fill
 from recording import read
 from torch import nn
@@ -72,19 +73,20 @@ def test_upsampling_is_exact_where_the_values_are():
     torch.testing.assert_close(upsample(x, 16)[..., ::16, ::16], x)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("size", "mirrored"), [((97, 65), True), ((96, 64), False)])
 def test_features_lie_on_every_sixteenth_pixel(size, mirrored):
     """With mirrored kernels, mirroring an image of 16 k + 1 pixels mirrors the result: its first
     and last pixels have values of their own. At any other size it could not."""
     torch.manual_seed(0)
-    model = build_model(small_cfg("MODEL.RESNETS.NORM", "BN")).eval()
+    model = build_model(small_cfg("MODEL.RESNETS.NORM", "BN")).double().eval()
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = (layer.weight + layer.weight.flip(-1)) / 2
     image = noise(*size)
     (found,), (other,) = model([{"image": image}]), model([{"image": image.flip(-1)}])
     difference = (found["sem_seg"] - other["sem_seg"].flip(-1)).abs().max()
-    assert bool(difference < 1e-4 * found["sem_seg"].abs().max()) is mirrored
+    assert bool(difference < ROUNDING * found["sem_seg"].abs().max()) is mirrored
 
 
 def test_parameters_are_called_as_the_plugin_calls_them():
@@ -144,9 +146,11 @@ def test_half_precision_ends_before_the_upsampling(segmentor):
     assert not torch.equal(between, between.bfloat16().float())
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_batch_of_different_sizes_is_padded_and_its_padding_ignored(segmentor):
     """In a batch, each pixel has the loss that it has in an image which is padded by hand."""
     sizes = [(40, 33), (20, 50)]
+    segmentor.double()  # the mean and the deviation of pixels, too
     batch, totals, count = [], [], 0
     for seed, (h, w) in enumerate(sizes):
         labels = torch.randint(0, 3, (h, w), generator=torch.Generator().manual_seed(seed))

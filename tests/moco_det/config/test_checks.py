@@ -1,4 +1,4 @@
-"""What a config's META_ARCHITECTURE asks of its data sets and of its other keys."""
+"""Which configs are refused, for their keys, their data sets or their weights."""
 
 import json
 
@@ -8,17 +8,19 @@ from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_voc
 
 from moco_det.common.errors import UserError
-from moco_det.config.loading import get_cfg
-from moco_det.config.tasks import (
+from moco_det.config.checks import (
     check_dataset,
     check_input,
     check_metric_files,
+    check_weights,
     is_semantic,
     num_classes,
     num_classes_key,
     semantic_feature,
 )
+from moco_det.config.loading import get_cfg
 from moco_det.datasets import get_dataset
+from moco_det.weights.names import Architecture
 
 
 def make_cfg(*options, semantic=True):
@@ -124,3 +126,41 @@ def test_the_feature_that_the_head_works_on():
         semantic_feature(cfg, {"res4": 8})
     with pytest.raises(UserError, match=r"one of the backbone's features \['res5'\]"):
         semantic_feature(cfg, {"res5": 16})
+
+
+def test_config_that_contradicts_the_file():
+    metadata = {"requires": Architecture(50).config()}
+    cfg = get_cfg()
+    with pytest.raises(UserError) as caught:
+        check_weights(cfg, metadata)
+    for key in (
+        "INPUT.FORMAT RGB",
+        "MODEL.PIXEL_MEAN [123.675",
+        "MODEL.RESNETS.STRIDE_IN_1X1 False",
+    ):
+        assert key in str(caught.value)
+    assert "DEPTH" not in str(caught.value)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    check_weights(cfg, metadata)
+    cfg.MODEL.RESNETS.DEPTH = 101
+    with pytest.raises(UserError, match=r"need MODEL\.RESNETS\.DEPTH 50 \(the config says 101\)$"):
+        check_weights(cfg, metadata)
+
+
+@pytest.mark.parametrize("requires", [["INPUT.FORMAT"], "RGB", 3])
+def test_requirements_that_are_no_dict(requires):
+    with pytest.raises(UserError, match="'requires' is not a dict of config keys: convert again"):
+        check_weights(get_cfg(), {"requires": requires})
+
+
+@pytest.mark.parametrize("needed", [["a", "b", "c"], [1.0], 5, {"a": 1}])
+def test_a_requirement_of_another_kind_is_a_contradiction(needed):
+    with pytest.raises(UserError, match="need MODEL.PIXEL_MEAN"):
+        check_weights(get_cfg(), {"requires": {"MODEL.PIXEL_MEAN": needed}})
+
+
+def test_file_that_says_nothing_contradicts_nothing():
+    check_weights(get_cfg(), {"__author__": "MOCO"})

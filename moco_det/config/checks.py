@@ -1,11 +1,19 @@
-"""What MODEL.META_ARCHITECTURE means for the rest of a config, in either engine."""
+"""Whether the keys of a config fit each other, the data sets and the weights, in either engine.
+
+All of it is asked before anything runs. What a key means often depends on
+MODEL.META_ARCHITECTURE: a `SemanticSegmentor` labels pixels, every other model finds objects.
+"""
 
 from collections.abc import Mapping
 
+import numpy as np
+from fvcore.common.config import CfgNode
+
 from moco_det.common.errors import UserError
+from moco_det.config.loading import leaves
 from moco_det.datasets import Dataset, get_dataset
 from moco_det.datasets.semantic import IGNORED
-from moco_det.densepose import files as densepose_files
+from moco_det.densepose import body
 
 SEMANTIC = "SemanticSegmentor"
 
@@ -23,6 +31,22 @@ def num_classes_key(cfg) -> str:
 
 def num_classes(cfg) -> int:
     return (cfg.MODEL.SEM_SEG_HEAD if is_semantic(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+
+
+# -- data sets ------------------------------------------------------------------------------------
+
+
+def check_datasets(cfg) -> None:
+    """UserError unless all data sets have the same classes, and the model as many as they."""
+    datasets = [get_dataset(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    for dataset in datasets:
+        first = datasets[0]
+        if dataset.classes != first.classes:
+            raise UserError(
+                f"the data sets {first.name} ({', '.join(first.classes)}) and {dataset.name} "
+                f"({', '.join(dataset.classes)}) have different classes: use sets that share them"
+            )
+        check_dataset(cfg, dataset)
 
 
 def check_dataset(cfg, dataset: Dataset) -> None:
@@ -51,7 +75,10 @@ def check_metric_files(cfg) -> None:
     """UserError where files lack that scoring DATASETS.TEST needs: before the hours of a run."""
     for name in cfg.DATASETS.TEST if cfg.MODEL.DENSEPOSE_ON else ():
         if get_dataset(name).evaluator == "densepose":
-            densepose_files.require(densepose_files.GEODESICS, f"the metric of {name}")
+            body.require(body.GEODESICS, f"the metric of {name}")
+
+
+# -- training input --------------------------------------------------------------------------------
 
 
 def check_input(cfg, crops_objects: bool) -> None:
@@ -97,6 +124,22 @@ def _check_semantic_input(cfg) -> None:
         )
 
 
+# -- backbone and weights --------------------------------------------------------------------------
+
+
+def check_dilated_c5(cfg: CfgNode) -> None:
+    """UserError unless the ResNet of `cfg` ends in a res5 of dilation 2 and returns only that."""
+    needed = {"RES5_DILATION": 2, "OUT_FEATURES": ["res5"]}
+    if cfg.MODEL.RESNETS.DEPTH < 50:
+        needed = {"DEPTH": "50 or more: smaller ones have no dilation"}
+    for key, value in needed.items():
+        if cfg.MODEL.RESNETS[key] != value:
+            raise UserError(
+                f"MODEL.RESNETS.{key} is {cfg.MODEL.RESNETS[key]}; the backbone "
+                f"build_resnet_dilated_c5_backbone needs {value}"
+            )
+
+
 def semantic_feature(cfg, strides: Mapping[str, int]) -> str:
     """The feature map that FCN16Head works on.
 
@@ -120,3 +163,35 @@ def semantic_feature(cfg, strides: Mapping[str, int]) -> str:
             "MODEL.RESNETS.RES5_DILATION 2"
         )
     return name
+
+
+def check_weights(cfg: CfgNode, metadata: Mapping[str, object]) -> None:
+    """Compare what a converted file needs (its entry "requires") with the config.
+
+    Args:
+        metadata: of MODEL.WEIGHTS, as `moco_det.weights.files.read_state_dict` returns it.
+
+    Raises:
+        UserError: names every key of the config that contradicts the file.
+    """
+    values, requires = dict(leaves(cfg)), metadata.get("requires", {})
+    if not isinstance(requires, Mapping):
+        raise UserError(
+            f"{cfg.MODEL.WEIGHTS}: its entry 'requires' is not a dict of config keys: convert again"
+        )
+    wrong = [
+        f"{key} {needed} (the config says {values[key]})"
+        for key, needed in requires.items()
+        if key in values and not _equal(values[key], needed)
+    ]
+    if wrong:
+        raise UserError(f"the weights in {cfg.MODEL.WEIGHTS} need {', '.join(wrong)}")
+
+
+def _equal(value: object, needed: object) -> bool:
+    if isinstance(needed, list) and isinstance(value, list) and len(value) == len(needed):
+        try:
+            return np.allclose(value, needed, rtol=1e-3)  # pixel values; configs round differently
+        except TypeError:  # no numbers
+            return False
+    return value == needed

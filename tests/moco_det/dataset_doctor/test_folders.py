@@ -1,14 +1,77 @@
-"""The doctor on Cityscapes and on VOC's semantic segmentation: healthy, then broken."""
+"""The doctor on PASCAL VOC's layout and Cityscapes': healthy, then broken."""
 
 import numpy as np
 import pytest
 from examined import doctor, problems
 from PIL import Image
+from tiny_voc import write_tiny_voc
+
+from moco_det.dataset_doctor.folders import evenly_spaced
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_tiny_voc(tmp_path / "voc")
+
+
+def test_healthy_voc(voc):
+    reports = doctor(f"voc:{voc}:train", f"voc:{voc}:test", "MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    train, test = reports.values()
+    assert (train.images, train.objects, train.classes, train.decoded) == (8, 8, 2, 8)
+    assert (test.images, test.objects, test.classes, test.decoded) == (4, 4, 2, 4)
+    assert train.problems == test.problems == []
+
+
+def test_all_that_is_wrong_with_a_voc_set_is_found(voc):
+    annotations, images = voc / "Annotations", voc / "JPEGImages"
+    photographs = {name: images / f"{name}.jpg" for name in ("000", "001", "002", "003")}
+    photographs["000"].unlink()
+    photographs["001"].write_bytes(photographs["001"].read_bytes()[:400])  # cut off in transfer
+    Image.new("RGB", (30, 20)).save(photographs["002"])
+    photographs["003"].write_bytes(b"")
+    xml = (annotations / "004.xml").read_text()
+    empty = "<xmin>5</xmin><ymin>7</ymin><xmax>5</xmax><ymax>7</ymax>"
+    box = xml[xml.index("<xmin>") : xml.index("</bndbox>")]
+    (annotations / "004.xml").write_text(xml.replace(box, empty))
+    (annotations / "005.xml").write_text("<annotation>")
+    (annotations / "006.xml").unlink()
+    text = (annotations / "007.xml").read_text().replace("</xmax>", "x</xmax>")
+    (annotations / "007.xml").write_text(text)
+    split = voc / "ImageSets/Main/train.txt"
+    split.write_text(split.read_text() + "\n004\nabsent\n")
+
+    (report,) = doctor(f"voc:{voc}:train").values()
+    found = problems(report)
+    for check, *words in (
+        ("image", photographs["000"], "does not exist"),
+        ("image", photographs["001"], "cannot be decoded"),
+        ("size", photographs["002"], "is 30x20 pixels, its annotation says 64x48"),
+        ("image", photographs["003"], "cannot be decoded"),
+        ("area", annotations / "004.xml", "a box of zero area, (5, 7, 5, 7)"),
+        ("annotation", annotations / "005.xml", "cannot be read"),
+        ("annotation", annotations / "006.xml", "cannot be read"),
+        ("annotation", annotations / "007.xml", "lacks the numbers of a <bndbox>"),
+        ("list", split, "lists 004 2 times"),
+        ("annotation", annotations / "absent.xml", "cannot be read"),
+        ("image", images / "absent.jpg", "does not exist"),
+    ):
+        matching = [text for c, text in found if c == check and all(str(w) in text for w in words)]
+        assert matching, (check, words)
+    assert {check for check, _ in found} == {
+        *("image", "size", "area", "annotation", "list", "classes")
+    }
+
+
+def test_evenly_spaced_takes_the_ends():
+    assert evenly_spaced(range(10), 4) == [0, 3, 6, 9]
+    assert evenly_spaced(range(3), 5) == evenly_spaced(range(3), None) == [0, 1, 2]
+    assert evenly_spaced(range(3), 1) == [0]
+    assert evenly_spaced(range(3), 0) == []
 
 
 @pytest.fixture
 def cityscapes(tmp_path):
-    """Two photographs with maps of labels and instances."""
+    """Two images with maps of labels and instances."""
     for number in (0, 1):
         stem = f"aachen_{number:06d}_000019"
         values = np.zeros((8, 16), np.int32)
@@ -54,7 +117,7 @@ def test_cityscapes_map_of_another_size_and_with_unknown_labels(cityscapes):
     name = f"cityscapes:{cityscapes}:train"
     found = problems(doctor(name, config="cityscapes_R50_FPN_instance_moco")[name])
     assert [text for _, text in found] == [
-        f"{path} is 10x8 pixels, its photograph 16x8",
+        f"{path} is 10x8 pixels, its image 16x8",
         f"{path} holds the label 40; Cityscapes' labels are 0 to 33",
     ]
 

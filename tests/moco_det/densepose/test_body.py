@@ -1,7 +1,8 @@
-"""Distances on the template whose geodesics are known, and files that are none."""
+"""The body's files, its symmetries, and distances on a template whose geodesics are known."""
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from densepose_template import FAR, distance, write_template
 from scipy.io import savemat
 
 from moco_det.common.errors import UserError
-from moco_det.densepose.similarity import mean_distances, read_geodesics
+from moco_det.densepose import body
+from moco_det.densepose.body import file_path, load_symmetries, mean_distances, read_geodesics
 
 STEPS = 5
 
@@ -113,3 +115,77 @@ def test_a_damaged_file_is_refused(folder):
     (folder / "SMPL_subdiv.mat").write_text("<html>not found</html>")
     with pytest.raises(UserError, match=r"SMPL_subdiv\.mat is damaged or no MATLAB file"):
         read_geodesics()
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    folder = tmp_path / "densepose" / "data"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_what_is_missing_is_named_with_source_and_place(empty_folder, tmp_path):
+    (empty_folder / "SMPL_subdiv.mat").touch()
+    with pytest.raises(UserError) as error:
+        body.require(body.GEODESICS, "a metric")
+    assert str(error.value) == (
+        f"a metric needs SMPL_SUBDIV_TRANSFORM.mat, Pdist_matrix.pkl in {empty_folder}: download "
+        "https://dl.fbaipublicfiles.com/densepose/data/SMPL_SUBDIV_TRANSFORM.mat, and the others "
+        "beside it (no checksum is published); DETECTRON2_DATASETS names the folder that holds "
+        f"densepose/data, now {tmp_path}"
+    )
+
+
+def test_nothing_is_missing(empty_folder):
+    for name in body.GEODESICS:
+        (empty_folder / name).touch()
+    assert body.missing(body.GEODESICS) == []
+    body.require(body.GEODESICS, "a metric")
+    assert body.missing([body.SYMMETRIES]) == [empty_folder / "UV_symmetry_transforms.mat"]
+
+
+def test_scipy_is_asked_for(empty_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)  # as if it were not installed
+    with pytest.raises(UserError, match="needs the package scipy: pip install scipy"):
+        body.require([], "a metric")
+
+
+def test_the_names_are_those_of_detectron2():
+    data = pytest.importorskip(
+        "densepose.data.datasets.coco", reason="Detectron2's DensePose", exc_type=ImportError
+    )
+    assert data.DENSEPOSE_METADATA_URL_PREFIX == body.SITE
+    urls = data.get_metadata(data.DENSEPOSE_METADATA_URL_PREFIX)
+    assert {url.rsplit("/", 1)[1] for url in urls.values()} == {
+        body.SYMMETRIES,
+        body.VERTICES,
+        body.POINTS,
+    }
+
+
+def test_no_file_of_symmetries(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(UserError) as raised:
+        load_symmetries()
+    message = str(raised.value)
+    assert "RANDOM_FLIP horizontal" in message
+    assert "https://dl.fbaipublicfiles.com/densepose/data/UV_symmetry_transforms.mat" in message
+    assert str(file_path("UV_symmetry_transforms.mat").parent) in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"U_transforms": np.zeros((1, 24))}, "U_transforms and V_transforms"),
+        ({name: np.zeros((1, 3, 256, 256)) for name in ("U_transforms", "V_transforms")}, "not"),
+    ],
+)
+def test_another_file_than_that_of_symmetries(tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    path = file_path("UV_symmetry_transforms.mat")
+    path.parent.mkdir(parents=True)
+    savemat(path, content)
+    with pytest.raises(UserError, match=message) as raised:
+        load_symmetries()
+    assert str(path) in str(raised.value)

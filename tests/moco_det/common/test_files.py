@@ -1,0 +1,83 @@
+"""Files are whole at every moment, whatever happens while they are written."""
+
+import errno
+import hashlib
+import json
+import os
+
+import pytest
+
+from moco_det.common.files import file_hash, replacing, write_json, write_text
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    return path
+
+
+def test_the_old_content_stays_until_the_new_one_is_whole(path):
+    with replacing(path) as temporary:
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        assert temporary.suffix == ".json"  # what writes it may go by the ending
+        assert temporary.parent == path.parent  # a rename within one file system
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_failure_of_the_writer_leaves_the_old_file_and_nothing_else(path):
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half of it")
+        print(1 / 0)
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_disk_that_is_full_when_flushed_leaves_the_old_file(path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_it_is_flushed_before_it_takes_the_name(path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("flushed"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("renamed"), replace(a, b)))
+    write_text(path, "new")
+    assert calls == ["flushed", "renamed"]
+
+
+def test_a_writer_that_writes_nothing_is_an_error(path):
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(OSError):
+        write_text(tmp_path / "no" / "a.txt", "new")
+
+
+def test_json_and_text_in_utf8(tmp_path):
+    write_json(tmp_path / "a.json", {"Güler": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_bytes().decode()) == {"Güler": [1, 2]}
+    assert "Güler" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    write_json(tmp_path / "b.json", [1, {"a": 2}], indent=None)
+    assert (tmp_path / "b.json").read_text() == '[1, {"a": 2}]\n'
+
+
+def test_the_hash_is_that_of_the_content_now(tmp_path):
+    path = tmp_path / "weights.pth"
+    for size, modified in ((0, 1), (5, 2), ((1 << 20) + 3, 3)):  # less and more than a block
+        path.write_bytes(b"x" * size)
+        os.utime(path, ns=(modified, modified))
+        assert file_hash(path) == f"sha256:{hashlib.sha256(b'x' * size).hexdigest()}"

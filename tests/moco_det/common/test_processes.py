@@ -1,0 +1,111 @@
+"""What processes exchange: hand values in two processes, and the same calls in one."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from moco_det.common import processes
+from moco_det.common.launch import launch
+
+
+def exchange(folder):
+    """Everything that is collective, once; each process writes what it got."""
+    rank = processes.rank()
+    # Process 0 has 1, 2 and process 1 has 3, 4. Its loss is the sum of squares of all four, so the
+    # sum over processes has the gradient 2 * 2x.
+    mine = torch.tensor([[1.0], [2.0]]) + 2 * rank
+    mine.requires_grad_()
+    everyone = processes.gather(mine)
+    everyone.square().sum().backward()
+    norm = nn.BatchNorm1d(1)
+    norm.running_mean.fill_(rank + 5)
+    norm.weight.data.fill_(rank + 7)
+    processes.broadcast_buffers(norm)
+    with processes.StopRequest() as stop:
+        before = stop.agreed()
+        if rank == processes.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        processes.synchronize()
+        after = stop.agreed()
+    found = {
+        "gathered": everyone.flatten().tolist(),
+        "gradient": mine.grad.flatten().tolist(),
+        "objects": processes.all_objects({"rank": rank}),
+        "buffer": norm.running_mean.item(),
+        "parameter": norm.weight.item(),
+        "stop": [before, after],
+        "workers": processes.workers_per_process(3),
+    }
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(found, file)
+    processes.print_on_main("done")
+
+
+def read(folder, rank):
+    return json.loads((folder / f"{rank}.json").read_text())
+
+
+def test_two_processes(tmp_path, capfd):
+    launch(exchange, num_gpus=2, args=(str(tmp_path),))
+    first, second = read(tmp_path, 0), read(tmp_path, 1)
+    shared = {
+        "gathered": [1, 2, 3, 4],
+        "objects": [{"rank": 0}, {"rank": 1}],
+        "buffer": 5,
+        "stop": [False, True],  # all stop where one was asked to
+        "workers": 2,
+    }
+    assert first == {**shared, "gradient": [4, 8], "parameter": 7}
+    assert second == {**shared, "gradient": [12, 16], "parameter": 8}
+    assert capfd.readouterr().out.count("done") == 1
+
+
+def test_one_process_needs_no_group(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    exchange(tmp_path)
+    assert read(tmp_path, 0) == {
+        "gathered": [1, 2],
+        "gradient": [2, 4],
+        "objects": [{"rank": 0}],
+        "buffer": 5,
+        "parameter": 7,
+        "stop": [False, True],
+        "workers": 3,
+    }
+
+
+@pytest.mark.parametrize(("processes_here", "expected"), [(1, 8), (3, 3), (8, 1), (16, 1)])
+def test_workers_are_those_of_the_node(monkeypatch, processes_here, expected):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes_here))
+    assert processes.workers_per_process(8) == expected
+    assert processes.workers_per_process(0) == 0
+
+
+def test_sigterm_has_its_former_meaning_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), processes.StopRequest() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+        print(1 / 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with processes.StopRequest() as another:  # a request is that of one run
+        assert not another.received
+
+
+def test_another_thread_leaves_signals_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with processes.StopRequest() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.agreed()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]

@@ -1,0 +1,156 @@
+"""VOC's layout against hand-written files, against real ones, and against Detectron2's loader."""
+
+import pytest
+from PIL import Image
+
+from moco_det.common.errors import UserError
+from moco_det.datasets import VOC_CLASSES, get_dataset
+
+SIZE = "<size><width>50</width><height>40</height></size>"
+
+
+def voc_object(name, box, extra="<difficult>0</difficult>"):
+    corners = "".join(
+        f"<{key}>{value}</{key}>"
+        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    return f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>"
+
+
+def write_voc(root, annotations, splits, suffix="jpg"):
+    """`annotations`: image id -> XML within <annotation>; `splits`: name -> text of the list."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for image_id, xml in annotations.items():
+        Image.new("RGB", (50, 40)).save(root / "JPEGImages" / f"{image_id}.{suffix}")
+        path = root / "Annotations" / f"{image_id}.xml"
+        path.write_text(f"<annotation>{xml}</annotation>")
+    for name, text in splits.items():
+        (root / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+
+def test_voc_record(tmp_path):
+    xml = SIZE + voc_object("cat", (1, 2, 50, 40)) + voc_object("ant", (5, 6, 7.5, 9))
+    write_voc(tmp_path, {"a": xml}, {"train": "a\n"})
+    (record,) = get_dataset(f"voc:{tmp_path}:train").records()
+    assert record == {
+        "file_name": str(tmp_path / "JPEGImages" / "a.jpg"),
+        "image_id": "a",
+        "height": 40,
+        "width": 50,
+        "annotations": [
+            {"bbox": [0.0, 1.0, 50.0, 40.0], "category_id": 1, "iscrowd": 0, "difficult": 0},
+            {"bbox": [4.0, 5.0, 7.5, 9.0], "category_id": 0, "iscrowd": 0, "difficult": 0},
+        ],
+    }
+
+
+def test_voc_classes_are_those_of_all_splits(tmp_path):
+    annotations = {
+        "a": SIZE + voc_object("zebra", (1, 1, 9, 9)),
+        "b": SIZE + voc_object("ant", (1, 1, 9, 9)),
+    }
+    write_voc(tmp_path, annotations, {"train": "a\n", "test": "b\n"})
+    for split in ("train", "test"):
+        dataset = get_dataset(f"voc:{tmp_path}:{split}")
+        assert dataset.classes == ("ant", "zebra")
+        assert (dataset.evaluator, dataset.eleven_point) == ("voc", False)
+        assert len(dataset.records()) == 1
+
+
+def test_voc_without_size_or_difficult_and_with_png(tmp_path):
+    write_voc(tmp_path, {"a": voc_object("ant", (1, 1, 9, 9), extra="")}, {"t": "a\n"}, "png")
+    (record,) = get_dataset(f"voc:{tmp_path}:t").records()
+    assert (record["height"], record["width"]) == (40, 50)
+    assert record["annotations"][0]["difficult"] == 0
+    assert record["file_name"].endswith("a.png")
+
+
+def test_voc_difficult_is_kept(tmp_path):
+    xml = SIZE + voc_object("ant", (1, 1, 9, 9), "<difficult>1</difficult>")
+    write_voc(tmp_path, {"a": xml}, {"t": "a\n"})
+    assert get_dataset(f"voc:{tmp_path}:t").records()[0]["annotations"][0]["difficult"] == 1
+
+
+@pytest.mark.parametrize("box", [(5, 5, 5, 5), (5, 5, 5, 9), (5, 5, 9, 5), (9, 5, 5, 9)])
+def test_voc_box_without_area_is_left_out(tmp_path, box):
+    xml = SIZE + voc_object("ant", box) + voc_object("ant", (1, 1, 9, 9))
+    write_voc(tmp_path, {"a": xml}, {"t": "a\n"})
+    (record,) = get_dataset(f"voc:{tmp_path}:t").records()
+    assert [annotation["bbox"] for annotation in record["annotations"]] == [[0, 0, 9, 9]]
+
+
+def test_voc_split_keeps_its_order_and_may_have_flags_and_blank_lines(tmp_path):
+    xml = SIZE + voc_object("ant", (1, 1, 9, 9))
+    write_voc(tmp_path, {"b": xml, "a": xml}, {"t": "b  1\n\na -1\n"})
+    assert [r["image_id"] for r in get_dataset(f"voc:{tmp_path}:t").records()] == ["b", "a"]
+
+
+def test_builtin_voc_below_the_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    xml = SIZE + voc_object("tvmonitor", (1, 1, 9, 9))
+    for year in (2007, 2012):
+        write_voc(tmp_path / f"VOC{year}", {"a": xml}, {"trainval": "a\n"})
+        dataset = get_dataset(f"voc_{year}_trainval")
+        assert dataset.classes == VOC_CLASSES
+        assert dataset.eleven_point == (year == 2007)
+        assert dataset.records()[0]["annotations"][0]["category_id"] == 19
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        (SIZE + "<object><name>ant</name></object>", "a.xml: an <object> lacks"),
+        (SIZE + voc_object("ant", ("one", 1, 2, 2)), "a.xml: an <object> lacks"),
+        ("<object>", "cannot read annotation .*a.xml"),
+        (SIZE, "name no object"),
+    ],
+)
+def test_malformed_voc_annotation_is_named(tmp_path, xml, message):
+    write_voc(tmp_path, {"a": xml}, {"t": "a\n"})
+    with pytest.raises(UserError, match=message):
+        get_dataset(f"voc:{tmp_path}:t")
+
+
+def test_voc_image_or_annotation_absent_is_named(tmp_path):
+    write_voc(tmp_path, {"a": SIZE + voc_object("ant", (1, 1, 9, 9))}, {"t": "a\nb\n"})
+    with pytest.raises(UserError, match="no image b"):
+        get_dataset(f"voc:{tmp_path}:t").records()
+    Image.new("RGB", (5, 5)).save(tmp_path / "JPEGImages" / "b.jpg")
+    with pytest.raises(UserError, match="cannot read annotation .*b.xml"):
+        get_dataset(f"voc:{tmp_path}:t").records()
+
+
+def test_foreign_class_in_builtin_voc_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    xml = SIZE + voc_object("unicorn", (1, 1, 9, 9))
+    write_voc(tmp_path / "VOC2012", {"a": xml}, {"val": "a\n"})
+    with pytest.raises(UserError, match="a.xml: class 'unicorn' is not in aeroplane"):
+        get_dataset("voc_2012_val").records()
+
+
+def test_bccd_counts(shared_data):
+    """4,888 boxes in 364 images, 2 of them without area, in the official splits of 292 and 72."""
+    root = shared_data("bccd_voc") / "BCCD"
+    total = 0
+    for split, images in (("trainval", 292), ("test", 72)):
+        dataset = get_dataset(f"voc:{root}:{split}")
+        assert dataset.classes == ("Platelets", "RBC", "WBC")
+        records = dataset.records()
+        assert len(records) == images
+        total += sum(len(record["annotations"]) for record in records)
+    assert total == 4888 - 2
+
+
+def test_voc_records_equal_detectron2s(shared_data):
+    loader = pytest.importorskip("detectron2.data.datasets.pascal_voc")
+    root = shared_data("voc2012_40") / "VOC2012"
+    dataset = get_dataset(f"voc:{root}:trainval")
+    theirs = loader.load_voc_instances(str(root), "trainval", dataset.classes)
+    assert [strip(record) for record in dataset.records()] == [strip(r) for r in theirs]
+
+
+def strip(record):
+    """What both VOC loaders give, with the file as a string."""
+    annotations = [{key: a[key] for key in ("bbox", "category_id")} for a in record["annotations"]]
+    return {**record, "file_name": str(record["file_name"]), "annotations": annotations}
