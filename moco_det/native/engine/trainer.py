@@ -33,7 +33,12 @@ from moco_det.common.processes import (
     world_size,
 )
 from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
-from moco_det.config.checks import check_datasets, check_input, check_metric_files, check_weights
+from moco_det.config.checks import (
+    check_datasets,
+    check_input,
+    check_metric_files,
+    check_weights,
+)
 from moco_det.config.loading import load_config, on_available_device
 from moco_det.native.data.loader import build_train_loader, build_training_records
 from moco_det.native.engine.inference import evaluate_model
