@@ -8,7 +8,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from moco_det.benchmark.report.comparison import comparison
+from moco_det.benchmark.report.tables import compare_runs, means_table
 from moco_det.common.errors import UserError, exit_cleanly
 
 
@@ -24,7 +24,7 @@ def main() -> None:
             if not equals:
                 raise UserError(f"'{run}' is not of the form NAME=DIR")
             runs[name].append(Path(folder))
-        print(comparison(runs))
+        print(means_table(compare_runs(runs), ("start", "trials")))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moco_det.benchmark.jobs.ablation import (
     run_trials,
 )
 from moco_det.benchmark.jobs.job import Command, Job, JobFolder, unfinished
-from moco_det.benchmark.report.trial_table import as_csv, collect, markdown, write_table
+from moco_det.benchmark.report.tables import ablation_table, means_table
 from moco_det.common.errors import UserError
 from pretrain import knn, linear, main
 
@@ -263,12 +263,13 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(tmp_path, capfd):
     assert failures["a, seed 0"].startswith("error: no luck (step 'write' failed with exit code 1")
     assert "== failed: a, seed 0" in capfd.readouterr().out
     assert states(trials) == ["failed", "finished"]
-    rows = collect(trials, failures)
-    assert [(row["failed"], row["missing"], len(row["trials"])) for row in rows] == [
+    table = ablation_table(trials, failures)
+    counts = [row.counts[0] for row in table.rows]
+    assert [(count.failed, count.missing, count.finished) for count in counts] == [
         (1, 0, 0),
         (0, 0, 1),
     ]
-    assert "| a        | 0, 1 failed |         |" in markdown(rows)
+    assert "| a        | 0, 1 failed |         |" in means_table(table)
     (tmp_path / "a0/value.json").write_text("3")
     (tmp_path / "a0/mended").touch()
     assert run_trials(trials) == {}  # begun again, and no longer failing
@@ -353,30 +354,3 @@ def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
     assert one.result()["measures"] == {"top-1": 7}
     (tmp_path / "a0/run.json").unlink()
     assert states([one]) == ["interrupted"]
-
-
-def test_the_table_by_hand(tmp_path):
-    trials = [
-        *(trial(tmp_path, "with", seed, value(v)) for seed, v in enumerate((50, 54, 55))),
-        trial(tmp_path, "without", 0, value(40.25)),
-        trial(tmp_path, "without", 1, value(0)),
-    ]
-    run_trials(trials[:-1])
-    rows = collect(trials, {})
-    text = write_table(rows, "a title", {"settings": {"lr": 1}}, tmp_path)
-    assert (tmp_path / "table.md").read_text() == text
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]] == [
-        ["with", "3", "53.0 ± 2.6"],
-        ["without", "1, 1 missing", "40.2"],
-    ]
-    first, second = csv.DictReader(io.StringIO(as_csv(rows)))
-    assert (tmp_path / "table.csv").read_text() == as_csv(rows)
-    assert float(first["top-1 mean"]) == 53
-    assert float(first["top-1 sd"]) == pytest.approx(7**0.5)
-    assert (second["n"], second["missing"], second["top-1 mean"], second["top-1 sd"]) == (
-        "1", "1", "40.25", "",
-    )  # fmt: skip
-    kept = json.loads((tmp_path / "table.json").read_text())
-    assert kept["settings"] == {"lr": 1}
-    assert [t["measures"]["top-1"] for t in kept["rows"][0]["trials"]] == [50, 54, 55]
-    assert kept["rows"][1]["spread"]["top-1"] == {"mean": 40.25, "deviation": None, "n": 1}
