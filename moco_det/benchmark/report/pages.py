@@ -26,7 +26,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "pixels": tables.number_text,
+        "pixels": "{:.1f}".format,
         "number": tables.number_text,
         "signed": signed,
         "difference": tables.difference_text,

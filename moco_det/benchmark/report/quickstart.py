@@ -25,7 +25,7 @@ from moco_det.benchmark.report.pictures import (
 )
 from moco_det.benchmark.significance import signed
 from moco_det.common.errors import UserError
-from moco_det.datasets import get_dataset
+from moco_det.datasets import Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
 
 METRICS = {
@@ -246,7 +246,7 @@ def draw_pairs(plan) -> list[PicturePair]:
         return []
 
 
-def draw_pair(record: dict, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
+def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
     """`found`: start -> image id, as text -> prediction."""
     image_id = str(record["image_id"])
     moco, random = (

@@ -103,11 +103,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`source` is where the published numbers are from; `notes` what must be read with ours."""
+    """Rows under groups of columns.
+
+    Args:
+        heads: what stands above the rows' labels, and above their counts.
+        source: where the published numbers are from.
+        notes: what must be read with our numbers.
+    """
 
     title: str
     groups: Sequence[ColumnGroup]
     rows: Sequence[Row]
+    heads: tuple[str, str] = ("pre-train", "")
     name: str = ""
     source: str = ""
     notes: Sequence[str] = ()
@@ -167,7 +174,7 @@ def markdown_table(table: Table) -> str:
         for what, texts in printed.items():
             lines.append([label, what, *texts])
             label = ""  # on the row's first line only
-    return tabulate(lines, ["pre-train", "", *table.headings], "pipe", disable_numparse=True)
+    return tabulate(lines, [*table.heads, *table.headings], "pipe", disable_numparse=True)
 
 
 def _lines_of(row: Row, reference_labels: str) -> dict[str, list[str]]:
@@ -182,12 +189,12 @@ def _lines_of(row: Row, reference_labels: str) -> dict[str, list[str]]:
     return {name: texts for name, texts in lines.items() if any(texts)}
 
 
-def means_table(table: Table, heads: tuple[str, str]) -> str:
-    """Markdown with one line for a row: its label and its count under `heads`, then its means."""
+def means_table(table: Table) -> str:
+    """Markdown with one line for a row: its label, its count, its means."""
     lines = [
         [row.label, row.counts[0].text(), *map(mean_text, row.all_cells)] for row in table.rows
     ]
-    return tabulate(lines, [*heads, *table.headings], "pipe", disable_numparse=True)
+    return tabulate(lines, [*table.heads, *table.headings], "pipe", disable_numparse=True)
 
 
 CSV_COLUMNS = (
@@ -222,15 +229,15 @@ def _difference_values(difference: Mapping[str, Any] | None) -> list:
 
 
 def means_csv(table: Table) -> str:
-    """varied, n, failed, missing, then mean and sd of each column, at full precision."""
-    heads = [f"{name} {number}" for name in table.headings for number in ("mean", "sd")]
+    """Label and counts of a row, then mean and sd of each column, at full precision."""
+    columns = [f"{name} {number}" for name in table.headings for number in ("mean", "sd")]
     lines = []
     for row in table.rows:
         (count,) = row.counts
         summaries = [cell.summary for cell in row.all_cells]
         numbers = [n for s in summaries for n in ((s.mean, s.sd) if s else (None, None))]
         lines.append([row.label, count.finished, count.failed, count.missing, *numbers])
-    return _csv(["varied", "n", "failed", "missing", *heads], lines)
+    return _csv([*table.heads, "failed", "missing", *columns], lines)
 
 
 def _csv(heads: Sequence[str], lines: Iterable[Sequence]) -> str:
@@ -305,7 +312,10 @@ Numbers = Mapping[int, Mapping[str, float]]  # trial -> what was measured -> val
 
 
 def trials_table(
-    title: str, rows: Mapping[str, tuple[RunCount, Numbers]], columns: Mapping[str, str]
+    title: str,
+    heads: tuple[str, str],
+    rows: Mapping[str, tuple[RunCount, Numbers]],
+    columns: Mapping[str, str],
 ) -> Table:
     """A row for each name, a column for each of `columns`, measured -> heading.
 
@@ -323,6 +333,7 @@ def trials_table(
             Row(name, name, [count], [[cell(numbers, measured) for measured in columns]])
             for name, (count, numbers) in rows.items()
         ],
+        heads,
     )
 
 
@@ -343,7 +354,7 @@ def compare_runs(runs: Mapping[str, Sequence[Path]]) -> Table:
         if f"{task}/{metric}" in found
     }
     rows = {name: (RunCount(len(trials)), trials) for name, trials in results.items()}
-    return trials_table("", rows, columns)
+    return trials_table("", ("start", "trials"), rows, columns)
 
 
 def _evaluation(folder: Path) -> dict[str, float]:
@@ -371,7 +382,7 @@ def ablation_table(trials: Sequence, failures: Mapping[str, str], title: str = "
     measured = [list(measures) for _, numbers in rows.values() for measures in numbers.values()]
     measured.sort(key=len, reverse=True)  # stable: the first of the longest leads
     columns = dict.fromkeys(name for measures in measured for name in measures)
-    return trials_table(title, rows, {name: name for name in columns})
+    return trials_table(title, ("varied", "n"), rows, {name: name for name in columns})
 
 
 def write_ablation(
@@ -384,7 +395,7 @@ def write_ablation(
         about: what else to keep in the JSON: settings, machine, versions.
     """
     table = ablation_table(trials, failures, title)
-    text = f"{title}\n\n{means_table(table, ('varied', 'n'))}\n"
+    text = f"{title}\n\n{means_table(table)}\n"
     (folder / "table.md").write_text(text)
     (folder / "table.csv").write_text(means_csv(table))
     rows = [_ablation_row_json(row, table.headings, trials) for row in table.rows]

@@ -31,7 +31,8 @@ def table():
         Row("mine", "mine", [RunCount(1), RunCount(0, 1)], [[Cell({1: 40.0})], [Cell({}, 12.5)]]),
         Row("none", "none", [RunCount(0), RunCount(0)], [[Cell()], [Cell()]]),
     ]
-    return Table("a title", groups, rows, "3", "a paper", ["one note.", "another."])
+    notes = ["one note.", "another."]
+    return Table("a title", groups, rows, name="3", source="a paper", notes=notes)
 
 
 def test_summaries_are_of_the_values():
@@ -108,7 +109,7 @@ def finished_run(folder, ap50):
 
 
 def comparison(runs):
-    return tables.means_table(tables.compare_runs(runs), ("start", "trials"))
+    return tables.means_table(tables.compare_runs(runs))
 
 
 def test_rows_hold_means_and_deviations(tmp_path):
@@ -204,9 +205,7 @@ def test_columns_are_all_rows_measures_in_the_order_of_the_longest():
         Trial("short", 0, {"b": 1.0, "z": 2.0}),
         Trial("long", 0, {"a": 3.0, "b": 4.0, "c": 5.0}),
     ]
-    head, _, short, long = split(
-        tables.means_table(tables.ablation_table(trials, {}), ("varied", "n"))
-    )
+    head, _, short, long = split(tables.means_table(tables.ablation_table(trials, {})))
     assert head == ["varied", "n", "a", "b", "c", "z"]
     assert short == ["short", "1", "", "1.0", "", "2.0"]
     assert long == ["long", "1", "3.0", "4.0", "5.0", ""]
