@@ -23,9 +23,9 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Run
 from moco_det.benchmark.jobs.job import FINISHED
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report.pages import render
 from moco_det.common.errors import UserError
 from moco_det.datasets import Dataset, Record, get_dataset

@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Run
 from moco_det.benchmark.jobs.grid import Table as PaperTable
-from moco_det.benchmark.jobs.job import provenance
-from moco_det.benchmark.jobs.job import FAILED, FINISHED
+from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
 from moco_det.benchmark.report.charts import Line, line_chart
 from moco_det.benchmark.report.pages import render

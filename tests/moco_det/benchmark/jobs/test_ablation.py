@@ -1,8 +1,6 @@
 """Ablations as data: what a file becomes, what is refused, and the files of the repository; trials:
 done once, continued, reported, tabulated, and those of the first version."""
 
-import csv
-import io
 import json
 import shutil
 import signal

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.jobs.grid import Experiment, Run
+from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import pictures
 from moco_det.benchmark.synthetic import tasks
 from moco_det.datasets import get_dataset
