@@ -15,7 +15,7 @@ setup(
     version="0.1.0",
     description="MoCo pretraining and its transfer to detection: from images to a Detectron2 table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
-    package_data={"moco_det.benchmark": ["jobs/*.yaml", "report/*.css"]},
+    package_data={"moco_det.benchmark": ["jobs/*.yaml", "report/templates/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",
@@ -27,6 +27,7 @@ setup(
         "opencv-python-headless>=4.8",
         "pillow>=10.1",  # its default font in any size
         "pyyaml",
+        "jinja2",
         "tabulate",
         "tensorboard",
     ],

@@ -1,4 +1,7 @@
-"""Annotations and predictions of every task, drawn on their photographs.
+"""Annotations and predictions of every task, drawn on their images.
+
+`draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task; below
+them, `draw_objects` draws `Objects`, and `draw_labels` a label map.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
@@ -6,7 +9,7 @@ N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, 
 import colorsys
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import (
     draw_bounding_boxes,
@@ -23,7 +27,7 @@ from torchvision.utils import (
 )
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import CocoDataset, Dataset, Record
+from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
 from moco_det.datasets.coco import read_categories
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_points
@@ -56,16 +60,22 @@ class Objects:
     points: list[Tensor] | None = None
     surfaces: list[Tensor] | None = None
 
+    def enlarged(self, scale: int) -> "Objects":
+        """The same objects on an image that is `scale` times as large."""
+        changes: dict[str, Any] = {"boxes": self.boxes * scale}
+        if self.masks is not None:
+            changes["masks"] = _repeated(self.masks, scale)
+        if self.keypoints is not None:
+            changes["keypoints"] = self.keypoints * scale
+        if self.points is not None:
+            changes["points"] = [p * torch.tensor([scale, scale, 1, 1, 1]) for p in self.points]
+        if self.surfaces is not None:
+            changes["surfaces"] = [_repeated(surface, scale) for surface in self.surfaces]
+        return replace(self, **changes)
 
-def colour(index: int) -> Colour:
-    """A bright colour, another one for each index."""
-    hue = index * _GOLDEN_ANGLE % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (index % 2), 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
-
-def read_photograph(record: Record) -> Tensor:
-    """The photograph of a record, upright by its EXIF tag, as its boxes are.
+def read_image(record: Record) -> Tensor:
+    """The image of a record, upright by its EXIF tag, as its boxes are.
 
     Raises:
         UserError: it cannot be read.
@@ -76,6 +86,72 @@ def read_photograph(record: Record) -> Tensor:
             return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
         raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def draw_annotations(
+    image: Tensor,
+    record: Record,
+    dataset: Dataset,
+    classes: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Tensor:
+    """The image with what the data set says of it.
+
+    Args:
+        classes: names to write, instead of the data set's own.
+        scale: how much larger the picture is than the image, so that a small one has room for
+            its labels.
+    """
+    classes = classes or dataset.classes
+    if dataset.evaluator == "sem_seg":
+        return _draw_scaled_labels(image, read_labels(record, len(dataset.classes)), classes, scale)
+    objects = annotated_objects(record, classes)
+    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+
+
+def draw_prediction(
+    image: Tensor,
+    prediction: Mapping[str, Any],
+    dataset: Dataset,
+    threshold: float,
+    classes: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Tensor:
+    """The image with what was predicted, objects from a score of `threshold` on.
+
+    `classes` and `scale`: see `draw_annotations`.
+    """
+    classes, size = classes or dataset.classes, tuple(image.shape[1:])
+    if dataset.evaluator == "sem_seg":
+        return _draw_scaled_labels(image, predicted_labels(prediction, size), classes, scale)
+    objects = predicted_objects(prediction, size, classes, threshold)
+    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+
+
+def _draw_scaled_labels(
+    image: Tensor, labels: np.ndarray, classes: Sequence[str], scale: int
+) -> Tensor:
+    large = _repeated(torch.from_numpy(labels), scale).numpy()
+    return draw_labels(_enlarged(image, scale), large, classes)
+
+
+def _enlarged(image: Tensor, scale: int) -> Tensor:
+    if scale == 1:
+        return image
+    large = interpolate(image[None].float(), scale_factor=scale, mode="bicubic")[0]
+    return large.round().clamp(0, 255).to(torch.uint8)
+
+
+def _repeated(pixels: Tensor, scale: int) -> Tensor:
+    """(..., H, W) -> (..., scale * H, scale * W), without values between those there are."""
+    return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def colour(index: int) -> Colour:
+    """A bright colour, another one for each index."""
+    hue = index * _GOLDEN_ANGLE % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (index % 2), 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def surface_colours(charts: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -90,12 +166,12 @@ def surface_colours(charts: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
-    """The ground truth of a record; crowds and VOC's difficult objects say so in their label."""
+    """The annotated objects; crowds and VOC's difficult objects say so in their label."""
     annotations = record["annotations"]
-    flags = [[key for key in ("crowd", "difficult") if _flag(a, key)] for a in annotations]
+    flags = {"iscrowd": " (crowd)", "difficult": " (difficult)"}
     labels = [
-        " ".join([classes[annotation["category_id"]], *(f"({flag})" for flag in found)])
-        for annotation, found in zip(annotations, flags, strict=True)
+        classes[a["category_id"]] + "".join(text for key, text in flags.items() if a.get(key))
+        for a in annotations
     ]
     size = record["height"], record["width"]
     masks = keypoints = points = None
@@ -108,12 +184,12 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         keypoints = torch.tensor([a.get("keypoints") or [0] * most for a in annotations])
         keypoints = keypoints.reshape(len(annotations), -1, 3).float()
     return _objects(
-        torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
-        [annotation["category_id"] for annotation in annotations],
-        labels,
-        masks,
-        keypoints,
-        0.5,  # 0 is a keypoint that is not labelled, 1 one that is hidden, 2 one that is seen
+        boxes=torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
+        classes=[annotation["category_id"] for annotation in annotations],
+        labels=labels,
+        masks=masks,
+        keypoints=keypoints,
+        keypoint_threshold=0.5,  # 0: not labelled, 1: hidden, 2: seen
         points=points,
     )
 
@@ -141,7 +217,7 @@ def predicted_objects(
     """
     scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
     order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
-    found = torch.as_tensor(prediction["classes"])[order].tolist()
+    category_ids = torch.as_tensor(prediction["classes"])[order].tolist()
     masks = keypoints = surfaces = None
     if "densepose" in prediction:
         surfaces = [torch.from_numpy(decode_iuv(prediction["densepose"][i])) for i in order]
@@ -150,36 +226,37 @@ def predicted_objects(
     if "keypoints" in prediction and order:
         keypoints = torch.as_tensor(prediction["keypoints"], dtype=torch.float32)[order]
     return _objects(
-        torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order],
-        found,
-        [f"{classes[c]} {scores[i]:.0%}" for c, i in zip(found, order, strict=True)],
-        masks,
-        keypoints,
-        KEYPOINT_SHOWN,
+        boxes=torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order],
+        classes=category_ids,
+        labels=[f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)],
+        masks=masks,
+        keypoints=keypoints,
+        keypoint_threshold=KEYPOINT_SHOWN,
         surfaces=surfaces,
     )
 
 
 def _objects(
+    *,
     boxes: Tensor,
     classes: list[int],
     labels: list[str],
     masks: Tensor | None,
     keypoints: Tensor | None,
-    shown: float,
-    **dense_pose: list[Tensor] | None,
+    keypoint_threshold: float,
+    points: list[Tensor] | None = None,
+    surfaces: list[Tensor] | None = None,
 ) -> Objects:
+    """`keypoints` (N, K, 3), of which those are visible whose third number reaches the threshold;
+    the colours are the classes', or the objects' own where they have shapes."""
     # Where shapes overlap, objects of one class must be told apart too.
-    each = masks is not None or keypoints is not None
-    colours = [colour(index) for index in (range(len(boxes)) if each else classes)]
+    by_object = masks is not None or keypoints is not None
+    colours = [colour(index) for index in (range(len(boxes)) if by_object else classes)]
+    objects = Objects(boxes, labels, colours, masks, points=points, surfaces=surfaces)
     if keypoints is None:
-        return Objects(boxes, labels, colours, masks, **dense_pose)
-    visible = keypoints[..., 2] >= shown
-    return Objects(boxes, labels, colours, masks, keypoints[..., :2], visible, **dense_pose)
-
-
-def _flag(annotation: Mapping[str, Any], key: str) -> bool:
-    return bool(annotation.get("iscrowd" if key == "crowd" else key, 0))
+        return objects
+    visible = keypoints[..., 2] >= keypoint_threshold
+    return replace(objects, keypoints=keypoints[..., :2], visible=visible)
 
 
 def _mask(shape: list | Mapping[str, Any] | None, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 from moco_det.benchmark.jobs import ablation
 from moco_det.benchmark.jobs.job import provenance
 from moco_det.benchmark.jobs.runner import exit_on_signals
-from moco_det.benchmark.report.trial_table import collect, markdown, write_table
+from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
 from moco_det.common.errors import exit_cleanly
 
 
@@ -45,15 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
             source=args.ablation, data=args.data, workers=args.workers,
         )  # fmt: skip
         if args.dry_run:
-            print(f"{ablation.listing(trials)}\n\n{markdown(collect(trials, {}))}")
+            print(f"{ablation.listing(trials)}\n\n{means_table(ablation_table(trials, {}))}")
             return
         failures = ablation.run_trials(trials)
         title = (
             f"{args.ablation.stem}: mean ± standard deviation over n seeds; accuracies in percent"
         )
         about = {"ablation": args.ablation.read_text(), "provenance": provenance()}
-        rows = collect(trials, failures)
-        print(f"\n{write_table(rows, title, about | {'failures': failures}, output)}", flush=True)
+        about |= {"failures": failures}
+        print(f"\n{write_ablation(trials, failures, title, about, output)}", flush=True)
         print(f"table: {output / 'table.md'}, .csv, .json")
     if failures:
         print(f"error: {len(failures)} of {len(trials)} runs failed:", file=sys.stderr)

@@ -8,23 +8,23 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from moco_det.benchmark.report.comparison import comparison
+from moco_det.benchmark.report.tables import compare_runs, means_table
 from moco_det.common.errors import UserError, exit_cleanly
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a row and an OUTPUT_DIR")
     with exit_cleanly():
         runs = defaultdict(list)
-        for run in parser.parse_args().runs:
+        for run in parser.parse_args(arguments).runs:
             name, equals, folder = run.partition("=")
             if not equals:
                 raise UserError(f"'{run}' is not of the form NAME=DIR")
             runs[name].append(Path(folder))
-        print(comparison(runs))
+        print(means_table(compare_runs(runs)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the annotations or the predictions of a data set on its photographs, for every task.
+"""Draw the annotations or the predictions of a data set on its images, for every task.
 
 python tools/visualize.py --dataset coco_2017_val --limit 12 --sheet
 python tools/visualize.py --config-file configs/X.yaml --ids 139 285
@@ -11,7 +11,6 @@ a hue for each part of the body, brighter with U and more saturated with V), sem
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from torchvision.transforms.functional import to_pil_image
 from moco_det import visualize
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.config.loading import add_config_file, add_config_option, load_config
-from moco_det.datasets import Dataset, Record, get_dataset, read_labels
-from moco_det.evaluation.predictions import checked
+from moco_det.datasets import Dataset, Record, get_dataset
+from moco_det.evaluation.predictions import read_predictions
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,26 +92,6 @@ def chosen_records(dataset: Dataset, ids: list[str] | None, limit: int) -> list[
     return [record_of[image_id] for image_id in ids]
 
 
-def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Image id, as text -> prediction.
-
-    Raises:
-        UserError: the file cannot be read, is none of predictions, or is of other classes.
-    """
-    try:
-        found = json.loads(path.read_text())
-        if dataset.evaluator == "sem_seg":
-            return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
-        return {str(r["image_id"]): checked(r, len(dataset.classes)) for r in found}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read predictions {path}: {error}") from error
-    except (KeyError, TypeError) as error:
-        kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
-        raise UserError(
-            f"{path} does not hold predicted {kind} for {dataset.name}: no {error}"
-        ) from error
-
-
 def draw(
     record: Record,
     dataset: Dataset,
@@ -120,34 +99,16 @@ def draw(
     args: argparse.Namespace,
 ) -> Tensor:
     """The picture of one image; an image without a prediction is drawn without objects."""
-    image = visualize.read_photograph(record)
+    image = visualize.read_image(record)
     if predictions is None:
-        return draw_truth(image, record, dataset)
+        return visualize.draw_annotations(image, record, dataset)
     picture, prediction = image, predictions.get(str(record["image_id"]))
     if prediction is not None:
-        picture = draw_prediction(image, prediction, dataset, args.score_threshold)
+        picture = visualize.draw_prediction(image, prediction, dataset, args.score_threshold)
     if args.beside:
-        picture = torch.cat([draw_truth(image, record, dataset), picture], dim=2)
+        annotated = visualize.draw_annotations(image, record, dataset)
+        picture = torch.cat([annotated, picture], dim=2)
     return picture
-
-
-def draw_truth(image: Tensor, record: Record, dataset: Dataset) -> Tensor:
-    if dataset.evaluator == "sem_seg":
-        labels = read_labels(record, len(dataset.classes))
-        return visualize.draw_labels(image, labels, dataset.classes)
-    objects = visualize.annotated_objects(record, dataset.classes)
-    return visualize.draw_objects(image, objects, visualize.skeleton_of(dataset))
-
-
-def draw_prediction(
-    image: Tensor, prediction: dict[str, Any], dataset: Dataset, threshold: float
-) -> Tensor:
-    size = tuple(image.shape[1:])
-    if dataset.evaluator == "sem_seg":
-        labels = visualize.predicted_labels(prediction, size)
-        return visualize.draw_labels(image, labels, dataset.classes)
-    objects = visualize.predicted_objects(prediction, size, dataset.classes, threshold)
-    return visualize.draw_objects(image, objects, visualize.skeleton_of(dataset))
 
 
 def save(picture: Tensor, folder: Path, name: str) -> None:

@@ -1,13 +1,12 @@
-"""Differences of rows of trials, and how much of a difference chance would make.
+"""Means and deviations of trials, and which differences of means are more than chance.
 
-A trial is one run; its seed is its number. All values are in the metric's unit (points of AP).
-
-Several trials of one thing as a mean and a standard deviation.
+A trial is one run; its seed is its number. All values are in the metric's unit (points of AP), and
+stay numbers here: `Summary.text` and `signed` are for the moment they are printed.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Two-sided 95 % points of Student's t distribution for 1, 2, ... degrees of freedom.
@@ -21,54 +20,79 @@ _T_95 = (
 
 
 @dataclass(frozen=True)
+class Summary:
+    """Mean and sample standard deviation (n - 1) of n values; one value has no deviation."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Of at least one value."""
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), sd, len(values))
+
+    def text(self, decimals: int = 1) -> str:
+        """For example "52.0 ± 2.8"."""
+        mean = f"{self.mean:.{decimals}f}"
+        return mean if self.sd is None else f"{mean} ± {self.sd:.{decimals}f}"
+
+
+@dataclass(frozen=True)
 class KnownDeviation:
-    """What is known beforehand of the deviation of one trial: `sd`, worth as much as if it had been
-    estimated with `freedom` degrees of freedom."""
+    """What is known beforehand of the standard deviation of single trials.
+
+    It counts as much as an estimate from trials with that many degrees of freedom.
+    """
 
     sd: float
-    freedom: int
+    degrees_of_freedom: int
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two means. `spread`: what chance alone stays within, 19 times in 20; None: unknown."""
+    """Of two means. `margin`: what chance alone stays within, 19 times in 20; None: unknown."""
 
     value: float
-    spread: float | None
+    margin: float | None
 
     @property
-    def marked(self) -> bool:
+    def significant(self) -> bool:
         """Whether it exceeds what is expected of chance."""
-        return self.spread is not None and abs(self.value) > self.spread
+        return self.margin is not None and abs(self.value) > self.margin
 
 
 def difference_from_published(
     trials: Sequence[float], mean: float, n: int, known: KnownDeviation | None = None
 ) -> Difference | None:
-    """`trials` against a published mean of `n` trials, whose deviation was not published."""
+    """`trials` minus a published mean of `n` trials, whose deviation was not published.
+
+    None where there are no trials.
+    """
     if not trials:
         return None
-    spread = expected_spread([trials], (len(trials), n), known)
-    return Difference(statistics.fmean(trials) - mean, spread)
+    margin = margin_of_error([trials], [len(trials), n], known)
+    return Difference(statistics.fmean(trials) - mean, margin)
 
 
 def difference_of_trials(
     trials: Sequence[float], others: Sequence[float], known: KnownDeviation | None = None
 ) -> Difference | None:
-    """Two rows of trials against each other."""
+    """The mean of `trials` minus that of `others`; None where either is empty."""
     if not trials or not others:
         return None
-    spread = expected_spread([trials, others], (len(trials), len(others)), known)
-    return Difference(statistics.fmean(trials) - statistics.fmean(others), spread)
+    margin = margin_of_error([trials, others], [len(trials), len(others)], known)
+    return Difference(statistics.fmean(trials) - statistics.fmean(others), margin)
 
 
-def expected_spread(
-    groups: Iterable[Sequence[float]], sizes: Iterable[int], known: KnownDeviation | None
+def margin_of_error(
+    groups: Sequence[Sequence[float]], sizes: Sequence[int], known: KnownDeviation | None
 ) -> float | None:
     """The largest difference of two means of `sizes` trials that is expected of chance.
 
     Trials are taken as normal, with one standard deviation s for all. It is pooled from what is
-    known beforehand and from the `groups` of trials that are at hand, each with its degrees of
+    known beforehand and from the `groups` of trials at hand, each weighted by its degrees of
     freedom; the difference then stays within t s sqrt(1/n + 1/m) in 95 of 100 cases, t being
     Student's for the sum of the degrees of freedom. So two trials by themselves say little (t =
     12.7), five say more (2.8), and one trial is judged by what is known beforehand, if anything is.
@@ -76,43 +100,25 @@ def expected_spread(
     Returns:
         None where nothing tells s: single trials without a known deviation.
     """
-    freedom, squares = (known.freedom, known.freedom * known.sd**2) if known else (0, 0.0)
+    degrees = known.degrees_of_freedom if known else 0
+    squares = degrees * known.sd**2 if known else 0.0
     for values in groups:
-        freedom += len(values) - 1
-        squares += (len(values) - 1) * (statistics.variance(values) if len(values) > 1 else 0.0)
-    if freedom == 0:
+        if len(values) > 1:  # a single trial has no degree of freedom
+            degrees += len(values) - 1
+            squares += (len(values) - 1) * statistics.variance(values)
+    if degrees == 0:
         return None
-    return t_95(freedom) * math.sqrt(squares / freedom * sum(1 / size for size in sizes))
+    return t_95(degrees) * math.sqrt(squares / degrees * sum(1 / size for size in sizes))
 
 
-def t_95(freedom: int) -> float:
+def t_95(degrees_of_freedom: int) -> float:
     """The two-sided 95 % point of Student's t distribution, to 0.01 beyond 30 degrees."""
-    if freedom <= len(_T_95):
-        return _T_95[freedom - 1]
-    return 1.96 + 2.5 / freedom
+    if degrees_of_freedom <= len(_T_95):
+        return _T_95[degrees_of_freedom - 1]
+    return 1.96 + 2.5 / degrees_of_freedom
 
 
 def signed(value: float) -> str:
     """+1.5, −1.5 (with a true minus sign), 0.0."""
     text = f"{value:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (n - 1) of n values; one value has no deviation."""
-
-    mean: float
-    deviation: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation, len(values))
-
-    def text(self, decimals: int = 1) -> str:
-        """For example "52.0 ± 2.8"."""
-        mean = f"{self.mean:.{decimals}f}"
-        return mean if self.deviation is None else f"{mean} ± {self.deviation:.{decimals}f}"

@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
+from moco_det.datasets import Dataset
 from moco_det.densepose.points import encode_iuv
 
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
@@ -90,6 +91,26 @@ def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> Non
         path.write_text(json.dumps(plain))
     except OSError as error:
         raise UserError(f"cannot write detections to {path}: {error.strerror}") from error
+
+
+def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Image id, as text -> prediction: of objects as `checked` has it, or {"sem_seg"}.
+
+    Raises:
+        UserError: the file cannot be read, is none of predictions, or is of other classes.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if dataset.evaluator == "sem_seg":
+            return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
+        return {str(record["image_id"]): checked(record, len(dataset.classes)) for record in found}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read predictions {path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
+        raise UserError(
+            f"{path} does not hold predicted {kind} for {dataset.name}: no {error}"
+        ) from error
 
 
 def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:

@@ -195,6 +195,28 @@ def test_surface_and_points_are_drawn_where_they_are():
     assert (image == 100).all()
 
 
+def test_enlarged_objects_lie_where_the_enlarged_image_has_them():
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[0, 1, 2] = True
+    objects = visualize.Objects(
+        boxes=torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+        labels=["cat"],
+        colours=[(1, 2, 3)],
+        masks=mask,
+        keypoints=torch.tensor([[[1.5, 2.5]]]),
+        visible=torch.tensor([[True]]),
+        points=[torch.tensor([[1.0, 2.0, 9.0, 0.5, 0.25]])],
+        surfaces=[torch.arange(6, dtype=torch.uint8).reshape(3, 1, 2)],
+    )
+    large = objects.enlarged(3)
+    assert large.boxes.tolist() == [[3, 6, 9, 12]]
+    assert large.masks.shape == (1, 12, 18)
+    assert large.masks[0, 3:6, 6:9].all() and large.masks.sum() == 9
+    assert large.keypoints.tolist() == [[[4.5, 7.5]]]
+    assert large.points[0].tolist() == [[3, 6, 9, 0.5, 0.25]]  # chart, U and V are no places
+    assert large.surfaces[0][2].tolist() == [[4, 4, 4, 5, 5, 5]] * 3
+
+
 def test_label_map_leaves_void_and_background():
     classes = ("background", "cat", "dog")
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
@@ -235,22 +257,22 @@ def test_skeleton_of_the_annotation_file(tmp_path):
     assert visualize.skeleton_of(get_dataset(f"coco:{path}:{tmp_path}")) == []
 
 
-def test_photograph_is_upright(tmp_path):
+def test_image_is_upright(tmp_path):
     pixels = np.zeros((10, 20, 3), np.uint8)
     pixels[:, :10] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    image = visualize.read_photograph({"file_name": str(tmp_path / "a.png")})
+    image = visualize.read_image({"file_name": str(tmp_path / "a.png")})
     assert image.shape == (3, 20, 10)
     assert image[:, :10].min() == 255
     assert image[:, 10:].max() == 0
 
 
-def test_unreadable_photograph(tmp_path):
+def test_unreadable_image(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot read image .*a.jpg"):
-        visualize.read_photograph({"file_name": str(tmp_path / "a.jpg")})
+        visualize.read_image({"file_name": str(tmp_path / "a.jpg")})
 
 
 def test_contact_sheet():

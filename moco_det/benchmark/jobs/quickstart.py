@@ -20,8 +20,7 @@ from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
 from moco_det.benchmark.jobs.job import RUNNING, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
-from moco_det.benchmark.report import outcome
-from moco_det.benchmark.report.quickstart_page import write_report
+from moco_det.benchmark.report.quickstart import collect, draw_pairs, write_report
 from moco_det.benchmark.synthetic.images import CLASSES
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
@@ -198,12 +197,6 @@ def run(plan: Quickstart) -> Path:
     if failed:
         names = ", ".join(job.name for job in failed)
         raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")
-    steps = [command for job in prepared for command in job.commands]
-    results = outcome.collect(plan, steps, [job.folder.record["seconds"] for job in prepared])
-    try:
-        pairs = outcome.draw_pairs(plan)
-    except UserError as error:  # the numbers are worth a report without pictures too
-        print(f"warning: the report has no pictures: {error}", flush=True)
-        pairs = []
-    results["seconds"] = round(time.monotonic() - begun, 1)
+    pairs = draw_pairs(plan)
+    results = collect(plan, prepared, time.monotonic() - begun)
     return write_report(results, pairs, plan.output)

@@ -6,10 +6,8 @@ OUTPUT/data/, OUTPUT/pretrain/     of the toy reproduction: drawn images, and th
                                    a minute of MoCo on them makes
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ from tabulate import tabulate
 
 from moco_det.benchmark.jobs import slurm
 from moco_det.benchmark.jobs.grid import FOLDER, Grid, Run, Table, load_grid
-from moco_det.benchmark.jobs.job import FINISHED, Job, JobFolder, provenance, script_job, unfinished
+from moco_det.benchmark.jobs.job import FINISHED, Job, JobFolder, script_job, unfinished
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
-from moco_det.benchmark.report import table_page
-from moco_det.benchmark.report.results import collect
-from moco_det.benchmark.report.samples import samples
-from moco_det.benchmark.report.tables import as_csv, markdown
+from moco_det.benchmark.report import reproduction as report
+from moco_det.benchmark.report.pictures import sample_pictures
 from moco_det.common.errors import UserError
 
 QUICK_RECIPE = "configs/pretrain/reproduce_quick_r50.yaml"
@@ -41,10 +37,6 @@ class Reproduction:
     configs: Path
     options: Sequence[str]
     settings: Settings
-
-    @property
-    def own_rows(self) -> list[str]:
-        return self.grid.own_rows(self.checkpoints)
 
     def runs(self) -> list[Run]:
         """Raises UserError for a config that does not exist."""
@@ -133,46 +125,10 @@ def _to_do(plan: Reproduction) -> list[Run]:
 
 def write_report(plan: Reproduction) -> Path:
     """Write report.html, .md, .csv and .json from what is there; returns the path of the page."""
-    output, runs, found = plan.settings.output, plan.runs(), results(plan)
-    output.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "html": table_page.render(found, _curves(runs, plan.settings), _pictures(runs, plan)),
-        "md": markdown(found),
-        "csv": as_csv(found),
-        "json": json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    }
-    for ending, text in texts.items():
-        (output / f"report.{ending}").write_text(text, encoding="utf-8")
-    return output / "report.html"
-
-
-def _curves(runs: Sequence[Run], settings: Settings) -> table_page.Curves:
-    curves: dict[str, dict[str, list]] = {}
-    for run in runs:
-        rows = curves.setdefault(run.experiment.name, {})
-        rows.setdefault(run.row, []).append(settings.folder(run).losses())
-    return curves
-
-
-def _pictures(runs: Sequence[Run], plan: Reproduction) -> table_page.Pictures:
-    pictures = {}
-    for experiment in {run.experiment.name: run.experiment for run in runs}.values():
-        try:
-            pictures[experiment.name] = samples(experiment, runs, plan.settings)
-        except UserError as error:  # the numbers are worth a report without pictures too
-            print(f"warning: no pictures of {experiment.name}: {error}", flush=True)
-    return pictures
-
-
-def results(plan: Reproduction) -> dict[str, Any]:
-    """What the report is written from; see `results.collect`."""
-    return {
-        "title": "Reproduction of MoCo's transfer tables",
-        "created": datetime.now().strftime("%-d %B %Y, %H:%M"),
-        "checkpoints": {name: str(path) for name, path in plan.checkpoints.items()},
-        "environment": provenance(plan.settings.repository),
-        **collect(plan.grid, plan.tables, plan.runs(), plan.settings, plan.own_rows),
-    }
+    runs, settings = plan.runs(), plan.settings
+    found = report.collect(plan.grid, plan.tables, runs, settings, plan.checkpoints)
+    curves, pictures = report.loss_curves(runs, settings), sample_pictures(runs, settings)
+    return report.write_report(found, settings.output, curves, pictures)
 
 
 # -- the toy reproduction -------------------------------------------------------------------------

@@ -1,1 +1,9 @@
-"""Finished runs to tables and pages."""
+"""Finished runs to tables, charts, pictures and pages.
+
+Start with `tables`: a `Table` of `Row`s of `Cell`s, as it is printed in Markdown, CSV and JSON. The
+two reports, `reproduction` and `quickstart`, read what their runs have left and write it as a page;
+`pages` fills the templates, `charts` and `pictures` make what is drawn on them.
+
+What runs, and in which folder, is said in `benchmark.jobs`; what a difference is worth in
+`benchmark.significance`.
+"""

@@ -1,22 +1,202 @@
-"""The tables of `results.collect` as Markdown and CSV."""
+"""Tables of trials beside the numbers of a paper, and how they are printed.
+
+All numbers are in percent. They stay numbers until the functions here, or the templates of a page,
+print them. Python's names are those of the field; the keys of report.json and table.json and the
+columns of the CSV files are those that the first version wrote, so that its files stay comparable.
+"""
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from moco_det.benchmark.significance import Spread, signed
+from moco_det.benchmark.jobs.runs import read_results
+from moco_det.benchmark.significance import Difference, Summary, signed
+from moco_det.common.errors import UserError
+from moco_det.common.files import write_json
 
-MARK = "*"
+SIGNIFICANT = "*"
 LEGEND = (
     "In percent. Ours: mean ± sample standard deviation of n runs; one run has no deviation, and "
     "an empty cell has not been run. A gap to another row is taken over the trials that both have. "
-    f"{MARK} marks a difference that chance does not explain: beyond the two-sided 95 % interval "
-    "of Student's t for two means of one deviation, which is pooled from the runs at hand and, for "
-    "AP on COCO, from what is known of single runs (0.15)."
+    f"{SIGNIFICANT} marks a difference that chance does not explain: beyond the two-sided 95 % "
+    "interval of Student's t for two means of one deviation, which is pooled from the runs at hand "
+    "and, for AP on COCO, from what is known of single runs (0.15)."
 )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row's number under one column: ours, the paper's, and what lies between.
+
+    Args:
+        values: trial -> number, of our finished runs.
+        published: the paper's mean.
+        from_published: our mean minus the paper's.
+        from_reference: our mean minus that of the reference row, over the trials that both have.
+    """
+
+    values: Mapping[int, float] = field(default_factory=dict)
+    published: float | None = None
+    from_published: Difference | None = None
+    from_reference: Difference | None = None
+
+    @property
+    def summary(self) -> Summary | None:
+        """None where nothing has been run."""
+        return Summary.of(list(self.values.values())) if self.values else None
+
+
+@dataclass(frozen=True)
+class RunCount:
+    """What became of a row's runs."""
+
+    finished: int
+    failed: int = 0
+    missing: int = 0
+
+    @property
+    def wanted(self) -> int:
+        return self.finished + self.failed + self.missing
+
+    def text(self) -> str:
+        """ "3", "2, 1 failed"."""
+        others = {"failed": self.failed, "missing": self.missing}
+        return ", ".join([str(self.finished), *(f"{n} {what}" for what, n in others.items() if n)])
+
+
+@dataclass(frozen=True)
+class ColumnGroup:
+    """Columns side by side whose numbers come from the same runs.
+
+    Args:
+        columns: their headings; `heading` stands above all of them.
+        experiment: what was run.
+        reference: name of the row that gaps are given to.
+        published_trials: how many trials the paper's means are of.
+    """
+
+    columns: Sequence[str]
+    heading: str = ""
+    experiment: str = ""
+    reference: str | None = None
+    published_trials: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """`counts` has an entry, and `cells` a list of cells, for each group of the table's columns."""
+
+    name: str
+    label: str
+    counts: Sequence[RunCount]
+    cells: Sequence[Sequence[Cell]]
+
+    @property
+    def all_cells(self) -> list[Cell]:
+        return [cell for group in self.cells for cell in group]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under groups of columns.
+
+    Args:
+        heads: what stands above the rows' labels, and above their counts.
+        source: where the published numbers are from.
+        notes: what must be read with our numbers.
+    """
+
+    title: str
+    groups: Sequence[ColumnGroup]
+    rows: Sequence[Row]
+    heads: tuple[str, str] = ("pre-train", "")
+    name: str = ""
+    source: str = ""
+    notes: Sequence[str] = ()
+
+    @property
+    def headings(self) -> list[str]:
+        """Of every column, with its group's."""
+        return [
+            f"{group.heading} {name}".strip() for group in self.groups for name in group.columns
+        ]
+
+    @property
+    def reference_labels(self) -> str:
+        """The rows that gaps are given to, each once: "super.", or "super. / random init."."""
+        labels = {row.name: row.label for row in self.rows}
+        names = dict.fromkeys(group.reference for group in self.groups if group.reference)
+        return " / ".join(labels[name] for name in names)
+
+
+# -- numbers as text ------------------------------------------------------------------------------
+
+
+def number_text(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
+
+
+def mean_text(cell: Cell) -> str:
+    """ "55.9 ± 0.2", "55.9" of one run, "" of none."""
+    return cell.summary.text() if cell.summary else ""
+
+
+def difference_text(difference: Difference | None) -> str:
+    """ "+0.3", with a mark where it is significant; "" for None."""
+    if difference is None:
+        return ""
+    return signed(difference.value) + (SIGNIFICANT if difference.significant else "")
+
+
+def count_text(row: Row) -> str:
+    """ "n = 5", "n = 5 / 3" where groups differ, "" where nothing was run."""
+    finished = [count.finished for count in row.counts]
+    if not any(finished):
+        return ""
+    same = len(set(finished)) == 1
+    return "n = " + " / ".join(map(str, finished[:1] if same else finished))
+
+
+# -- Markdown, CSV, JSON --------------------------------------------------------------------------
+
+
+def markdown_table(table: Table) -> str:
+    """As the paper has it, with up to four lines for a row: ours, the paper's, the differences."""
+    lines = []
+    for row in table.rows:
+        printed = _lines_of(row, table.reference_labels) or {"": [""] * len(table.headings)}
+        label = row.label
+        for what, texts in printed.items():
+            lines.append([label, what, *texts])
+            label = ""  # on the row's first line only
+    return tabulate(lines, [*table.heads, *table.headings], "pipe", disable_numparse=True)
+
+
+def _lines_of(row: Row, reference_labels: str) -> dict[str, list[str]]:
+    """What a line says -> its text in each column, for the lines that say anything."""
+    cells = row.all_cells
+    lines = {
+        f"ours ({count_text(row)})": [mean_text(cell) for cell in cells],
+        "paper": [number_text(cell.published) for cell in cells],
+        "ours − paper": [difference_text(cell.from_published) for cell in cells],
+        f"gap to {reference_labels}": [difference_text(cell.from_reference) for cell in cells],
+    }
+    return {name: texts for name, texts in lines.items() if any(texts)}
+
+
+def means_table(table: Table) -> str:
+    """Markdown with one line for a row: its label, its count, its means."""
+    lines = [
+        [row.label, row.counts[0].text(), *map(mean_text, row.all_cells)] for row in table.rows
+    ]
+    return tabulate(lines, [*table.heads, *table.headings], "pipe", disable_numparse=True)
+
+
 CSV_COLUMNS = (
     "table", "experiment", "row", "column", "published", "published_trials", "mean", "sd", "n",
     "minus_published", "minus_published_spread", "minus_published_marked",
@@ -24,99 +204,217 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def mean_text(cell: Mapping[str, Any]) -> str:
-    """ "55.9 ± 0.2", "55.9" of one run, "" of none."""
-    return Spread(cell["mean"], cell["sd"], cell["n"]).text() if cell["n"] else ""
+def tables_csv(tables: Iterable[Table]) -> str:
+    """A line for each cell, at full precision, under `CSV_COLUMNS`."""
+    return _csv(CSV_COLUMNS, (line for table in tables for line in _csv_lines(table)))
 
 
-def difference_text(difference: Mapping[str, Any] | None) -> str:
-    """ "+0.3", with the mark where it is due; "" for None."""
-    if difference is None:
-        return ""
-    return signed(difference["value"]) + (MARK if difference["marked"] else "")
+def _csv_lines(table: Table) -> Iterable[list]:
+    for row in table.rows:
+        for group, cells in zip(table.groups, row.cells, strict=True):
+            for column, cell in zip(group.columns, cells, strict=True):
+                numbers = cell_json(cell)
+                yield [
+                    table.name, group.experiment, row.name, column,
+                    cell.published, group.published_trials,
+                    numbers["mean"], numbers["sd"], numbers["n"],
+                    *_difference_values(numbers["from_published"]),
+                    group.reference, *_difference_values(numbers["from_reference"]),
+                    " ".join(table.notes),
+                ]  # fmt: skip
 
 
-def number_text(number: float | None) -> str:
-    return "" if number is None else f"{number:.1f}"
+def _difference_values(difference: Mapping[str, Any] | None) -> list:
+    return list(difference.values()) if difference else [None] * 3
 
 
-def n_text(row: Mapping[str, Any]) -> str:
-    """ "n = 5", "n = 5 / 3" where the parts differ, "" where nothing was run."""
-    counts = [count["finished"] for count in row["runs"]]
-    if not any(counts):
-        return ""
-    return "n = " + (str(counts[0]) if len(set(counts)) == 1 else " / ".join(map(str, counts)))
+def means_csv(table: Table) -> str:
+    """Label and counts of a row, then mean and sd of each column, at full precision."""
+    columns = [f"{name} {number}" for name in table.headings for number in ("mean", "sd")]
+    lines = []
+    for row in table.rows:
+        (count,) = row.counts
+        summaries = [cell.summary for cell in row.all_cells]
+        numbers = [n for s in summaries for n in ((s.mean, s.sd) if s else (None, None))]
+        lines.append([row.label, count.finished, count.failed, count.missing, *numbers])
+    return _csv([*table.heads, "failed", "missing", *columns], lines)
 
 
-def lines_of(row: Mapping[str, Any], references: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(what the line says, a text for each column), of what the row has."""
-    cells = [cell for part in row["cells"] for cell in part]
-    lines = {
-        f"ours ({n_text(row)})": [mean_text(cell) for cell in cells],
-        "paper": [number_text(cell["published"]) for cell in cells],
-        "ours − paper": [difference_text(cell["from_published"]) for cell in cells],
-        f"gap to {' / '.join(references)}": [difference_text(c["from_reference"]) for c in cells],
-    }
-    yield from ((name, texts) for name, texts in lines.items() if any(texts))
-
-
-def headings(table: Mapping[str, Any]) -> list[str]:
-    parts = table["parts"]
-    return [f"{part['heading']} {name}".strip() for part in parts for name in part["columns"]]
-
-
-def references(table: Mapping[str, Any]) -> list[str]:
-    """Labels of the rows that gaps are given to, each once."""
-    labels = {row["row"]: row["label"] for row in table["rows"]}
-    rows = [part["reference"] for part in table["parts"] if part["reference"]]
-    return [labels[row] for row in dict.fromkeys(rows)]
-
-
-def markdown_table(table: Mapping[str, Any]) -> str:
-    lines, columns = [], headings(table)
-    for row in table["rows"]:
-        own = list(lines_of(row, references(table))) or [("", [""] * len(columns))]
-        lines += [
-            [row["label"] if index == 0 else "", name, *texts]
-            for index, (name, texts) in enumerate(own)
-        ]
-    head = ["pre-train", "", *columns]
-    return tabulate(lines, head, "pipe", disable_numparse=True)
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """report.md: all tables, with what each has to say of itself above it."""
-    sections = [f"# {results['title']}", f"{results['created']}. {LEGEND}"]
-    for table in results["tables"]:
-        sections.append(f"## {table['title']}")
-        sections += [f"> **{stamp}**" for stamp in table["stamps"]]
-        sections.append(markdown_table(table))
-    failed = [run["name"] for run in results["runs"] if run["state"] == "failed"]
-    if failed:
-        sections.append("Failed: " + ", ".join(failed))
-    return "\n\n".join(sections) + "\n"
-
-
-def as_csv(results: Mapping[str, Any]) -> str:
-    """report.csv: a line for each cell, at full precision, under `CSV_COLUMNS`."""
+def _csv(heads: Sequence[str], lines: Iterable[Sequence]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for table in results["tables"]:
-        for row in table["rows"]:
-            for part, cells in zip(table["parts"], row["cells"], strict=True):
-                for column, cell in zip(part["columns"], cells, strict=True):
-                    writer.writerow(_csv_line(table, part, row, column, cell))
+    writer.writerow(heads)
+    writer.writerows(lines)
     return text.getvalue()
 
 
-def _csv_line(table, part, row, column: str, cell) -> list:
-    def parts(difference):
-        keys = ("value", "spread", "marked")
-        return [difference[key] for key in keys] if difference else [None] * 3
+def table_json(table: Table) -> dict[str, Any]:
+    """For report.json."""
+    return {
+        "name": table.name,
+        "title": table.title,
+        "source": table.source,
+        "stamps": list(table.notes),
+        "parts": [
+            {
+                "experiment": group.experiment,
+                "heading": group.heading,
+                "columns": list(group.columns),
+                "reference": group.reference,
+                "trials": group.published_trials,
+            }
+            for group in table.groups
+        ],
+        "rows": [
+            {
+                "row": row.name,
+                "label": row.label,
+                "runs": [{"finished": c.finished, "wanted": c.wanted} for c in row.counts],
+                "cells": [[cell_json(cell) for cell in group] for group in row.cells],
+            }
+            for row in table.rows
+        ],
+    }
 
-    return [
-        table["name"], part["experiment"], row["row"], column, cell["published"], part["trials"],
-        cell["mean"], cell["sd"], cell["n"], *parts(cell["from_published"]),
-        part["reference"], *parts(cell["from_reference"]), " ".join(table["stamps"]),
-    ]  # fmt: skip
+
+def cell_json(cell: Cell) -> dict[str, Any]:
+    summary = cell.summary
+    return {
+        "published": cell.published,
+        "mean": summary.mean if summary else None,
+        "sd": summary.sd if summary else None,
+        "n": summary.n if summary else 0,
+        "values": dict(cell.values),
+        "from_published": _difference_json(cell.from_published),
+        "from_reference": _difference_json(cell.from_reference),
+    }
+
+
+def _difference_json(difference: Difference | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    value, margin, significant = difference.value, difference.margin, difference.significant
+    return {"value": value, "spread": margin, "marked": significant}
+
+
+# -- trials without a paper: runs side by side, ablations -----------------------------------------
+
+# Task -> its name in a heading, and the metrics that the papers report; AP50 first, as for VOC.
+TASKS = {
+    "bbox": ("", ("AP50", "AP", "AP75")),
+    "segm": ("mask ", ("AP50", "AP", "AP75")),
+    "keypoints": ("keypoint ", ("AP50", "AP", "AP75")),
+    "densepose_gps": ("dense pose ", ("AP50", "AP", "AP75")),
+    "sem_seg": ("", ("mIoU",)),
+}
+
+Numbers = Mapping[int, Mapping[str, float]]  # trial -> what was measured -> value
+
+
+def trials_table(
+    title: str,
+    heads: tuple[str, str],
+    rows: Mapping[str, tuple[RunCount, Numbers]],
+    columns: Mapping[str, str],
+) -> Table:
+    """A row for each name, a column for each of `columns`, measured -> heading.
+
+    A cell is empty where one of the row's trials lacks the number.
+    """
+
+    def cell(numbers: Numbers, measured: str) -> Cell:
+        complete = all(measured in trial for trial in numbers.values())
+        return Cell({n: trial[measured] for n, trial in numbers.items()} if complete else {})
+
+    return Table(
+        title,
+        [ColumnGroup(list(columns.values()))],
+        [
+            Row(name, name, [count], [[cell(numbers, measured) for measured in columns]])
+            for name, (count, numbers) in rows.items()
+        ],
+        heads,
+    )
+
+
+def compare_runs(runs: Mapping[str, Sequence[Path]]) -> Table:
+    """What runs were evaluated for; `runs`: row -> OUTPUT_DIRs, one for each trial.
+
+    Raises:
+        UserError: a folder holds no evaluated run.
+    """
+    results = {
+        name: dict(enumerate(map(_evaluation, folders), start=1)) for name, folders in runs.items()
+    }
+    found = {key for trials in results.values() for trial in trials.values() for key in trial}
+    columns = {
+        f"{task}/{metric}": prefix + metric
+        for task, (prefix, metrics) in TASKS.items()
+        for metric in metrics
+        if f"{task}/{metric}" in found
+    }
+    rows = {name: (RunCount(len(trials)), trials) for name, trials in results.items()}
+    return trials_table("", ("start", "trials"), rows, columns)
+
+
+def _evaluation(folder: Path) -> dict[str, float]:
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} holds no metrics.json: name the OUTPUT_DIR of a finished run")
+    results = read_results(folder)
+    if not results:
+        raise UserError(f"{folder / 'metrics.json'} holds no evaluation: the run is not finished")
+    return results
+
+
+def ablation_table(trials: Sequence, failures: Mapping[str, str], title: str = "") -> Table:
+    """Rows in the trials' order; columns in that of the row with the most measures.
+
+    Args:
+        trials: with `row`, `seed`, `name` and `result()`, {measures, seconds} or None.
+        failures: by the names of the trials that failed.
+    """
+    rows = {}
+    for name in dict.fromkeys(trial.row for trial in trials):
+        own = [trial for trial in trials if trial.row == name]
+        numbers = {trial.seed: trial.result()["measures"] for trial in own if trial.result()}
+        failed = sum(trial.name in failures for trial in own)
+        rows[name] = RunCount(len(numbers), failed, len(own) - len(numbers) - failed), numbers
+    measured = [list(measures) for _, numbers in rows.values() for measures in numbers.values()]
+    measured.sort(key=len, reverse=True)  # stable: the first of the longest leads
+    columns = dict.fromkeys(name for measures in measured for name in measures)
+    return trials_table(title, ("varied", "n"), rows, {name: name for name in columns})
+
+
+def write_ablation(
+    trials: Sequence, failures: Mapping[str, str], title: str, about: Mapping, folder: Path
+) -> str:
+    """Write table.md, table.csv and table.json into `folder`; returns the Markdown.
+
+    Args:
+        trials, failures: see `ablation_table`.
+        about: what else to keep in the JSON: settings, machine, versions.
+    """
+    table = ablation_table(trials, failures, title)
+    text = f"{title}\n\n{means_table(table)}\n"
+    (folder / "table.md").write_text(text)
+    (folder / "table.csv").write_text(means_csv(table))
+    rows = [_ablation_row_json(row, table.headings, trials) for row in table.rows]
+    write_json(folder / "table.json", {"title": title, "rows": rows, **about})
+    return text
+
+
+def _ablation_row_json(row: Row, headings: Sequence[str], trials: Sequence) -> dict[str, Any]:
+    finished = [t for t in trials if t.row == row.name and t.result()]
+    summaries = {name: c.summary for name, c in zip(headings, row.all_cells, strict=True)}
+    (count,) = row.counts
+    return {
+        "row": row.name,
+        "trials": [{"seed": trial.seed, **trial.result()} for trial in finished],
+        "failed": count.failed,
+        "missing": count.missing,
+        "spread": {
+            name: {"mean": s.mean, "deviation": s.sd, "n": s.n}
+            for name, s in summaries.items()
+            if s
+        },
+    }

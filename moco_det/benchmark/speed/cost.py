@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import resource
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moco_det.benchmark.speed import peak_memory_of_process
 from moco_det.common.errors import UserError
 from moco_det.common.processes import rank, world_size
 from pretrain.engine.training import build_optimizer, contrastive_step, parallelize
@@ -104,7 +104,7 @@ def _run(process: int, setting: Setting, steps: int, folder: Path) -> None:
         if not is_out_of_memory(error):
             raise
         sys.exit(errno.ENOMEM)  # mp.spawn then ends the processes that wait for this one
-    torch.save((_peak_memory(device), seconds), folder / f"cost{process}")
+    torch.save((peak_memory_of_process(device), seconds), folder / f"cost{process}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -146,16 +146,6 @@ def _flags(setting: Setting) -> argparse.Namespace:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """CUDA's error has a class of its own, the CPU allocator's only its words."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss counts the parent process as well
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def hours(cost: Cost, batch_size: int) -> float:

@@ -1,14 +1,13 @@
 """A detector's training iteration and inference, engine by engine: same weights, same images."""
 
 import multiprocessing
-import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moco_det.benchmark.speed import peak_memory_of_process
 from moco_det.config.loading import load_config
 from moco_det.engines import probe_class
 from moco_det.parity import comparison as parity
@@ -61,13 +60,7 @@ def _peak(engine: str, task: Task, state: dict, amp: str) -> int:
     probe, items = _build(engine, task, weights), task.items()
     for _ in range(2):  # the second also holds the optimizer's momentum
         probe.train_step(items, amp != "none")
-    if next(probe.model.parameters()).is_cuda:
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss counts the parent process as well
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory_of_process(next(probe.model.parameters()).device)
 
 
 def _build(engine: str, task: Task, weights: Mapping[str, Tensor]) -> EngineProbe:

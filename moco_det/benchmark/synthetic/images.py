@@ -1,4 +1,4 @@
-"""A small data set drawn from a seed, so that the whole road can be run without a download.
+"""A small data set drawn from a seed, so that everything can be run without a download.
 
 Eight classes, each one shape filled with one texture in two hues, as bricks or leaves have theirs.
 Everything else is a nuisance drawn anew for every object: how bright and how saturated it is, the
@@ -219,7 +219,11 @@ def _pose(rng: np.random.Generator) -> np.ndarray:
 
 
 def _fill(canvas: np.ndarray, alpha: np.ndarray, centre, pose, period, look: Look, rng) -> None:
-    """Blend a look's texture into `canvas` (H, W, 3) uint8 where `alpha` covers it, in place."""
+    """Blend a look's texture into `canvas` (H, W, 3) uint8 where `alpha` covers it, in place.
+
+    `pose` (2, 2) turns and stretches the texture about `centre` (x, y), as it does the shape;
+    `period` is the texture's, in pixels.
+    """
     x0, y0, width, height = cv2.boundingRect(alpha)
     window = np.s_[y0 : y0 + height, x0 : x0 + width]
     y, x = np.mgrid[window].astype(np.float32)
@@ -252,8 +256,8 @@ def _place(rng: np.random.Generator, shape: np.ndarray, radius: float, free: np.
         radius *= 0.99
 
 
-def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Take the picture: random contrast and exposure, slightly out of focus, sensor noise."""
+def _expose(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """What a camera makes of it: random contrast and exposure, slight blur, sensor noise."""
     drawn, mean = canvas.astype(np.float32), float(canvas.mean())
     exposed = (drawn - mean) * rng.uniform(0.45, 1.1) + mean * rng.uniform(0.45, 1.25)
     seen = cv2.GaussianBlur(exposed, (0, 0), rng.uniform(0.2, 0.6))
@@ -267,7 +271,7 @@ def draw_close_up(rng: np.random.Generator, index: int, size: int = IMAGE_SIZE) 
     radius, centre = rng.uniform(*RADIUS_ALONE), rng.uniform(0.35 * size, 0.65 * size, 2)
     alpha = _polygon_alpha(radius * look.shape @ pose.T + centre, size)
     _fill(canvas, alpha, centre, pose, radius * rng.uniform(0.38, 0.55), look, rng)
-    return _photograph(rng, canvas)
+    return _expose(rng, canvas)
 
 
 def draw_scene(
@@ -287,7 +291,7 @@ def draw_scene(
         free &= alpha == 0
         masks.append(alpha >= 128)
         outlines.append(radius * look.shape @ pose.T + centre)
-    return Scene(_photograph(rng, canvas), masks, outlines, list(classes))
+    return Scene(_expose(rng, canvas), masks, outlines, list(classes))
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:

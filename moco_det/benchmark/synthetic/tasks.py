@@ -1,6 +1,6 @@
 """The drawn scenes with the annotations of every task: boxes, masks, keypoints, label maps.
 
-    images/train/<class>/*.jpg        close-ups for pretraining, see `images`
+    images/train/<class>/*.jpg        close-ups for pretraining, see `synthetic.images`
     scenes/                           VOC layout: boxes, and label maps in SegmentationClass/
     scenes/instances_{train,test}.json    the same objects in COCO's format, with polygons
     hearts/{train,test}/*.jpg         scenes that hold hearts alone

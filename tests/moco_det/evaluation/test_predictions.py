@@ -1,12 +1,14 @@
 """What a prediction must be made of, and how it is recorded and saved."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from moco_det.common.errors import UserError
 from moco_det.densepose.points import decode_iuv, encode_iuv
 from moco_det.evaluation.predictions import (
     check_images,
@@ -14,6 +16,8 @@ from moco_det.evaluation.predictions import (
     checked,
     encode_masks,
     prediction_record,
+    predictions_file,
+    read_predictions,
     save_predictions,
     tasks_of,
 )
@@ -186,3 +190,29 @@ def test_record_of_a_label_map():
     first, second = (coco_mask.decode(s["segmentation"]) for s in record["sem_seg"])
     np.testing.assert_array_equal(first, RING)
     np.testing.assert_array_equal(second, ~RING)
+
+
+def test_predictions_are_read_by_image(tmp_path):
+    dataset = SimpleNamespace(name="toy", evaluator="coco", classes=range(8))
+    entries = [
+        {"image_id": "a", "boxes": [[1, 2, 3, 4]], "scores": [0.5], "classes": [7]},
+        {"image_id": 12, "boxes": [], "scores": [], "classes": []},
+    ]
+    save_predictions(str(tmp_path), "toy", entries)
+    found = read_predictions(predictions_file(tmp_path, "toy"), dataset)
+    assert found["a"]["boxes"].tolist() == [[1, 2, 3, 4]]
+    assert found["a"]["classes"].tolist() == [7]
+    assert found["12"]["boxes"].shape == (0, 4)
+    with pytest.raises(UserError, match="cannot read predictions .*inference/toy.json"):
+        read_predictions(predictions_file(tmp_path / "elsewhere", "toy"), dataset)
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "message"), [("coco", "predicted objects"), ("sem_seg", "predicted label maps")]
+)
+def test_a_file_of_something_else_is_named(tmp_path, evaluator, message):
+    dataset = SimpleNamespace(name="toy", evaluator=evaluator, classes=range(8))
+    path = tmp_path / "a.json"
+    path.write_text('[{"image_id": 3}]')
+    with pytest.raises(UserError, match=f"{path} does not hold {message} for toy"):
+        read_predictions(path, dataset)

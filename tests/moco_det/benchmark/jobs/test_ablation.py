@@ -1,8 +1,6 @@
 """Ablations as data: what a file becomes, what is refused, and the files of the repository; trials:
 done once, continued, reported, tabulated, and those of the first version."""
 
-import csv
-import io
 import json
 import shutil
 import signal
@@ -15,14 +13,16 @@ import pytest
 import yaml
 
 from moco_det.benchmark.jobs.ablation import (
+    Chain,
     Trial,
     Variant,
+    earlier_record,
     plan_trials,
     read_ablation,
     run_trials,
 )
-from moco_det.benchmark.jobs.job import unfinished
-from moco_det.benchmark.report.trial_table import as_csv, collect, markdown, write_table
+from moco_det.benchmark.jobs.job import Command, Job, JobFolder, unfinished
+from moco_det.benchmark.report.tables import ablation_table, means_table
 from moco_det.common.errors import UserError
 from pretrain import knn, linear, main
 
@@ -40,7 +40,7 @@ def ablation(folder, **content):
 def chains(path, seed=0):
     """One trial of each row."""
     content = read_ablation(path)
-    return [Trial(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
+    return [Chain(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
 
 
 def test_a_grid_is_a_row_for_each_combination(tmp_path):
@@ -76,7 +76,7 @@ def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
         "knn: {neighbours: 5}\nlinear: {lr: 0.1, cache_features: true}\n"
     )
     content = read_ablation(path)
-    chain = Trial(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
+    chain = Chain(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
     commands = chain.commands()
     assert [Path(c[0]).name for c in commands.values()] == ["main.py", "knn.py", "linear.py"]
     assert all(Path(command[0]).is_file() for command in commands.values())
@@ -96,7 +96,7 @@ def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
 
 def test_an_untrained_encoder_is_evaluated_only(tmp_path):
     content = ablation(tmp_path, rows=[{}], untrained=True)
-    chain = Trial(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
+    chain = Chain(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
     assert list(chain.commands()) == ["knn", "linear"]
     assert knn.parse(chain.commands()["knn"][1:]).pretrained == "random"
 
@@ -112,7 +112,7 @@ def test_measures_are_read_from_what_the_commands_leave(tmp_path):
     (tmp_path / "linear" / "metrics.jsonl").write_text(
         '{"step": 1, "val_acc1": 50.0}\n{"step": 2, "val_acc1": 40.0}\n{"step": 2, "loss": 1.0}\n'
     )
-    chain = Trial(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
+    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
     assert chain.measures() == {
         "pretext loss": 4.0,
         "pretext top-1": 30.0,
@@ -157,7 +157,7 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, content, message):
 )
 def test_a_flag_that_its_command_refuses_is_named_with_the_row(tmp_path, rows, more, message):
     content = ablation(tmp_path, rows=rows, **more)
-    chain = Trial(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
+    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
     with pytest.raises(UserError, match=message):
         chain.commands()
 
@@ -214,23 +214,17 @@ def test_the_ablations_vary_what_the_paper_varies():
 # -- trials whose commands are a line of Python each ----------------------------------------------
 
 
-class FakeTrial(Trial):
-    """Its command runs `source`, with `folder` at hand; its measure is in value.json."""
-
-    def commands(self):
-        head = f"import pathlib, sys, time; folder = pathlib.Path({str(self.folder)!r})\n"
-        return {"write": ["-S", "-c", head + self.source]}
-
-    def settings(self):
-        return self.data
-
-    def measures(self):
-        return {"top-1": json.loads((self.folder / "value.json").read_text())}
-
-
 def trial(folder, row, seed, code, settings=None) -> Trial:
-    path, settings = folder / f"{row}{seed}", settings or {"seed": seed}
-    return FakeTrial(Variant(row, []), seed, path, ablation=None, source=code, data=settings)
+    """Its command runs `code` in a process, with `folder` at hand; its measure is in value.json."""
+    folder = folder / f"{row}{seed}"
+    head = f"import pathlib, sys, time; folder = pathlib.Path({str(folder)!r})\n"
+    command = Command("write", [sys.executable, "-S", "-c", head + code], 1.0)
+
+    def read():
+        return {"measures": {"top-1": json.loads((folder / "value.json").read_text())}}
+
+    job_folder = JobFolder(f"{row}, seed {seed}", folder, lambda: earlier_record(folder))
+    return Trial(row, seed, Job(job_folder, [command], settings or {"seed": seed}, read))
 
 
 def states(trials):
@@ -267,12 +261,13 @@ def test_a_failed_trial_is_reported_and_the_others_go_on(tmp_path, capfd):
     assert failures["a, seed 0"].startswith("error: no luck (step 'write' failed with exit code 1")
     assert "== failed: a, seed 0" in capfd.readouterr().out
     assert states(trials) == ["failed", "finished"]
-    rows = collect(trials, failures)
-    assert [(row["failed"], row["missing"], len(row["trials"])) for row in rows] == [
+    table = ablation_table(trials, failures)
+    counts = [row.counts[0] for row in table.rows]
+    assert [(count.failed, count.missing, count.finished) for count in counts] == [
         (1, 0, 0),
         (0, 0, 1),
     ]
-    assert "| a        | 0, 1 failed |         |" in markdown(rows)
+    assert "| a        | 0, 1 failed |         |" in means_table(table)
     (tmp_path / "a0/value.json").write_text("3")
     (tmp_path / "a0/mended").touch()
     assert run_trials(trials) == {}  # begun again, and no longer failing
@@ -333,8 +328,7 @@ def test_trials_of_the_first_version_are_read(tmp_path):
     """One is finished and keeps its numbers, one was stopped and is begun again."""
     folder = recorded(tmp_path)
     file = folder / "tiny.yaml"
-    fields = {"source": file, "data": tmp_path / "data"}
-    trials = plan_trials(read_ablation(file), None, folder, **fields, workers=4)
+    trials = plan_trials(read_ablation(file), file, tmp_path / "data", folder, workers=4)
     assert states(trials) == ["finished", "interrupted"]
     assert unfinished([trial.job for trial in trials]) == [trials[1].job]
     result = json.loads((folder / "moco_m_0.5/seed0/result.json").read_text())
@@ -343,8 +337,9 @@ def test_trials_of_the_first_version_are_read(tmp_path):
     }  # fmt: skip
     assert trials[1].result() is None
     file.write_text(file.read_text().replace("moco_k: 16", "moco_k: 32"))
+    changed = plan_trials(read_ablation(file), file, tmp_path / "data", folder)
     with pytest.raises(UserError, match="seed0 holds a trial with other settings .*'moco_k': 16"):
-        plan_trials(read_ablation(file), None, folder, **fields)
+        unfinished([trial.job for trial in changed])
 
 
 def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
@@ -357,30 +352,3 @@ def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
     assert one.result()["measures"] == {"top-1": 7}
     (tmp_path / "a0/run.json").unlink()
     assert states([one]) == ["interrupted"]
-
-
-def test_the_table_by_hand(tmp_path):
-    trials = [
-        *(trial(tmp_path, "with", seed, value(v)) for seed, v in enumerate((50, 54, 55))),
-        trial(tmp_path, "without", 0, value(40.25)),
-        trial(tmp_path, "without", 1, value(0)),
-    ]
-    run_trials(trials[:-1])
-    rows = collect(trials, {})
-    text = write_table(rows, "a title", {"settings": {"lr": 1}}, tmp_path)
-    assert (tmp_path / "table.md").read_text() == text
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]] == [
-        ["with", "3", "53.0 ± 2.6"],
-        ["without", "1, 1 missing", "40.2"],
-    ]
-    first, second = csv.DictReader(io.StringIO(as_csv(rows)))
-    assert (tmp_path / "table.csv").read_text() == as_csv(rows)
-    assert float(first["top-1 mean"]) == 53
-    assert float(first["top-1 sd"]) == pytest.approx(7**0.5)
-    assert (second["n"], second["missing"], second["top-1 mean"], second["top-1 sd"]) == (
-        "1", "1", "40.25", "",
-    )  # fmt: skip
-    kept = json.loads((tmp_path / "table.json").read_text())
-    assert kept["settings"] == {"lr": 1}
-    assert [t["measures"]["top-1"] for t in kept["rows"][0]["trials"]] == [50, 54, 55]
-    assert kept["rows"][1]["spread"]["top-1"] == {"mean": 40.25, "deviation": None, "n": 1}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from moco_det.benchmark.synthetic import tasks as tasks
+from moco_det.benchmark.synthetic import tasks
 from moco_det.benchmark.synthetic.images import CLASSES, draw_scenes
 from moco_det.datasets import get_dataset, read_labels
 

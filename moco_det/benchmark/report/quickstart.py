@@ -1,0 +1,402 @@
+"""The report of a quickstart: one detector from MoCo beside one from random weights.
+
+`collect` reads what the steps have left, `write_report` writes it for people (report.html) and for
+programs (report.json). AP and top-1 are in percent, times in seconds.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from markupsafe import Markup
+
+from moco_det.benchmark.jobs.job import Job, JobFolder, environment
+from moco_det.benchmark.jobs.runs import RunFolder
+from moco_det.benchmark.report.charts import Line, Points, dumbbell_chart, line_chart
+from moco_det.benchmark.report.pages import render
+from moco_det.benchmark.report.pictures import (
+    SCORE_SHOWN,
+    JudgedPicture,
+    evenly_spaced,
+    judged_picture,
+)
+from moco_det.benchmark.significance import signed
+from moco_det.common.errors import UserError
+from moco_det.datasets import Record, get_dataset
+from moco_det.evaluation.predictions import predictions_file, read_predictions
+
+METRICS = {
+    "AP50": "AP50: a box counts when it overlaps the true one by half",
+    "AP": "AP: mean over overlaps from 0.50 to 0.95",
+    "AP75": "AP75: overlap of three quarters",
+}
+PICTURES = 8  # test images
+
+
+# -- what is known of a run -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Curves over epochs: `loss` as logged, `knn` the monitor's top-1 accuracy.
+
+    Epoch 0 of `knn` is the random encoder; it is empty where there are no validation labels.
+    """
+
+    loss: Points
+    chance_loss: float
+    knn: Points
+
+
+@dataclass(frozen=True)
+class DetectorPair:
+    """The detectors of one seed, which differ in their first weights only: {AP, AP50, AP75}."""
+
+    seed: int
+    random: Mapping[str, float]
+    moco: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    name: str
+    command: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report says.
+
+    Args:
+        seconds: of the whole run.
+        data: label -> text, what was trained and tested on.
+        detection_loss: "random", "moco" -> the curve of each seed, (iteration, loss).
+        environment: label -> text.
+        settings: name of a settings file -> its text.
+    """
+
+    title: str
+    created: str
+    seconds: float
+    data: Mapping[str, str]
+    pretraining: Pretraining
+    detection: Sequence[DetectorPair]
+    detection_loss: Mapping[str, Sequence[Points]]
+    steps: Sequence[StepTaken]
+    environment: Mapping[str, str]
+    settings: Mapping[str, str]
+
+    def comparison(self, metric: str) -> "PairedComparison":
+        return PairedComparison(
+            tuple(pair.random[metric] for pair in self.detection),
+            tuple(pair.moco[metric] for pair in self.detection),
+        )
+
+    @property
+    def knn_top1(self) -> dict[str, float | None]:
+        """{random, moco}: the monitor's first and last values; None where it did not run."""
+        curve = self.pretraining.knn
+        first, last = (curve[0][1], curve[-1][1]) if curve else (None, None)
+        return {"random": first, "moco": last}
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One metric of both detectors, a value per seed."""
+
+    random_values: tuple[float, ...]
+    moco_values: tuple[float, ...]
+
+    @property
+    def random(self) -> float:
+        return statistics.fmean(self.random_values)
+
+    @property
+    def moco(self) -> float:
+        return statistics.fmean(self.moco_values)
+
+    @property
+    def difference(self) -> float:
+        return self.moco - self.random
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        pairs = zip(self.random_values, self.moco_values, strict=True)
+        return tuple(moco - random for random, moco in pairs)
+
+    @property
+    def difference_sd(self) -> float | None:
+        """Sample standard deviation of the differences; None of a single seed."""
+        return statistics.stdev(self.differences) if len(self.differences) > 1 else None
+
+
+# -- from the files of a finished run -------------------------------------------------------------
+
+
+def collect(plan, prepared: Sequence[Job], seconds: float) -> Results:
+    """What a finished run has left on disk.
+
+    Args:
+        plan: a `jobs.quickstart.Quickstart`.
+        prepared: what was run before the detectors.
+        seconds: of the whole run.
+
+    Raises:
+        UserError: a file lacks a number that it should hold.
+    """
+    folders = _detector_folders(plan)
+    detectors = [folder for each in folders.values() for folder in each]
+    return Results(
+        title="From unlabelled images to a detection AP",
+        created=datetime.now().strftime("%-d %B %Y, %H:%M"),
+        seconds=round(seconds, 1),
+        data=_data(plan),
+        pretraining=read_pretraining(plan.pretrain_folder / "metrics.jsonl"),
+        detection=[
+            DetectorPair(seed, random=read_ap(random), moco=read_ap(moco))
+            for seed, random, moco in zip(
+                plan.detector_seeds, folders["random"], folders["moco"], strict=True
+            )
+        ],
+        detection_loss={
+            start: [folder.losses() for folder in each] for start, each in folders.items()
+        },
+        steps=[
+            *(_step_taken(job.name, job.folder) for job in prepared),
+            *(_step_taken(f"fine-tune from {d.run.row}, seed {d.run.trial}", d) for d in detectors),
+        ],
+        environment=environment(plan.repository),
+        settings={path.name: path.read_text() for path in (plan.recipe, plan.config_file)},
+    )
+
+
+def _detector_folders(plan) -> dict[str, list[RunFolder]]:
+    """Start -> the folder of each seed's detector."""
+    folders: dict[str, list[RunFolder]] = {}
+    for run in plan.runs():
+        folders.setdefault(run.row, []).append(plan.settings.folder(run))
+    return folders
+
+
+def _data(plan) -> dict[str, str]:
+    train, test = (len(get_dataset(name).records()) for name in (plan.train, plan.test))
+    drawn = f"drawn by moco_det.benchmark.synthetic.images from seed {plan.seed}"
+    return {
+        "Unlabelled images": drawn if plan.embedded else str(plan.images),
+        "Annotated images": drawn if plan.embedded else plan.train.split(":", 1)[1],
+        "Detector trained on": f"{train} images",
+        "Tested on": f"{test} images",
+        "Classes": ", ".join(plan.classes),
+    }
+
+
+def read_pretraining(path: Path) -> Pretraining:
+    """From pretraining's metrics.jsonl."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    return Pretraining(
+        loss=[[line["epoch"], line["loss"]] for line in training],
+        chance_loss=training[-1]["chance_loss"],
+        knn=[[line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line],
+    )
+
+
+def read_ap(folder: RunFolder) -> dict[str, float]:
+    """{AP, AP50, AP75} in percent of a detector's last evaluation."""
+    results = folder.results()
+    try:
+        return {name: results[f"bbox/{name}"] for name in ("AP", "AP50", "AP75")}
+    except KeyError as error:
+        path = folder.path / "metrics.json"
+        raise UserError(f"{path} holds no {error}: the detector was not evaluated") from error
+
+
+def _step_taken(name: str, folder: JobFolder) -> StepTaken:
+    record = folder.record
+    return StepTaken(name, record["command"], round(record["seconds"], 1))
+
+
+@dataclass(frozen=True)
+class PicturePair:
+    """One test image with the detections of both detectors."""
+
+    moco: JudgedPicture
+    random: JudgedPicture
+
+
+def draw_pairs(plan) -> list[PicturePair]:
+    """Test images at even distances, with what the first seed's two detectors found.
+
+    Empty, with a warning, where the images or the predictions are no longer there.
+    """
+    try:
+        dataset = get_dataset(plan.test)
+        found = {
+            start: read_predictions(predictions_file(folders[0].path, dataset.name), dataset)
+            for start, folders in _detector_folders(plan).items()
+        }
+        records = evenly_spaced(dataset.records(), PICTURES)
+        return [draw_pair(record, found, dataset.classes) for record in records]
+    except UserError as error:  # the numbers are worth a report without pictures too
+        print(f"warning: the report has no pictures: {error}", flush=True)
+        return []
+
+
+def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
+    """`found`: start -> image id, as text -> prediction."""
+    image_id = str(record["image_id"])
+    moco, random = (
+        judged_picture(record, found[start][image_id], classes, f"{name}, image {image_id}")
+        for start, name in (("moco", "MoCo"), ("random", "Random"))
+    )
+    return PicturePair(moco, random)
+
+
+# -- the numbers in words -------------------------------------------------------------------------
+
+
+def reading(results: Results) -> list[str]:
+    """What the numbers say and what they do not, in sentences."""
+    return [*_knn_in_words(results.knn_top1), *_detection_in_words(results.comparison("AP50"))]
+
+
+def _knn_in_words(top1: Mapping[str, float | None]) -> list[str]:
+    if top1["random"] is None:
+        return ["The kNN monitor did not run: the images have no val/ folder with class folders."]
+    gain = top1["moco"] - top1["random"]
+    result = "learned what tells these classes apart" if gain > 0 else "did not improve on chance"
+    return [
+        f"Pretraining saw no label, and {result}: a nearest-neighbour classifier on the frozen "
+        f"features names {top1['moco']:.1f} % of the held-out images correctly, against "
+        f"{top1['random']:.1f} % on the features of the same network before training "
+        f"({signed(gain)} points)."
+    ]
+
+
+def _detection_in_words(ap50: PairedComparison) -> list[str]:
+    seeds = len(ap50.differences)
+    ahead = sum(difference > 0 for difference in ap50.differences)
+    side = "higher" if ap50.difference > 0 else "lower"
+    first = (
+        f"Two detectors were then trained the same way, differing in their first weights only. The "
+        f"one that started from MoCo reaches an AP50 of {ap50.moco:.1f}, the one that started from "
+        f"random weights {ap50.random:.1f}: {abs(ap50.difference):.1f} points {side}"
+        + (f", as means of {seeds} seeds." if seeds > 1 else ".")
+    )
+    if seeds == 1:
+        caution = "This is one seed: a single pair cannot tell an effect from luck."
+    elif ahead == seeds:
+        caution = (
+            f"MoCo is ahead in each of the {seeds} seeds; the difference varies between them by "
+            f"{ap50.difference_sd:.1f} points (standard deviation)."
+        )
+    elif ahead == 0:
+        caution = f"MoCo is ahead in none of the {seeds} seeds: here it did not help."
+    else:
+        caution = (
+            f"MoCo is ahead in {ahead} of {seeds} seeds: the sign is not settled, and more seeds "
+            "are needed before anything follows from it."
+        )
+    limits = (
+        "The schedule is short on purpose: these numbers say nothing about long training, in which "
+        "a detector from random weights usually catches up in part."
+    )
+    return [first, caution, limits]
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def write_report(results: Results, pairs: Sequence[PicturePair], folder: Path) -> Path:
+    """Write report.json and report.html into `folder`; returns the path of the page."""
+    text = json.dumps(as_json(results), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(render_page(results, pairs), encoding="utf-8")
+    return page
+
+
+def as_json(results: Results) -> dict:
+    """The content of report.json: the results, less the texts of the settings, plus the means."""
+    ap50 = results.comparison("AP50")
+    headline = {
+        "seconds": results.seconds,
+        "knn_top1": results.knn_top1,
+        "ap50": {"random": ap50.random, "moco": ap50.moco},
+        "ap50_difference": {"mean": ap50.difference, "standard_deviation": ap50.difference_sd},
+    }
+    return headline | {k: v for k, v in asdict(results).items() if k not in ("settings", "seconds")}
+
+
+def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
+    """report.html; without a gallery where there are no `pairs`."""
+    knn = results.pretraining.knn
+    return render(
+        "quickstart.html.j2",
+        title=results.title,
+        results=results,
+        reading=reading(results),
+        loss_chart=_loss_chart(results.pretraining),
+        knn_chart=_knn_chart(knn) if knn else None,
+        ap50_chart=_ap50_chart(results),
+        detection_loss_chart=_detection_loss_chart(results.detection_loss),
+        metrics=METRICS,
+        pairs=pairs,
+        score_shown=SCORE_SHOWN,
+        commands="\n\n".join(step.command for step in results.steps),
+    )
+
+
+def _loss_chart(pretraining: Pretraining) -> Markup:
+    points, chance = pretraining.loss, pretraining.chance_loss
+    means = _epoch_means(points)
+    return line_chart(
+        "Pretraining loss",
+        f"From {points[0][1]:.2f} to {means[-1][1]:.2f}; guessing gives {chance:.2f}.",
+        [Line(points, "faint"), Line(means, "moco")],
+        "epoch",
+        "contrastive loss",
+        reference=(chance, "guessing among all keys"),
+    )
+
+
+def _epoch_means(points: Points) -> list[tuple[float, float]]:
+    """Mean loss per epoch, placed at the middle of the epoch; an epoch holds x in (e-1, e]."""
+    epochs: dict[int, list[float]] = {}
+    for x, loss in points:
+        epochs.setdefault(int(-(-x // 1)), []).append(loss)
+    return [(epoch - 0.5, statistics.fmean(losses)) for epoch, losses in sorted(epochs.items())]
+
+
+def _knn_chart(curve: Points) -> Markup:
+    first, last = curve[0][1], curve[-1][1]
+    return line_chart(
+        "kNN top-1 accuracy",
+        f"From {first:.1f} % before training to {last:.1f} % after epoch {curve[-1][0]:g}.",
+        [Line(curve, "moco", dots=True)],
+        "epoch",
+        "kNN top-1 (%)",
+        reference=(first, f"random encoder: {first:.1f} %"),
+        percent=True,
+    )
+
+
+def _ap50_chart(results: Results) -> Markup:
+    rows = [(f"seed {p.seed}", p.random["AP50"], p.moco["AP50"]) for p in results.detection]
+    if len(rows) > 1:
+        ap50 = results.comparison("AP50")
+        rows.append(("mean", ap50.random, ap50.moco))
+    words = "; ".join(f"{name}: random {a:.1f}, MoCo {b:.1f}" for name, a, b in rows)
+    return dumbbell_chart("AP50", words, rows)
+
+
+def _detection_loss_chart(losses: Mapping[str, Sequence[Points]]) -> Markup | None:
+    lines = [Line(run, style) for style in ("random", "moco") for run in losses[style] if run]
+    if not lines:
+        return None
+    description = "One line per seed and start."
+    return line_chart("Detector training loss", description, lines, "iteration", "training loss")
