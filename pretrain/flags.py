@@ -1,8 +1,12 @@
-"""The flags of this folder's commands, the recipes that hold them, and the launch they ask for."""
+"""The flags of this folder's commands, their checks, recipes that hold them, and the launch.
+
+What lies deeper gets explicit arguments: an `argparse.Namespace` is passed to commands only.
+"""
 
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,41 +15,49 @@ import yaml
 
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.common.launch import free_local_url, process_group, spawn
+from moco_det.common.processes import workers_per_process
+from pretrain.data.images import Loading
+from pretrain.data.shards import is_shards
 from pretrain.engine.optimization import AMP_DTYPES
+from pretrain.engine.trainer import RunSettings
+from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
-from pretrain.moco.mechanisms import MECHANISMS
+
+# The papers' values of fine-tuning where they give one (lr of A.7, steps of A.6); "the typical
+# ResNet implementation in PyTorch" has momentum 0.9 and weight decay 1e-4 on all parameters.
+FINETUNING = {
+    "lr": 0.03,
+    "schedule": [70, 90],
+    "weight_decay": 1e-4,
+    "output": "output/finetune",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Pretrain a ResNet with MoCo v1 or v2, or the mechanisms beside it, on "
-        "unlabelled images.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+# -- pretrain/main.py -----------------------------------------------------------------------------
+
+
+def pretraining_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Pretrain a ResNet with MoCo v1 or v2, or the mechanisms beside it, on unlabelled images.",
+        data="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
+        "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'",
+        arch="a ResNet; see moco/encoders.py for all",
     )
-    add = parser.add_argument
-    add("data", metavar="DATA",
-        help="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
-        "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'")  # fmt: skip
-    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
-    add("--output", default="output", metavar="DIR", help="where everything is written")
-    add("-a", "--arch", default="resnet50", help="a ResNet; see encoders.py for all")
-    add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
-        help="data loading processes on this node")  # fmt: skip
-    add("--epochs", default=200, type=int)
-    add("--start-epoch", default=0, type=int)
-    add("-b", "--batch-size", default=256, type=int, help="global, whatever the launch")
-    add("--lr", "--learning-rate", default=0.03, type=float, dest="lr")
-    add("--schedule", default=[120, 160], nargs="*", type=int, help="epochs of a drop by 10")
-    add("--momentum", default=0.9, type=float, help="of SGD")
-    add("--wd", "--weight-decay", default=1e-4, type=float, dest="weight_decay")
-    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
-    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
-    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
-
-    add_launch_flags(parser)
+    add_training_flags(parser)
     add_moco_flags(parser)
-    add_own_flags(parser)
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("beyond the official code").add_argument
+    add("--small-stem", action=switch, default=False, help="3x3 stem for 32-pixel images")
+    add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
+    add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
+    add("--keep", default=2, type=int, help="epoch checkpoints to keep")
+    add("--samples-per-epoch", default=None, type=int,
+        help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
+    add("--shuffle-buffer", default=1000, type=int,
+        help="tar shards: samples that a worker holds back and draws from")  # fmt: skip
+    parser.set_defaults(
+        output="output", epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4
+    )
     return parser
 
 
@@ -75,45 +87,13 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
 
 
-def add_own_flags(parser: argparse.ArgumentParser) -> None:
-    """What the official code has no flags for."""
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("beyond the official code").add_argument
-    add("--image-size", default=224, type=int, help="side of a view in pixels")
-    add("--small-stem", action=switch, default=False, help="3x3 stem for 32-pixel images")
-    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision")
-    add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
-    add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
-    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
-    add("--keep", default=2, type=int, help="epoch checkpoints to keep")
-    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
-    add("--samples-per-epoch", default=None, type=int,
-        help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
-    add("--shuffle-buffer", default=1000, type=int,
-        help="tar shards: samples that a worker holds back and draws from")  # fmt: skip
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     """Flags over recipe over defaults, checked. Raises UserError."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.recipe:
-        recipe = vars(parser.parse_args([*recipe_flags(args.recipe, parser), "--", args.data]))
-        parser.set_defaults(**recipe)
-        args = parser.parse_args(argv)
-    check(args)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises UserError for values that argparse cannot tell from good ones."""
+    args = _parse(pretraining_parser(), argv)
     counts = ["epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"]
     counts.append("shuffle_buffer")
     optional = ("iterations", "lr_decay_every", "samples_per_epoch")
-    counts += [name for name in optional if getattr(args, name) is not None]
-    for name in counts:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    _check_counts(args, counts + [name for name in optional if getattr(args, name) is not None])
     for name in ("moco_m", "bank_momentum"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)")
@@ -124,6 +104,181 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
     if args.color_strength != 0.5 and not args.aug_plus:
         raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
+    _check_shards(args)
+    return args
+
+
+def _check_shards(args: argparse.Namespace) -> None:
+    """Raises UserError where the flags do not go with the kind of DATA."""
+    if not is_shards(args.data):
+        if args.samples_per_epoch:
+            raise UserError(
+                "--samples-per-epoch belongs to tar shards: a folder's images are counted"
+            )
+        return
+    if args.mechanism == "memory-bank":
+        raise UserError(
+            "--mechanism memory-bank keeps a feature for every place in a folder; the samples "
+            "of tar shards have no such places: pass a folder of images as DATA"
+        )
+    if not (args.samples_per_epoch or args.iterations):
+        raise UserError(
+            "tar shards do not tell how many samples they hold: pass --samples-per-epoch N "
+            "(1281167 for ImageNet) with --epochs, or the length of the run as --iterations N"
+        )
+    if args.samples_per_epoch and args.samples_per_epoch < args.batch_size:
+        raise UserError("--samples-per-epoch must be at least --batch-size")
+
+
+# -- pretrain/linear.py ---------------------------------------------------------------------------
+
+
+def linear_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Train a classifier on a pretrained encoder: a linear one on its frozen features, or end "
+        "to end.",
+        data="ImageFolder root: train/CLASS and val/CLASS; or iNaturalist 2018",
+        arch="that of the checkpoint",
+    )
+    add_training_flags(parser)
+    add = parser.add_argument
+    add("--pretrained", default="", metavar="PATH|random|supervised",
+        help="checkpoint of pretraining; supervised: torchvision's weights")  # fmt: skip
+    add("--finetune", action="store_true", help="train all weights, not a linear classifier only")
+    add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
+    add = parser.add_argument_group("beyond the official code").add_argument
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--cache-features", action="store_true",
+        help="train on features of centre crops, computed once")  # fmt: skip
+    add("--bn-groups", default=None, type=int,
+        help="--finetune: BN groups per process; default: of about 32 images each")  # fmt: skip
+    add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
+    parser.set_defaults(
+        output="output/linear", epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0
+    )
+    return parser
+
+
+def parse_linear(argv: list[str]) -> argparse.Namespace:
+    """Flags over recipe over the protocol's defaults, checked. Raises UserError."""
+    args = _parse(linear_parser(), argv)
+    if args.finetune:
+        parser = linear_parser()
+        parser.set_defaults(**FINETUNING)
+        args = _parse(parser, argv)
+    _check_counts(args, ("epochs", "batch_size", "print_freq", "image_size", "eval_every"))
+    if args.finetune and args.cache_features:
+        raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
+    if args.bn_groups and not args.finetune:
+        raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
+    return args
+
+
+# -- pretrain/knn.py ------------------------------------------------------------------------------
+
+
+def knn_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Classify DATA/val by the nearest neighbours in DATA/train on a checkpoint's frozen "
+        "features.",
+        data="ImageFolder root: train/CLASS and val/CLASS",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="PATH|random", help="checkpoint of pretraining")
+    add("-k", "--neighbours", default=200, type=int, dest="k", help="how many of them vote")
+    add("-t", "--temperature", "--sigma", default=0.07, type=float,
+        help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--seed", default=0, type=int, help="of --pretrained random")
+    add("--output", default=None, metavar="FILE", help="the accuracy as JSON as well")
+    return parser
+
+
+def parse_knn(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = knn_parser().parse_args(argv)
+    if args.k < 1 or args.image_size < 1:
+        raise UserError("--neighbours and --image-size must be at least 1")
+    if args.temperature <= 0:
+        raise UserError("--temperature must be above 0")
+    return args
+
+
+# -- what they share ------------------------------------------------------------------------------
+
+
+def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
+    """The flags of every command; `data` and `arch` are help texts."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", help=data)
+    add("-a", "--arch", default="resnet50", help=arch)
+    add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
+        help="data loading processes on this node")  # fmt: skip
+    add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add_launch_flags(parser)
+    return parser
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of the training commands, main_moco.py's and main_lincls.py's; both set defaults."""
+    add = parser.add_argument
+    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
+    add("--output", metavar="DIR", help="where everything is written")
+    add("--epochs", type=int, help="length of the run")
+    add("--start-epoch", default=0, type=int, help="where a new run begins in its schedule")
+    add("-b", "--batch-size", default=256, type=int, help="global: of all processes together")
+    add("--lr", "--learning-rate", type=float, dest="lr",
+        help="for this batch size; not scaled by itself")  # fmt: skip
+    add("--schedule", nargs="*", type=int, help="epochs of a drop by 10")
+    add("--momentum", default=0.9, type=float, help="of SGD")
+    add("--wd", "--weight-decay", type=float, dest="weight_decay", help="on all parameters")
+    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
+    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
+    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
+    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
+    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Flags over recipe over defaults."""
+    args = parser.parse_args(argv)
+    if args.recipe:
+        recipe = parser.parse_args([*recipe_flags(args.recipe, parser), "--", args.data])
+        parser.set_defaults(**vars(recipe))
+        args = parser.parse_args(argv)
+    return args
+
+
+def loading(args: argparse.Namespace, device: torch.device, seed: int) -> Loading:
+    """From the flags of the training commands, as is `run_settings`."""
+    workers = workers_per_process(args.workers)
+    return Loading(args.batch_size, seed, workers, device.type == "cuda", args.max_unreadable)
+
+
+def run_settings(args: argparse.Namespace, seed: int) -> RunSettings:
+    return RunSettings(
+        output=Path(args.output),
+        arch=args.arch,
+        config=vars(args) | {"seed": seed},
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        start_epoch=args.start_epoch,
+        print_freq=args.print_freq,
+        save_steps=args.save_steps,
+    )
+
+
+def _check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
 
 def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -185,35 +340,44 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
 
 
-def launch(run: Callable, parse: Callable[[], argparse.Namespace]) -> None:
-    """Call `run(args, device)` in every process that the flags or torchrun ask for, then exit.
+def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> None:
+    """Call `run(parse(arguments), device)` in every process that the flags or torchrun ask for.
 
     - torchrun: the processes exist; the environment says who is who.
     - `--multiprocessing-distributed`: one process per GPU of this node (one on a CPU), where
       `--world-size` counts nodes and `--rank` is this node's, as in facebookresearch/moco.
     - `--world-size N --rank R`: this is process R of N.
     - otherwise a single process.
+
+    The process ends with the exit codes of `moco_det.common.errors`.
     """
     with exit_cleanly():
-        args = parse()
+        args = parse(sys.argv[1:])
         if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
-            ranks = (int(os.environ.get(key, default)) for key, default in TORCHRUN)
-            _join(run, args, "env://", *ranks)
+            rank, world_size, local_rank = (
+                int(os.environ.get(key, default))
+                for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            )
+            _join(run, args, "env://", rank, world_size, local_rank)
         elif args.multiprocessing_distributed:
             local = torch.cuda.device_count() or 1
             nodes, node = max(args.world_size, 1), max(args.rank, 0)
             url = args.dist_url or free_local_url()
-            processes = (local, node * local, nodes * local)
-            spawn(_run_spawned, (run, args), *processes, url, args.dist_backend)
+            spawn(
+                _run_spawned,
+                (run, args),
+                processes=local,
+                first_rank=node * local,
+                world_size=nodes * local,
+                url=url,
+                backend=args.dist_backend,
+            )
         elif args.world_size > 1:
             if args.rank < 0:
                 raise UserError("--world-size above 1 needs --rank, this process's number")
             _join(run, args, args.dist_url, args.rank, args.world_size, args.gpu or 0)
         else:
             run(args, _device(args.gpu or 0))
-
-
-TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
 def _join(run: Callable, args, url: str, rank: int, world_size: int, local_rank: int) -> None:

@@ -19,91 +19,150 @@ images as well: 10 GB for ImageNet and a ResNet-50.
 """
 
 import argparse
-import os
-import sys
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from moco_det.common.errors import UserError
-from pretrain.engine.optimization import AMP_DTYPES
-from pretrain.evaluation import finetuning
-from pretrain.evaluation.linear_probe import LinearProbe
-from pretrain.flags import add_launch_flags, launch, recipe_flags
+from moco_det.common.processes import StopRequest, print_on_main, world_size
+from pretrain.data.images import Loading
+from pretrain.data.labelled import LabelledBatches, LabelledSplit, find_splits
+from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
+from pretrain.engine.trainer import Trainer, make_output_folder, seed_run
+from pretrain.evaluation.classification import (
+    FeatureBatches,
+    FineTuning,
+    LinearProbe,
+    evaluate,
+    load_classifier,
+    validation_line,
+)
+from pretrain.evaluation.features import RANDOM, SplitFeatures, load_encoder, pooled
+from pretrain.flags import launch, loading, parse_linear, run_settings
+from pretrain.moco.grouped_batchnorm import choose_bn_groups
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("data", metavar="DATA",
-        help="ImageFolder root: train/CLASS and val/CLASS; or iNaturalist 2018")  # fmt: skip
-    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
-    add("--pretrained", default="", metavar="PATH|random|supervised",
-        help="checkpoint of pretraining; supervised: torchvision's weights")  # fmt: skip
-    add("--finetune", action="store_true", help="train all weights, not a linear classifier only")
-    add("--output", default="output/linear", metavar="DIR", help="where everything is written")
-    add("-a", "--arch", default="resnet50", help="that of the checkpoint")
-    add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
-        help="data loading processes on this node")  # fmt: skip
-    add("--epochs", default=100, type=int)
-    add("--start-epoch", default=0, type=int)
-    add("-b", "--batch-size", default=256, type=int, help="global, whatever the launch")
-    add("--lr", "--learning-rate", default=30.0, type=float, dest="lr",
-        help="for a global batch of 256; not scaled by itself")  # fmt: skip
-    add("--schedule", default=[60, 80], nargs="*", type=int, help="epochs of a drop by 10")
-    add("--momentum", default=0.9, type=float, help="of SGD")
-    add("--wd", "--weight-decay", default=0.0, type=float, dest="weight_decay")
-    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
-    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
-    add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
-    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
-    add_launch_flags(parser)
-
-    add = parser.add_argument_group("beyond the official code").add_argument
-    add("--image-size", default=224, type=int, help="side of a view in pixels")
-    add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--amp", default="none", choices=AMP_DTYPES, help="precision of the backbone")
-    add("--cache-features", action="store_true",
-        help="train on features of centre crops, computed once")  # fmt: skip
-    add("--bn-groups", default=None, type=int,
-        help="--finetune: BN groups per process; default: of about 32 images each")  # fmt: skip
-    add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
-    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
-    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
-    return parser
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags over recipe over the protocol's defaults, checked. Raises UserError."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    flags = recipe_flags(args.recipe, parser) if args.recipe else []
-    if args.finetune or "--finetune" in flags:
-        parser.set_defaults(**finetuning.DEFAULTS)
-    parser.set_defaults(**vars(parser.parse_args([*flags, "--", args.data])))
-    args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "print_freq", "image_size", "eval_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.finetune and args.cache_features:
-        raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
-    if args.bn_groups and not args.finetune:
-        raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
-    return args
-
-
-def classify(args, device: torch.device) -> None:
-    """Train a classifier, or evaluate one, from the flags `args`; one of the run's processes."""
-    protocol = finetuning.FineTuning if args.finetune else LinearProbe
-    run = protocol(args, device)
+def classify(args: argparse.Namespace, device: torch.device) -> None:
+    """Train a classifier, or evaluate one, on `device`; one of the run's processes."""
+    output = Path(args.output)
+    checkpoint = checkpoints.find(args.resume, output)
+    if args.evaluate and checkpoint is None:
+        raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
+    seed = seed_run(args.seed, checkpoint)
+    batching = loading(args, device, seed)
+    classes, train, val = find_splits(Path(args.data))
+    encoder = build_encoder(args, len(classes), checkpoint)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    features = SplitFeatures(val, args.image_size, batching, device, AMP_DTYPES[args.amp])
     if args.evaluate:
-        run.evaluate()
+        print_accuracy(args, encoder, features, checkpoint)
+        return
+    with StopRequest() as stop:
+        make_output_folder(output)
+        build_task = build_finetuning if args.finetune else build_probe
+        task = build_task(args, encoder, train, features, batching)
+        describe(args, task.batches.samples, len(classes), train, device, seed)
+        if checkpoint:
+            task.load_state(checkpoint)
+        Trainer(task, run_settings(args, seed), stop, checkpoint).train()
+
+
+def build_encoder(
+    args: argparse.Namespace, classes: int, checkpoint: Checkpoint | None
+) -> nn.Module:
+    """The encoder with a new classifier, or that of a run.
+
+    An evaluation needs no --pretrained: the run's checkpoint holds the backbone as well.
+    """
+    if not (args.pretrained or args.evaluate):
+        raise UserError("pass --pretrained CHECKPOINT, or `random` for an untrained backbone")
+    encoder = load_encoder(args.pretrained or RANDOM, args.arch, classes, args.small_stem)
+    # Fine-tuning keeps torchvision's initialisation, as the typical implementation does.
+    if not args.finetune:
+        nn.init.normal_(encoder.fc.weight, std=0.01)  # as in the official code
+        nn.init.zeros_(encoder.fc.bias)
+    if checkpoint:
+        frozen_from = "" if args.finetune else args.pretrained
+        load_classifier(encoder, checkpoint, args.arch, frozen_from)
+    return encoder
+
+
+def print_accuracy(
+    args: argparse.Namespace, encoder: nn.Module, val: SplitFeatures, checkpoint: Checkpoint
+) -> None:
+    """That of a run's classifier on val."""
+    loss, top1, top5 = evaluate(encoder.fc, *val.compute(pooled(encoder)))
+    epoch = max(args.start_epoch, checkpoint.state["epoch"])
+    best = max(top1, float(checkpoint.state.get("best_acc1", 0.0)))
+    print_on_main(validation_line(epoch, args.epochs, loss, top1, top5, best))
+
+
+def build_finetuning(
+    args: argparse.Namespace,
+    encoder: nn.Module,
+    train: LabelledSplit,
+    val: SplitFeatures,
+    batching: Loading,
+) -> FineTuning:
+    groups = choose_bn_groups(args.batch_size, world_size(), args.bn_groups, shuffled=False)
+    optimizer = build_optimizer(args, encoder, scale_gradients=args.amp == "fp16")
+    batches = LabelledBatches(train, args.image_size, batching)
+    return FineTuning(encoder, optimizer, batches, val, groups, val.dtype, args.eval_every)
+
+
+def build_probe(
+    args: argparse.Namespace,
+    encoder: nn.Module,
+    train: LabelledSplit,
+    val: SplitFeatures,
+    batching: Loading,
+) -> LinearProbe:
+    # Features are fp32 and so is a classifier on them: no gradient needs scaling.
+    optimizer = build_optimizer(args, encoder.fc, scale_gradients=False)
+    backbone = pooled(encoder)  # shares the encoder's weights
+    val_features = val.compute(backbone)
+    if args.cache_features:
+        features = SplitFeatures(train, args.image_size, batching, val.device, val.dtype)
+        batches = FeatureBatches(*features.compute(backbone), batching)
+        backbone = None
     else:
-        run.train()
+        batches = LabelledBatches(train, args.image_size, batching)
+    return LinearProbe(
+        encoder, optimizer, batches, val_features, backbone, val.dtype, args.eval_every
+    )
+
+
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module, scale_gradients: bool
+) -> ScheduledSGD:
+    schedule = build_schedule(args.schedule, args.epochs)
+    sgd = args.lr, args.momentum, args.weight_decay
+    return ScheduledSGD(model, *sgd, schedule, scale_gradients)
+
+
+def describe(
+    args: argparse.Namespace,
+    samples: int,
+    classes: int,
+    train: LabelledSplit,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """The first line of a run. Raises UserError for samples that cannot fill a batch."""
+    processes, batch_size = world_size(), args.batch_size
+    if samples < batch_size or batch_size % processes:
+        raise UserError(
+            f"--batch-size {batch_size} must be a multiple of the {processes} "
+            f"process(es) and at most the {samples} images of {train.name}"
+        )
+    print_on_main(
+        f"{samples} images of {classes} classes, {samples // batch_size} steps an epoch of batches "
+        f"of {batch_size}; {processes} process(es), {device}, seed {seed}, output {args.output}"
+    )
 
 
 if __name__ == "__main__":
-    launch(classify, lambda: parse(sys.argv[1:]))
+    launch(classify, parse_linear)

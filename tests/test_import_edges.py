@@ -47,7 +47,6 @@ ON_DEMAND = {
     "moco_det/engines.py": {"moco_det.plugin"},  # there may be no Detectron2
     "tools/check_parity.py": {"moco_det.plugin.probe"},
     "tools/train_net.py": {"moco_det.plugin.trainer", "moco_det.native.engine.trainer"},
-    "pretrain/data/sources.py": {"pretrain.data.shards"},  # its base class is webdataset's
 }
 
 FILES = [

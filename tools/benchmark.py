@@ -22,7 +22,7 @@ from moco_det.common.errors import exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES
-from pretrain.moco.mechanisms import MECHANISMS
+from pretrain.moco import MECHANISMS
 
 NAMES = {"none": "fp32", "bf16": "bf16", "fp16": "fp16"}
 

@@ -1,1 +1,15 @@
-"""Image files, tar shards and labelled folders to batches of views."""
+"""Images to batches: files, tar shards and labelled folders, augmented and sampled.
+
+Start with `images.py`. A source of batches, whichever it is, has
+    steps_per_epoch
+    start(epoch, step)  the next iteration begins at batch `step` of `epoch`
+    iteration           this process's share of each global batch; unreadable images are dealt with
+and those of pretraining, `FolderSource` and `ShardSource`, which give a ViewBatch, also
+    samples             images of an epoch
+    state()             what a checkpoint needs beside epoch and step; collective
+    resume(state, path)
+    describe()          the data, for the first line of a run
+
+Batches are functions of the seed alone: they depend neither on the number of processes nor on the
+speed of workers. What is computed on a batch is no business of this folder.
+"""

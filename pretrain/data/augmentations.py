@@ -1,7 +1,7 @@
-"""The random views of MoCo v1 and v2, done by OpenCV on uint8 arrays.
+"""The augmentations of MoCo v1 and v2, done by OpenCV on uint8 arrays.
 
 Each operation takes its parameters explicitly and follows torchvision's PIL operation of the same
-name to within 2/255 in the mean (tests/pretrain/test_views.py), which is what the papers' code ran.
+name, which is what the papers' code ran, to within 2/255 in the mean (see test_augmentations.py).
 
 Images are RGB arrays of shape (H, W, 3), uint8, throughout.
 """

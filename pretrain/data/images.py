@@ -1,8 +1,12 @@
-"""Image files to batches of two views, the same on any number of processes and workers."""
+"""Image files to batches of views, the same on any number of processes and workers."""
 
+import itertools
 import os
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -11,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_det.common.errors import UserError
-from pretrain.data.augmentations import MoCoAugmentation
+from moco_det.common.processes import rank, world_size
+
+Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # So many unreadable images one after another are no accident: the run ends.
 UNREADABLE_IN_A_ROW = 100
@@ -85,27 +91,67 @@ def _is_truncated(data: bytes) -> bool:
     return False
 
 
-class TwoViews(Dataset):
-    """(epoch, index) -> two random views of image `index`, decoded once; one without `keys`.
+class UnreadableImages:
+    """The images of a data set that could not be read: each is named, too many end the run.
+
+    Args:
+        total: images of the data set.
+        tolerated: share of them that may be unreadable.
+        left_out: whether they are left out, which the warnings then say, or replaced.
+    """
+
+    def __init__(self, total: int, tolerated: float, left_out: bool = False):
+        self.total = total
+        self.tolerated = tolerated
+        self.left_out = left_out
+        self.names: set[str] = set()
+
+    def add(self, names: Iterable[str], warn: bool = True) -> None:
+        """Raises UserError when there are too many."""
+        for name in sorted(set(names) - self.names):
+            self.names.add(name)
+            which = ", left out" if self.left_out else f" {len(self.names)}"
+            if warn:
+                print(f"warning: unreadable image{which}: {name}", flush=True)
+        if len(self.names) > self.tolerated * self.total:
+            raise self.too_many()
+
+    def too_many(self) -> UserError:
+        return UserError(
+            f"{len(self.names)} of {self.total} images are unreadable, more than --max-unreadable "
+            f"{self.tolerated} allows; one of them: {min(self.names)}"
+        )
+
+
+class ImageViews(Dataset):
+    """(epoch, index) -> views of image `index`, one of each augmentation; it is decoded once.
 
     The draws are a function of (seed, epoch, index) alone. An unreadable image is replaced by the
     next readable one, so that the replacement, too, does not depend on who loads it.
+
+    Args:
+        paths: of `find_images`, relative to `folder`.
+        augmentations: (image, generator) -> view (S, S, 3), uint8; S may differ between them.
     """
 
     def __init__(
-        self, folder: Path, paths: np.ndarray, view: MoCoAugmentation, seed: int, keys: bool = True
+        self, folder: Path, paths: np.ndarray, augmentations: list[Augmentation], seed: int
     ):
         self.folder = os.fsencode(folder)
         self.paths = paths
-        self.view = view
+        self.augmentations = augmentations
         self.seed = seed
-        self.keys = keys
+
+    @property
+    def num_views(self) -> int:
+        return len(self.augmentations)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]):
-        """query (S, S, 3) uint8, key (S, S, 3) uint8 or None, messages on unreadable files."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[np.ndarray], list[str]]:
+        """`num_views` views (S, S, 3), uint8, none where nothing is readable; and messages on
+        unreadable files."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         unreadable = []
@@ -118,22 +164,23 @@ class TwoViews(Dataset):
                 if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue
-            query = self.view(image, rng)
-            return query, self.view(image, rng) if self.keys else None, unreadable
-        return None, None, unreadable
+            return [augment(image, rng) for augment in self.augmentations], unreadable
+        return [], unreadable
 
 
-def collate_views(samples: list):
-    """Stack to query (N, S, S, 3), key (N, S, S, 3) or None, and all messages.
+def collate_views(
+    samples: list[tuple[list[np.ndarray], list[str]]],
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Stack N samples of V views to V tensors (N, S, S, 3), and join their messages.
 
-    NHWC uint8 is a quarter of the floats' traffic, and its NCHW view is channels_last for nothing.
+    No tensors if a sample has no views. NHWC uint8 is a quarter of the floats' traffic, and its
+    NCHW view is channels_last for nothing.
     """
-    unreadable = [message for _, _, messages in samples for message in messages]
-    if any(q is None for q, _, _ in samples):
-        return None, None, unreadable
-    queries = torch.from_numpy(np.stack([q for q, _, _ in samples]))
-    keys = [k for _, k, _ in samples if k is not None]
-    return queries, torch.from_numpy(np.stack(keys)) if keys else None, unreadable
+    unreadable = [message for _, messages in samples for message in messages]
+    if not all(views for views, _ in samples):
+        return [], unreadable
+    by_view = zip(*(views for views, _ in samples), strict=True)
+    return [torch.from_numpy(np.stack(view)) for view in by_view], unreadable
 
 
 class DistributedBatchSampler(Sampler):
@@ -172,6 +219,95 @@ class DistributedBatchSampler(Sampler):
         mine = slice(self.rank * self.local, (self.rank + 1) * self.local)
         for step in range(self.first_step, self.steps_per_epoch):
             yield [(self.epoch, int(i)) for i in self.global_batch(step)[mine]]
+
+
+class ViewBatch(NamedTuple):
+    """What pretraining trains on in a step.
+
+    Args:
+        views: of this process's images, uint8 RGB, N x S x S x 3 each.
+        indices: where the images of the global batch are in the data set, B.
+    """
+
+    views: list[torch.Tensor]
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the batches of a run are made.
+
+    Args:
+        batch_size: global.
+        seed: of order and augmentation.
+        workers: loading processes of this process.
+        max_unreadable: share of the images that may be.
+    """
+
+    batch_size: int
+    seed: int
+    workers: int
+    pin_memory: bool
+    max_unreadable: float
+
+
+class SampledBatches:
+    """Batches of a data set that takes (epoch, index), each of its samples once an epoch.
+
+    `options` are those of the DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset, loading: Loading, **options):
+        self.samples = len(dataset)
+        self.seed = loading.seed
+        self.sampler = DistributedBatchSampler(
+            self.samples, loading.batch_size, rank(), world_size(), self.seed
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        options |= {"batch_sampler": self.sampler}
+        self.loader = build_loader(dataset, loading.workers, loading.pin_memory, **options)
+
+    def start(self, epoch: int, step: int) -> None:
+        self.sampler.start(epoch, step)
+        self.loader.generator.manual_seed(self.seed + epoch)  # the workers' seeds
+
+
+class FolderSource(SampledBatches):
+    """ViewBatches of all images below a folder. Raises UserError where they cannot fill one.
+
+    Args:
+        augmentations: one for each view.
+    """
+
+    def __init__(self, folder: Path, augmentations: list[Augmentation], loading: Loading):
+        dataset = ImageViews(folder, find_images(folder), augmentations, loading.seed)
+        if len(dataset) < loading.batch_size:
+            raise UserError(
+                f"{len(dataset)} images below {folder} are fewer than the global batch of "
+                f"{loading.batch_size}; pass a smaller --batch-size"
+            )
+        super().__init__(dataset, loading, collate_fn=collate_views)
+        self.unreadable = UnreadableImages(self.samples, loading.max_unreadable)
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        return map(self._batch, self.loader, itertools.count(self.sampler.first_step))
+
+    def _batch(self, loaded: tuple[list[torch.Tensor], list[str]], step: int) -> ViewBatch:
+        views, unreadable = loaded
+        self.unreadable.add(unreadable)
+        if not views:
+            raise self.unreadable.too_many()
+        return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))
+
+    def state(self) -> dict:
+        """Nothing: all is a function of seed, epoch and step."""
+        return {}
+
+    def resume(self, state: dict, path: Path) -> None:
+        """Nothing, see `state`."""
+
+    def describe(self) -> str:
+        return f"{self.samples} images"
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

@@ -1,7 +1,7 @@
-"""Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, and their views."""
+"""Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, their batches."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,14 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from moco_det.common.errors import UserError
-from pretrain.data.images import UnreadableImage, find_images, read_image
+from pretrain.data.images import (
+    Loading,
+    SampledBatches,
+    UnreadableImage,
+    UnreadableImages,
+    find_images,
+    read_image,
+)
 
 INATURALIST = ("train_val2018", "train2018.json", "val2018.json")
 INATURALIST_HOME = "https://github.com/visipedia/inat_comp/tree/master/2018"
@@ -20,7 +27,7 @@ INATURALIST_HOME = "https://github.com/visipedia/inat_comp/tree/master/2018"
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """One part of a data set.
+    """Train or val of a data set.
 
     Args:
         name: for messages.
@@ -34,21 +41,21 @@ class LabelledSplit:
     labels: np.ndarray
 
 
-def find_parts(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
+def find_splits(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
     """Names of the classes in the order of their indices, train and val.
 
-    Raises UserError where a part is missing or the two do not agree.
+    Raises UserError where a split is missing or the two do not agree.
     """
     if any((data / name).exists() for name in INATURALIST):
         return find_inaturalist(data)
-    for part in (data / "train", data / "val"):
-        if not part.is_dir() or not class_folders(part):
+    for folder in (data / "train", data / "val"):
+        if not folder.is_dir() or not class_folders(folder):
             raise UserError(
-                f"{part} has no class folders: DATA needs train/CLASS and val/CLASS, or "
+                f"{folder} has no class folders: DATA needs train/CLASS and val/CLASS, or "
                 f"iNaturalist 2018's {', '.join(INATURALIST)}"
             )
     classes = class_folders(data / "train")
-    return classes, *(list_class_folders(data / part, classes) for part in ("train", "val"))
+    return classes, *(list_class_folders(data / split, classes) for split in ("train", "val"))
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -56,13 +63,13 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
-    """The CLASS/IMAGE files of `folder`. Raises UserError for a class that is none of `classes`."""
+    """The CLASS/IMAGE files of `folder`. Raises UserError for a class that is not in `classes`."""
     paths = [path.decode(errors="surrogateescape") for path in find_images(folder)]
     labels = {name: i for i, name in enumerate(classes)}
     unknown = {path.split("/")[0] for path in paths} - set(labels)
     if unknown:
         raise UserError(
-            f"{folder} has class folder(s) that the other part lacks: {sorted(unknown)[:5]}; "
+            f"{folder} has class folder(s) that the other split lacks: {sorted(unknown)[:5]}; "
             "make train and val agree (pretraining goes without labels at --knn-every 0)"
         )
     indices = np.array([labels[path.split("/")[0]] for path in paths])
@@ -72,7 +79,7 @@ def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
 def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
     """The official layout of iNaturalist 2018; classes are the categories of train2018.json.
 
-    Raises UserError where a part of it is missing, with what to download.
+    Raises UserError where a file of it is missing, with what to download.
     """
     for name in INATURALIST:
         if not (data / name).exists():
@@ -83,7 +90,7 @@ def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSpli
     categories, *train = read_inaturalist(data / "train2018.json")
     _, *val = read_inaturalist(data / "val2018.json")
     indices = {category: i for i, category in enumerate(sorted(categories))}
-    parts = []
+    splits = []
     for name, (paths, labels) in (("train2018.json", train), ("val2018.json", val)):
         unknown = set(labels) - set(indices)
         if unknown:
@@ -92,8 +99,8 @@ def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSpli
                 f"{sorted(unknown)[:5]}"
             )
         labels = np.array([indices[label] for label in labels])
-        parts.append(LabelledSplit(str(data / name), data, paths, labels))
-    return [str(category) for category in indices], *parts
+        splits.append(LabelledSplit(str(data / name), data, paths, labels))
+    return [str(category) for category in indices], *splits
 
 
 def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
@@ -120,26 +127,30 @@ class LabelledImages(Dataset):
 
     Args:
         image_size: S.
-        view: image (H, W, 3), uint8 -> (S, S, 3).
+        transform: image (H, W, 3), uint8 -> view (S, S, 3).
     """
 
-    def __init__(self, images: LabelledSplit, image_size: int, view: Callable):
-        self.images = images
+    def __init__(self, split: LabelledSplit, image_size: int, transform: Callable):
+        self.split = split
         self.image_size = image_size
-        self.view = view
+        self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.images.paths)
+        return len(self.split.paths)
 
     def file(self, index: int) -> str:
-        return str(self.images.folder / self.images.paths[index])
+        return str(self.split.folder / self.split.paths[index])
+
+    def unreadable(self, labels: torch.Tensor) -> set[str]:
+        """The files that loaded `labels` say are unreadable."""
+        return {self.file(index) for index in (-1 - labels[labels < 0]).tolist()}
 
     def __getitem__(self, index: int):
         try:
             image = read_image(self.file(index))
         except UnreadableImage:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8), -1 - index
-        return self.view(image), self.images.labels[index]
+        return self.transform(image), self.split.labels[index]
 
 
 class RandomCrops(LabelledImages):
@@ -148,8 +159,8 @@ class RandomCrops(LabelledImages):
     The draws are torchvision's, seeded by (seed, epoch, index) alone.
     """
 
-    def __init__(self, images: LabelledSplit, image_size: int, seed: int):
-        view = transforms.Compose(
+    def __init__(self, split: LabelledSplit, image_size: int, seed: int):
+        transform = transforms.Compose(
             [
                 Image.fromarray,
                 transforms.RandomResizedCrop(image_size),
@@ -157,7 +168,7 @@ class RandomCrops(LabelledImages):
                 np.array,
             ]
         )
-        super().__init__(images, image_size, view)
+        super().__init__(split, image_size, transform)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]):
@@ -168,7 +179,7 @@ class RandomCrops(LabelledImages):
             return super().__getitem__(index)
 
 
-class EvaluationView:
+class CentreCrop:
     """Short side to 256/224 of `size`, then the central `size` x `size`, by torchvision.
 
     An image whose short side is `size` already (CIFAR at 32) is not enlarged first, as is usual.
@@ -184,3 +195,23 @@ class EvaluationView:
         if min(picture.size) != self.size:
             picture = self.resize(picture)
         return np.array(self.crop(picture))
+
+
+class LabelledBatches(SampledBatches):
+    """Random crops N x S x S x 3, uint8, of this process's share of a batch, and labels N.
+
+    Labels are -1 for unreadable images.
+    """
+
+    def __init__(self, split: LabelledSplit, image_size: int, loading: Loading):
+        self.crops = RandomCrops(split, image_size, loading.seed)
+        super().__init__(self.crops, loading)
+        self.unreadable = UnreadableImages(self.samples, loading.max_unreadable, left_out=True)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return map(self._checked, self.loader)
+
+    def _checked(self, batch: tuple[torch.Tensor, torch.Tensor]):
+        images, labels = batch
+        self.unreadable.add(self.crops.unreadable(labels))
+        return images, labels.clamp(min=-1)

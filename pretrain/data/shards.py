@@ -1,4 +1,4 @@
-"""Tar shards to batches of two views: data that does not fit a folder, read by `webdataset`.
+"""Tar shards to batches of views: data that does not fit a folder, read by `webdataset`.
 
 The shards are dealt to streams, one for each loading worker of each process. A stream is endless:
 pass after pass over the data, each in a new order of the shards, with a buffer that shuffles its
@@ -24,21 +24,36 @@ Samples of one batch and process are of one stream, hence of few shards: write s
 order of the images, not class by class.
 """
 
+import glob
 import itertools
 import lzma
+import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pretrain.data.augmentations import MoCoAugmentation
-from pretrain.data.images import UNREADABLE_IN_A_ROW, UnreadableImage, collate_views, decode_image
+from moco_det.common.errors import UserError, import_optional
+from moco_det.common.processes import all_objects, print_on_main, rank, world_size
+from pretrain.data.images import (
+    UNREADABLE_IN_A_ROW,
+    Augmentation,
+    Loading,
+    UnreadableImage,
+    UnreadableImages,
+    ViewBatch,
+    build_loader,
+    collate_views,
+    decode_image,
+)
 
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
@@ -61,39 +76,42 @@ class ShardBatch(NamedTuple):
     worker process.
     """
 
-    query: torch.Tensor | None
-    key: torch.Tensor | None
+    views: list[torch.Tensor]
     unreadable: list[str]
     position: Position
     broken: str | None = None
 
 
+@dataclass(frozen=True)
+class Deal:
+    """What all streams of a run have in common.
+
+    Args:
+        shards: their URLs, as webdataset opens them.
+        streams: how many share the shards.
+        augmentations: one for each view.
+        buffer: samples that a stream holds back to draw from, encoded.
+    """
+
+    shards: list[str]
+    streams: int
+    augmentations: list[Augmentation]
+    seed: int
+    buffer: int
+
+
 class Stream:
-    """One of `streams` readers that share the shards.
+    """One of the readers that share the shards.
 
     Args:
         number: of this stream, from 0.
         position: where to begin.
-        buffer: samples that are held back to be drawn from, encoded.
     """
 
-    def __init__(
-        self,
-        shards: list[str],
-        number: int,
-        streams: int,
-        position: Position,
-        view: MoCoAugmentation,
-        seed: int,
-        buffer: int,
-    ):
-        self.shards = shards
+    def __init__(self, deal: Deal, number: int, position: Position):
+        self.deal = deal
         self.number = number
-        self.streams = streams
         self.position = position
-        self.view = view
-        self.seed = seed
-        self.buffer = buffer
         self.reading = "no shard"
 
     def batches(self, size: int) -> Iterator[ShardBatch]:
@@ -104,14 +122,14 @@ class Stream:
                 views = [self.next_views(samples) for _ in range(size)]
                 yield ShardBatch(*collate_views(views), self.position)
         except BrokenShard as error:
-            yield ShardBatch(None, None, [], self.position, str(error))
+            yield ShardBatch([], [], self.position, str(error))
 
-    def next_views(self, samples: Iterator[dict]):
-        """Two views (S, S, 3) uint8 of the next readable image; messages on those before it."""
+    def next_views(self, samples: Iterator[dict]) -> tuple[list[np.ndarray], list[str]]:
+        """Views (S, S, 3) uint8 of the next readable image; messages on those before it."""
         unreadable = []
         while len(unreadable) < UNREADABLE_IN_A_ROW:
             sample = next(samples)
-            rng = np.random.default_rng((self.seed, *self.position, self.number))
+            rng = np.random.default_rng((self.deal.seed, *self.position, self.number))
             extension = next(name for name in sample if not name.startswith("__"))
             place = f"{sample['__url__']}: {sample['__key__']}.{extension}"
             try:
@@ -119,8 +137,8 @@ class Stream:
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            return self.view(image, rng), self.view(image, rng), unreadable
-        return None, None, unreadable
+            return [augment(image, rng) for augment in self.deal.augmentations], unreadable
+        return [], unreadable
 
     def samples(self) -> Iterator[dict]:
         """webdataset's samples from `position` on, without end; `position` follows them."""
@@ -130,29 +148,31 @@ class Stream:
                 self.position = Position(epoch, self.position.samples + 1)
                 yield sample
             if self.position.samples == 0:
-                shards = ", ".join(self.part(epoch))
+                shards = ", ".join(self.share(epoch))
                 raise BrokenShard(f"no images in {shards} (looked for {', '.join(IMG_EXTENSIONS)})")
             self.position = Position(epoch + 1)
 
-    def part(self, epoch: int) -> list[str]:
+    def share(self, epoch: int) -> list[str]:
         """This stream's shards of pass `epoch`, in their order.
 
         All passes, one after the other, are dealt to the streams like cards: a pass begins with the
         stream that follows the one that got the last shard of the pass before it.
         """
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
-        first = (self.number - epoch * len(self.shards)) % self.streams
-        return [self.shards[i] for i in order[first :: self.streams]]
+        shards, streams = self.deal.shards, self.deal.streams
+        order = np.random.default_rng((self.deal.seed, epoch)).permutation(len(shards))
+        first = (self.number - epoch * len(shards)) % streams
+        return [shards[i] for i in order[first::streams]]
 
     def _pass(self, epoch: int) -> Iterator[dict]:
+        import webdataset  # optional: `find_shards` says how to install it
+
+        buffer, seed = self.deal.buffer, f"{self.deal.seed} {epoch} {self.number}"
         pipeline = webdataset.DataPipeline(
-            webdataset.SimpleShardList(self.part(epoch)),
+            webdataset.SimpleShardList(self.share(epoch)),
             self._note_shard,
             webdataset.tarfile_to_samples(select_files=is_image),
             self._note_sample,
-            webdataset.shuffle(
-                self.buffer, initial=self.buffer, seed=f"{self.seed} {epoch} {self.number}"
-            ),
+            webdataset.shuffle(buffer, initial=buffer, seed=seed),
         )
         try:
             yield from pipeline
@@ -184,34 +204,20 @@ class ShardStreams(IterableDataset):
     """The streams of one process, one for each worker, which take turns.
 
     Args:
-        shards: their URLs, as webdataset opens them.
-        first, streams: the number of this process's first stream, and of all streams.
+        first: the number of this process's first stream.
         positions: where each of this process's streams begins.
         turn: which of them begins.
         batch_size: of this process.
     """
 
     def __init__(
-        self,
-        shards: list[str],
-        first: int,
-        streams: int,
-        positions: list[Position],
-        turn: int,
-        batch_size: int,
-        view: MoCoAugmentation,
-        seed: int,
-        buffer: int,
+        self, deal: Deal, first: int, positions: list[Position], turn: int, batch_size: int
     ):
-        self.shards = shards
+        self.deal = deal
         self.first = first
-        self.streams = streams
         self.positions = positions
         self.turn = turn
         self.batch_size = batch_size
-        self.view = view
-        self.seed = seed
-        self.buffer = buffer
 
     def __iter__(self) -> Iterator[ShardBatch | None]:
         """The batches of this worker. None stands for a turn that was taken before the beginning:
@@ -220,13 +226,133 @@ class ShardStreams(IterableDataset):
         worker = info.id if info else 0
         if worker < self.turn:
             yield None
-        stream = Stream(
-            self.shards,
-            self.first + worker,
-            self.streams,
-            self.positions[worker],
-            self.view,
-            self.seed,
-            self.buffer,
-        )
+        stream = Stream(self.deal, self.first + worker, self.positions[worker])
         yield from stream.batches(self.batch_size)
+
+
+class ShardSource:
+    """ViewBatches of tar shards, read without end.
+
+    Raises UserError where there are fewer shards than workers.
+
+    Args:
+        shards: see `find_shards`.
+        augmentations: one for each view.
+        samples_per_epoch: of all processes.
+        buffer: samples that a worker holds back and draws from.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        augmentations: list[Augmentation],
+        loading: Loading,
+        samples_per_epoch: int,
+        buffer: int,
+    ):
+        self.loading = loading
+        self.samples = samples_per_epoch
+        self.steps_per_epoch = samples_per_epoch // loading.batch_size
+        counts = all_objects(max(1, loading.workers))
+        if len(shards) < sum(counts):
+            raise UserError(
+                f"{len(shards)} shards cannot feed {sum(counts)} workers, those of "
+                f"{world_size()} process(es): pass a smaller -j, or write more shards"
+            )
+        self.layout = {
+            "shards": len(shards),
+            "workers": counts,
+            "seed": loading.seed,
+            "shuffle_buffer": buffer,
+        }
+        self.deal = Deal(shards, sum(counts), augmentations, loading.seed, buffer)
+        self.positions = [(0, 0)] * counts[rank()]
+        self.turn = 0
+        self.unreadable = UnreadableImages(self.samples, loading.max_unreadable)
+        self.batches = None
+
+    def start(self, epoch: int, step: int) -> None:
+        """Nothing: the next batch is always the one that follows the last one."""
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        # Not kept in a generator of its own: it would hold this object that holds it, and the
+        # workers, which ignore SIGTERM, would not hear of the end of the run.
+        if self.batches is None:
+            workers, pin_memory = self.loading.workers, self.loading.pin_memory
+            self.batches = iter(build_loader(self._streams(), workers, pin_memory, batch_size=None))
+        indices = torch.arange(
+            self.loading.batch_size
+        )  # samples of a stream have none in the data set
+        for batch in self.batches:
+            if batch is None:
+                continue
+            if batch.broken:
+                raise UserError(batch.broken)
+            self.positions[self.turn] = tuple(batch.position)
+            self.turn = (self.turn + 1) % len(self.positions)
+            self.unreadable.add(batch.unreadable)
+            if not batch.views:
+                raise self.unreadable.too_many()
+            yield ViewBatch(batch.views, indices)
+
+    def _streams(self) -> ShardStreams:
+        first = sum(self.layout["workers"][: rank()])
+        positions = [Position(*position) for position in self.positions]
+        return ShardStreams(
+            self.deal, first, positions, self.turn, self.loading.batch_size // world_size()
+        )
+
+    def state(self) -> dict:
+        """How the shards are dealt, and where every stream of every process stands. Collective."""
+        mine = {"positions": list(self.positions), "turn": self.turn}
+        return self.layout | {"processes": all_objects(mine)}
+
+    def resume(self, state: dict, path: Path) -> None:
+        """Continue from `state`, or with a new pass where its positions mean nothing here."""
+        differs = [name for name, value in self.layout.items() if state.get(name) != value]
+        if not differs:
+            mine = state["processes"][rank()]
+            self.positions, self.turn = list(mine["positions"]), mine["turn"]
+            return
+        begun = [
+            position for process in state.get("processes", ()) for position in process["positions"]
+        ]
+        epoch = max((epoch for epoch, _ in begun), default=-1) + 1
+        self.positions = [(epoch, 0)] * len(self.positions)
+        changes = ", ".join(f"{n} {state.get(n)} -> {self.layout[n]}" for n in differs)
+        print_on_main(
+            f"{path} has no position in shards dealt like these ({changes}): a new pass begins"
+        )
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.deal.shards)} shards dealt to {self.deal.streams} stream(s), "
+            f"an epoch of {self.samples} samples"
+        )
+
+
+def is_shards(data: str) -> bool:
+    """Whether DATA names tar files: by a pattern, a URL, or a command after `pipe:`."""
+    if Path(data).is_dir():
+        return False
+    return bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))
+
+
+def find_shards(data: str) -> list[str]:
+    """URLs of all shards of DATA: webdataset's notation, and `*`, `?`, `[...]` for local files.
+
+    Raises UserError where webdataset is absent, or a local shard is.
+    """
+    shardlists = import_optional("webdataset.shardlists", "reading tar shards", "webdataset")
+    try:
+        urls = shardlists.expand_urls(data)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"cannot expand DATA {data}: {error}") from error
+    shards = []
+    for url in urls:
+        local = not re.search(r"^pipe:|://|^-$", url)
+        found = sorted(glob.glob(url)) if local and not os.path.isfile(url) else [url]
+        if not found:
+            raise UserError(f"no such shard: {url}")
+        shards += found
+    return shards

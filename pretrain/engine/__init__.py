@@ -1,1 +1,6 @@
-"""The training loop, its checkpoints, its metrics, and the diagnosis of a run."""
+"""One training loop for every task, and what it leaves: checkpoints, metrics, a diagnosis.
+
+Start with `trainer.py`, whose `Trainer` drives a `Task`; `pretraining.py` is the task of the
+papers (classifiers are in `pretrain/evaluation`). What a step computes from views belongs into
+`moco`, where batches come from into `data`.
+"""

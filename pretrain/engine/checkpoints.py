@@ -20,16 +20,31 @@ import os
 import pickle
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
-from moco_det.common.processes import world_size
+from moco_det.common.processes import all_objects
 
 LAST = "checkpoint_last.pth.tar"
+
+
+class Checkpoint(NamedTuple):
+    """What a run continues from; `path` is for messages."""
+
+    path: Path
+    state: dict
+
+
+def find(resume: str, output: Path) -> Checkpoint | None:
+    """The checkpoint `resume`: a path, "auto" for the last one of `output`, if any, or ""."""
+    path = output / LAST if resume == "auto" else Path(resume)
+    if not resume or (resume == "auto" and not path.exists()):
+        return None
+    return Checkpoint(path, load(path))
 
 
 def save(state: dict, path: Path) -> None:
@@ -42,18 +57,17 @@ def save(state: dict, path: Path) -> None:
         raise UserError(f"could not save {path} (disk full?): {error}; {kept}") from error
 
 
-def save_epoch(state: dict, output: Path, keep: int, save_every: int) -> None:
-    """Save as the last checkpoint and, by a hard link, under the epoch's own name; prune old ones.
+def keep_epoch(output: Path, epoch: int, keep: int, save_every: int) -> None:
+    """Keep the last checkpoint, by a hard link, under its epoch's own name; prune older epochs.
 
     The newest `keep` epochs stay, and each `save_every`-th epoch for good (0: none).
     """
-    save(state, output / LAST)
-    numbered = output / f"checkpoint_{state['epoch']:04d}.pth.tar"
+    numbered = output / f"checkpoint_{epoch:04d}.pth.tar"
     numbered.unlink(missing_ok=True)
     os.link(output / LAST, numbered)
     for path in sorted(output.glob("checkpoint_[0-9]*.pth.tar"))[:-keep]:
-        epoch = int(path.name.split("_")[1].split(".")[0])
-        if not (save_every and epoch % save_every == 0):
+        older = int(path.name.split("_")[1].split(".")[0])
+        if not (save_every and older % save_every == 0):
             path.unlink()
 
 
@@ -70,13 +84,24 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_model(model: torch.nn.Module, state: dict, path: Path, arch: str) -> None:
-    """Load `state_dict` strictly. Raises UserError that names what does not fit."""
+def check_arch(checkpoint: Checkpoint, arch: str) -> None:
+    """Raises UserError where the checkpoint is of another encoder than `arch`."""
+    path, state = checkpoint
     if state.get("arch", arch) != arch:
         raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
-    weights = {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
+
+
+def weights(state: dict) -> dict[str, torch.Tensor]:
+    """The model's state under its own names, without DistributedDataParallel's prefix."""
+    return {name.removeprefix("module."): value for name, value in state["state_dict"].items()}
+
+
+def load_model(model: torch.nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+    """Load `state_dict` strictly. Raises UserError that names what does not fit."""
+    path, state = checkpoint
+    check_arch(checkpoint, arch)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights(state))
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit this model; check --moco-dim, --moco-k, --mlp and --small-stem. "
@@ -98,11 +123,7 @@ def rng_states() -> list[dict]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
     }
-    if world_size() == 1:
-        return [mine]
-    states = [None] * world_size()
-    dist.all_gather_object(states, mine)
-    return states
+    return all_objects(mine)
 
 
 def restore_rng(state: dict) -> None:

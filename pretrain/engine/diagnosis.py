@@ -3,6 +3,7 @@
 The thresholds are ours, between what healthy and broken runs log; test_diagnosis.py has both kinds.
 """
 
+import json
 import math
 import statistics
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_det.common.errors import UserError
 from pretrain.engine import checkpoints
 
 RECENT = 5  # records that one judgement is about
@@ -58,6 +60,31 @@ class Doctor:
                 findings.append(Finding(record["step"], name, text, rule is not filling))
         self.reported |= {finding.condition for finding in findings}
         return findings
+
+
+def examine(output: Path) -> list[Finding]:
+    """All findings on the run of `output`, in the order in which they showed.
+
+    Raises:
+        UserError: there is no log of a run.
+    """
+    path = output / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"no {path}: name the --output folder of a run of pretrain/main.py")
+    doctor = Doctor(output)
+    return [finding for record in read_records(path) for finding in doctor.hear(record)]
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a log; a last line that a kill cut short is none."""
+    records = []
+    for number, line in enumerate(lines := path.read_text().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is no JSON: {error}") from error
+    return records
 
 
 class Course:

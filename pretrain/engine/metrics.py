@@ -10,38 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from moco_det.common.processes import print_on_main, rank, world_size
-
-PRETEXT = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
-
-
-@torch.no_grad()
-def pretext_metrics(
-    loss: torch.Tensor, logits: torch.Tensor, queries: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """The values named in PRETEXT, as a tensor that stays on the device.
-
-    `feature_std` is the standard deviation over the batch, averaged over dimensions: 0 is collapse,
-    1/sqrt(C) is what features spread evenly over the sphere have.
-    """
-    better = (logits[:, 1:] > logits[:, :1]).sum(dim=1)  # negatives ahead of the positive
-    similarity = logits.float() * temperature
-    return torch.stack(
-        [
-            loss.detach().float(),
-            100.0 * (better < 1).float().mean(),
-            100.0 * (better < 5).float().mean(),
-            similarity[:, 0].mean(),
-            similarity[:, 1:].mean(),
-            queries.float().std(dim=0, correction=0).mean(),
-        ]
-    )
+from moco_det.common.processes import is_main, world_size
 
 
 class MetricMeter:
     """Means of the named values over the steps since the last report, and where the time went."""
 
-    def __init__(self, device: torch.device, names: tuple[str, ...] = PRETEXT):
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
         self.device = device
         self.names = names
         self.reset()
@@ -82,7 +57,7 @@ class RunLog:
     """
 
     def __init__(self, output: Path, step: int):
-        self.active, self.kept = rank() == 0, []
+        self.active, self.kept = is_main(), []
         if not self.active:
             return
         path = output / "metrics.jsonl"
@@ -103,9 +78,6 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
 
-    def message(self, text: str) -> None:
-        print_on_main(text)
-
 
 def _step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; a line cut short by a kill belongs to no kept step."""
@@ -115,20 +87,20 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def progress_line(epoch: int, epochs: int, step: int, steps: int, left: int, values: dict) -> str:
-    """One line of at most 140 characters about `steps` steps per epoch, `left` until the end."""
+def progress_line(epoch: str, left: int, values: dict) -> str:
+    """One line of at most 140 characters about a report.
+
+    Args:
+        epoch: the position in the run.
+        left: steps until its end.
+        values: what was logged; "chance_loss" and names that end in "_fill" are optional.
+    """
+    chance = f" (chance {values['chance_loss']:.2f})" if "chance_loss" in values else ""
     fills = (name for name in values if name.endswith("_fill"))
     fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
-    return (
-        f"epoch {epoch + 1}/{epochs} [{step}/{steps}]  "
-        f"loss {values['loss']:.4f} (chance {values['chance_loss']:.2f})  "
-        f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  "
-        f"{fill}{pace(left, values)}"
-    )
-
-
-def pace(left: int, values: dict) -> str:
-    """The end of a progress line with `left` steps to go, of the values of `MetricMeter.means`."""
     eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
-    speed = f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}"
-    return f"{speed}  ETA {eta}"
+    return (
+        f"epoch {epoch}  loss {values['loss']:.4f}{chance}  "
+        f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  {fill}"
+        f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  ETA {eta}"
+    )

@@ -1,233 +1,227 @@
-"""Training a classifier on an encoder: what the linear protocol and fine-tuning share.
+"""Classifiers on an encoder: a linear one on its frozen features, or all of it fine-tuned.
+
+The linear protocol of Section 4.1 and the fine-tuning of A.6 and A.7 (arXiv:1911.05722).
 
 Shape legend:
     N: images of this process in a step     M: images of val
     D: pooled features                      C: classes
 """
 
-import math
-from pathlib import Path
+import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from moco_det.common.errors import EXIT_INTERRUPTED, UserError
-from moco_det.common.processes import StopRequest, print_on_main, rank, world_size
+from moco_det.common.errors import UserError
+from moco_det.common.processes import broadcast_buffers, rank, world_size
+from pretrain.data.images import DistributedBatchSampler, Loading
 from pretrain.engine import checkpoints
-from pretrain.engine.metrics import MetricMeter, RunLog, pace
-from pretrain.engine.optimization import step_decay
-from pretrain.engine.training import (
-    agree_on_seed,
-    build_optimizer,
-    find_checkpoint,
-    make_output_folder,
-    parallelize,
-)
-from pretrain.evaluation.features import RANDOM, load_encoder
-from pretrain.evaluation.splits import LabelledSplits
+from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.optimization import ScheduledSGD, parallelize
+from pretrain.engine.trainer import Task, Trainer
+from pretrain.evaluation.features import SplitFeatures, encode, extract, pooled
+from pretrain.moco.grouped_batchnorm import group_batchnorm
 
 BEST = "checkpoint_best.pth.tar"
-LAST = (checkpoints.LAST,)
-# In this order: a kill between the two repeats the epoch, which writes the same best again.
-LAST_AND_BEST = (BEST, checkpoints.LAST)
-MEASURES = ("loss", "acc1", "acc5")
 
 
-class ClassifierTraining:
-    """Encoder, data and position of one run, in one of its processes.
+class Classification(Task):
+    """Cross-entropy of labelled batches; accuracy on val and a checkpoint after epochs.
 
-    A protocol adds what is trained, and from what:
-        name              of the protocol, for messages
-        prepare_encoder() what is to be done once the weights are loaded
-        prepare_training()  reads the training data; returns the module to be trained, inputs of a
-                          step -> logits N x C
-        validation()      features M x D and labels M of val, for the classifier `encoder.fc`
-        check()           what must hold before an evaluation
+    A protocol says how logits and the features of val come about.
+
+    Args:
+        encoder: ends with the classifier `fc`, D -> C.
+        trained: the part of it that is trained; `parallel` of it averages gradients.
+        batches: images N x S x S x 3 or features N x D, and labels N, -1 for unreadable ones.
+        eval_every: epochs between two validations.
     """
 
-    name = ""
+    measures = ("loss", "acc1", "acc5")
+    name: str  # of the protocol, for messages
+    finetune: bool  # the flag that it goes by
 
-    def __init__(self, args, device: torch.device):
-        self.args = args
-        self.device = device
-        self.output = Path(args.output)
-        resumed_from, state = find_checkpoint(args.resume, self.output)
-        if args.evaluate and state is None:
-            raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
-        self.seed = agree_on_seed(args.seed, state, device)
-        torch.manual_seed(self.seed)
-        torch.backends.cudnn.benchmark = args.seed is None
-        torch.backends.cudnn.deterministic = args.seed is not None
+    def __init__(
+        self,
+        encoder: nn.Module,
+        trained: nn.Module,
+        optimizer: ScheduledSGD,
+        batches,
+        eval_every: int,
+    ):
+        self.model = encoder
+        self.parallel = parallelize(trained)
+        self.device = encoder.fc.weight.device
+        self.optimizer = optimizer
+        self.batches = batches
+        self.eval_every = eval_every
+        self.best = -1.0
 
-        self.data = LabelledSplits(args, device, self.seed)
-        self.encoder = self._build_encoder(state, resumed_from)
-        self.epoch, self.step_in_epoch, self.step, self.best = args.start_epoch, 0, 0, -1.0
-        if not args.evaluate:
-            self.stop = StopRequest().__enter__()
-            trained = self.prepare_training()
-            self.model = parallelize(trained)
-            self.optimizer = build_optimizer(trained, args.lr, args.momentum, args.weight_decay)
-            # Features are fp32 and so is a classifier on them: no gradient needs scaling there.
-            scaled = args.amp == "fp16" and args.finetune
-            self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-            self.batches = self.data.batches
-        if state is not None:
-            self._resume(state, resumed_from)
-        if not args.evaluate:
-            make_output_folder(self.output)
-            self.log = RunLog(self.output, self.step)
-            self.window = MetricMeter(device, MEASURES)
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """N x C, fp32, of the images or features of a batch."""
+        raise NotImplementedError
 
-    def train(self) -> None:
-        for epoch in range(self.epoch, self.args.epochs):
-            self.train_epoch(epoch)
-            if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs:
-                self.check()
-                accuracy = self.evaluate()
-                better = accuracy > self.best
-                self.best = max(self.best, accuracy)
-                self.save(LAST_AND_BEST if better else LAST)
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features M x D and labels M of val, equal on all processes."""
+        raise NotImplementedError
 
-    def train_epoch(self, epoch: int) -> None:
-        """The rest of epoch `epoch` from where the run stands."""
-        self.epoch = epoch
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * step_decay(epoch, self.args.schedule)
-        self.batches.start(epoch, self.step_in_epoch)
-        self.window.reset()
-        batches = self.data.training()
-        while self.step_in_epoch < self.batches.steps_per_epoch:
-            self.train_step(*next(batches))
-            self.step_in_epoch += 1
-            self.step += 1
-            self.report_and_save()
-        self.epoch, self.step_in_epoch = epoch + 1, 0
-
-    def train_step(self, inputs: torch.Tensor, labels: torch.Tensor, waited: float) -> None:
-        """One step of SGD on this process's inputs, N of them, and labels N."""
-        logits = self.model(inputs)
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor:
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        logits = self.logits(images)
         # A mean over all N, readable or not: the mean over processes is then that of the batch.
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.minimize(loss)
         correct = correct_within(logits.detach(), labels)
-        self.window.add(torch.stack([loss.detach(), *(100.0 * correct / len(labels))]), waited)
+        return torch.stack([loss.detach(), *(100.0 * correct / len(labels))])
 
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Top-1 accuracy on val in percent, equal on all processes; logged with the others."""
-        features, labels = self.validation()
-        sums = torch.zeros(3, device=self.device)
-        for some, truth in zip(features.split(1024), labels.split(1024), strict=True):
-            logits = self.encoder.fc(some)
-            loss = F.cross_entropy(logits, truth, reduction="sum")
-            sums += torch.stack([loss, *correct_within(logits, truth)])
-        loss, top1, top5 = (sums / len(labels)).tolist()
-        top1, top5 = 100 * top1, 100 * top5
-        values = {"epoch": self.epoch, "val_loss": loss, "val_acc1": top1, "val_acc5": top5}
-        if not self.args.evaluate:
-            self.log.write(self.step, values)
-        print_on_main(
-            f"epoch {self.epoch}/{self.args.epochs}  val top-1 {top1:.2f} % top-5 {top5:.2f} %  "
-            f"loss {loss:.4f}  best top-1 {max(top1, self.best):.2f} %"
-        )
-        return top1
-
-    def check(self) -> None:
-        """Nothing, unless the protocol says so."""
-
-    def report_and_save(self) -> None:
-        """What happens between two steps: the log, a checkpoint that is due, a request to stop."""
-        args, steps = self.args, self.batches.steps_per_epoch
-        due = self.step_in_epoch % args.print_freq == 0 or self.step_in_epoch == steps
-        saving = args.save_steps and self.step % args.save_steps == 0
-        if due or saving or self.step == 1:
-            self.report()
-        if saving:
-            self.save(LAST)
-        if (due or world_size() == 1) and self.stop.agreed():
-            if self.window.steps:
-                self.report()
-            self.save(LAST)
-            print_on_main(f"SIGTERM: saved {self.output / checkpoints.LAST} at step {self.step}")
-            raise SystemExit(EXIT_INTERRUPTED)
-
-    def report(self) -> None:
-        """Log the window's means and begin a new one. Raises UserError when the loss is NaN."""
-        args, steps = self.args, self.batches.steps_per_epoch
-        values = {"epoch": self.epoch + self.step_in_epoch / steps}
-        values |= self.window.means(args.batch_size)
-        values |= {"lr": self.optimizer.param_groups[0]["lr"]}
-        self.window.reset()
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {self.step}: lower --lr")
-        self.log.write(self.step, values)
-        left = (args.epochs - self.epoch) * steps - self.step_in_epoch
-        print_on_main(
-            f"epoch {self.epoch + 1}/{args.epochs} [{self.step_in_epoch}/{steps}]  "
-            f"loss {values['loss']:.4f}  acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  "
-            f"lr {values['lr']:.4g}  {pace(left, values)}"
-        )
-
-    def save(self, names: tuple[str, ...]) -> None:
-        """Write the state under each of `names`, in their order; the main process only.
-
-        All draws are functions of the seed and the position, so no generator is kept.
-        """
-        if rank() != 0:
+    def after_epoch(self, trainer: Trainer, number: int) -> None:
+        if number % self.eval_every and number != trainer.epochs:
             return
-        state = {
-            "epoch": self.epoch,
-            "arch": self.args.arch,
-            "state_dict": checkpoints.model_state(self.encoder),
-            "best_acc1": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "step_in_epoch": self.step_in_epoch,
-            "config": vars(self.args) | {"seed": self.seed},
-        }
-        for name in names:
-            checkpoints.save(state, self.output / name)
+        loss, top1, top5 = evaluate(self.model.fc, *self.validation())
+        values = {"epoch": number, "val_loss": loss, "val_acc1": top1, "val_acc5": top5}
+        better = top1 > self.best
+        self.best = max(self.best, top1)
+        trainer.record(values, validation_line(number, trainer.epochs, loss, top1, top5, self.best))
+        # In this order: a kill between the two repeats the epoch, which writes the same best again.
+        if better:
+            trainer.save(BEST)
+        trainer.save()
 
-    def _build_encoder(self, state: dict | None, path: Path | None):
-        """The encoder with a new classifier, or the one of `state`, on the device.
+    def state(self) -> dict:
+        """All draws are functions of the seed and the position, so no generator is kept."""
+        return {"best_acc1": self.best}
 
-        An evaluation needs no --pretrained: the run's checkpoint holds the backbone as well.
-        """
-        args, source = self.args, self.args.pretrained
-        if not source and not args.evaluate:
-            raise UserError("pass --pretrained CHECKPOINT, or `random` for an untrained backbone")
-        classes = len(self.data.classes)
-        self.encoder = load_encoder(source or RANDOM, args.arch, classes, args.small_stem)
-        self.prepare_encoder()
-        if state is not None:
-            self.load(state, path)
-        return self.encoder.to(self.device, memory_format=torch.channels_last)
-
-    def load(self, state: dict, path: Path) -> None:
-        """Backbone and classifier of a run. Raises UserError that names what does not fit."""
-        load_classifier(self.encoder, state, path, self.args.arch)
-
-    def _resume(self, state: dict, path: Path) -> None:
-        """Continue where `state` stopped; a state of the official code continues at its epoch."""
-        self.epoch, self.best = max(self.epoch, state["epoch"]), float(state.get("best_acc1", 0.0))
-        self.step_in_epoch = state.get("step_in_epoch", 0)
-        if self.args.evaluate:
-            return
-        config = state.get("config", {})
-        if config.get("finetune", False) != self.args.finetune:
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        path, state = checkpoint
+        self.best = float(state.get("best_acc1", 0.0))
+        if state.get("config", {}).get("finetune", False) != self.finetune:
             raise UserError(f"{path} is of another protocol than {self.name}: mind --finetune")
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state.get("step", self.epoch * self.batches.steps_per_epoch)
-        before = config.get("batch_size", self.args.batch_size)
-        if self.step_in_epoch and before != self.args.batch_size:
-            raise UserError(f"{path} stopped within an epoch: resume it with --batch-size {before}")
-        print_on_main(f"resumed {path} at epoch {self.epoch}, step {self.step}")
+
+
+class LinearProbe(Classification):
+    """The backbone must not change: only the classifier is trained.
+
+    Args:
+        val: its features M x D and labels M, computed once.
+        backbone: images -> features N x D; None where the batches hold features already.
+        dtype: of mixed precision in the backbone; None for float32.
+    """
+
+    name = "the linear protocol"
+    finetune = False
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        optimizer: ScheduledSGD,
+        batches,
+        val: tuple[torch.Tensor, torch.Tensor],
+        backbone: nn.Module | None,
+        dtype: torch.dtype | None,
+        eval_every: int,
+    ):
+        super().__init__(encoder, encoder.fc.requires_grad_(True), optimizer, batches, eval_every)
+        self.frozen = frozen_state(encoder)
+        self.val = val
+        self.backbone = backbone
+        self.dtype = dtype
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        features = images if self.backbone is None else extract(self.backbone, images, self.dtype)
+        return self.parallel(features)
+
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        check_frozen(self.model, self.frozen)
+        return self.val
+
+
+class FineTuning(Classification):
+    """Gradients reach all weights, under batch statistics.
+
+    These are those of BN groups, as in pretraining: about 32 images each however many processes
+    there are, as on the 8 GPUs of a batch of 256. Running statistics are those of the first group.
+
+    Args:
+        val: features under the weights as they are when asked.
+        bn_groups: of this process.
+        dtype: of mixed precision; None for float32.
+    """
+
+    name = "fine-tuning"
+    finetune = True
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        optimizer: ScheduledSGD,
+        batches,
+        val: SplitFeatures,
+        bn_groups: int,
+        dtype: torch.dtype | None,
+        eval_every: int,
+    ):
+        group_batchnorm(encoder.requires_grad_(True), bn_groups).train()
+        super().__init__(encoder, encoder, optimizer, batches, eval_every)
+        self.val = val
+        self.dtype = dtype
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        return encode(self.parallel, images, self.dtype)
+
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Under the main process's running statistics."""
+        broadcast_buffers(self.model)
+        features = self.val.compute(pooled(self.model.eval()))
+        self.model.train()
+        return features
+
+
+class FeatureBatches:
+    """Batches of features N x D, computed once, and their labels N.
+
+    Args:
+        features, labels: of a split, M x D and M.
+    """
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor, loading: Loading):
+        self.features = features
+        self.labels = labels
+        self.samples = len(labels)
+        self.sampler = DistributedBatchSampler(
+            self.samples, loading.batch_size, rank(), world_size(), loading.seed
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.start = self.sampler.start
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for keys in self.sampler:
+            indices = torch.tensor([index for _, index in keys], device=self.labels.device)
+            yield self.features[indices], self.labels[indices]
+
+
+@torch.no_grad()
+def evaluate(
+    fc: nn.Module, features: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, float, float]:
+    """Mean loss, top-1 and top-5 in percent of a classifier on features M x D and labels M."""
+    sums = torch.zeros(3, device=features.device)
+    for some, targets in zip(features.split(1024), labels.split(1024), strict=True):
+        logits = fc(some)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([loss, *correct_within(logits, targets)])
+    loss, top1, top5 = (sums / len(labels)).tolist()
+    return loss, 100 * top1, 100 * top5
+
+
+def validation_line(
+    epoch: int, epochs: int, loss: float, top1: float, top5: float, best: float
+) -> str:
+    return (
+        f"epoch {epoch}/{epochs}  val top-1 {top1:.2f} % top-5 {top5:.2f} %  loss {loss:.4f}  "
+        f"best top-1 {best:.2f} %"
+    )
 
 
 def correct_within(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -237,14 +231,40 @@ def correct_within(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([hits[:, :1].sum(), hits.sum()]).float()
 
 
-def load_classifier(encoder: torch.nn.Module, state: dict, path: Path, arch: str) -> None:
-    """Load a run's backbone and classifier. Raises UserError that names what does not fit."""
-    if state.get("arch", arch) != arch:
-        raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
+def load_classifier(
+    encoder: nn.Module, checkpoint: Checkpoint, arch: str, frozen_from: str = ""
+) -> None:
+    """Load a run's backbone and classifier. Raises UserError that names what does not fit.
+
+    Args:
+        frozen_from: name of the weights that `encoder` has, if the run's backbone must equal them.
+    """
+    path, state = checkpoint
+    checkpoints.check_arch(checkpoint, arch)
+    before = frozen_state(encoder)
     try:
-        encoder.load_state_dict(
-            {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
-        )
+        encoder.load_state_dict(checkpoints.weights(state))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} is no classifier of this data and -a {arch}: {reason}") from error
+    if frozen_from and changed(encoder, before):
+        raise UserError(f"{path} is of another backbone than --pretrained {frozen_from}")
+
+
+def frozen_state(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all that must not change: weights and batch statistics below the classifier."""
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("fc.")}
+    return copy.deepcopy(state)
+
+
+def changed(encoder: nn.Module, frozen: dict[str, torch.Tensor]) -> list[str]:
+    """The names of what differs from `frozen`, in any bit."""
+    state = encoder.state_dict()
+    return [name for name, value in frozen.items() if not torch.equal(state[name], value)]
+
+
+def check_frozen(encoder: nn.Module, frozen: dict[str, torch.Tensor]) -> None:
+    """The official code's sanity check. Raises RuntimeError: accuracies would mean nothing."""
+    names = changed(encoder, frozen)
+    if names:
+        raise RuntimeError(f"the frozen backbone changed in training: {names[0]}")

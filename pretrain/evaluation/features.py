@@ -1,4 +1,8 @@
-"""Features of a frozen encoder: what the kNN classifier and the linear protocol work on."""
+"""Features of an encoder: what the kNN classifier and the linear protocol work on.
+
+Shape legend:
+    N: images of a batch     M: images of a split     D: pooled features
+"""
 
 from pathlib import Path
 
@@ -6,12 +10,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moco_det.common.errors import UserError
-from moco_det.common.processes import gather, rank, world_size
-from pretrain.data.images import build_loader
+from moco_det.common.processes import gather, is_main, print_on_main, rank, world_size
+from pretrain.data.images import Loading, UnreadableImages, build_loader
+from pretrain.data.labelled import CentreCrop, LabelledImages, LabelledSplit
 from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import Checkpoint
 from pretrain.moco.encoders import build_encoder
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
@@ -49,7 +55,8 @@ def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False)
 def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
     """Those of `load_encoder` below the head."""
     if pretrained != SUPERVISED:
-        return query_encoder(checkpoints.load(Path(pretrained)), Path(pretrained), arch)
+        path = Path(pretrained)
+        return query_encoder(Checkpoint(path, checkpoints.load(path)), arch)
     try:
         published = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
         weights = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -63,18 +70,18 @@ def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
-def query_encoder(state: dict, path: Path, arch: str) -> dict[str, torch.Tensor]:
+def query_encoder(checkpoint: Checkpoint, arch: str) -> dict[str, torch.Tensor]:
     """The weights below the head of f_q. Raises UserError where there are none."""
-    if state.get("arch", arch) != arch:
-        raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
-    names = {name.removeprefix("module."): name for name in state["state_dict"]}
+    checkpoints.check_arch(checkpoint, arch)
     weights = {
-        short.removeprefix("encoder_q."): state["state_dict"][name]
-        for short, name in names.items()
-        if short.startswith("encoder_q.") and not short.startswith("encoder_q.fc.")
+        name.removeprefix("encoder_q."): value
+        for name, value in checkpoints.weights(checkpoint.state).items()
+        if name.startswith("encoder_q.") and not name.startswith("encoder_q.fc.")
     }
     if not weights:
-        raise UserError(f"{path} has no encoder_q: it is not a checkpoint of pretraining")
+        raise UserError(
+            f"{checkpoint.path} has no encoder_q: it is not a checkpoint of pretraining"
+        )
     return weights
 
 
@@ -83,18 +90,10 @@ def pooled(encoder: nn.Module) -> nn.Module:
     return nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
 
 
-@torch.no_grad()
-def extract(
-    backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """uint8 N x H x W x 3 -> features N x D, fp32; `dtype` is that of mixed precision, if any."""
-    return encode(backbone, images, dtype)
-
-
 def encode(
     network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """As `extract`, with gradients."""
+    """uint8 N x H x W x 3 -> outputs N x D, fp32; `dtype` is that of mixed precision, if any."""
     mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
     pixels = images.permute(0, 3, 1, 2).float()
@@ -102,22 +101,29 @@ def encode(
         return network((pixels - mean) / std).float()
 
 
+extract = torch.no_grad()(encode)
+
+
 def extract_all(
     backbone: nn.Module,
-    loader: DataLoader,
+    dataset: Dataset,
+    workers: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features M x D and labels M of a whole `share_loader`, in its data set's order. Collective.
+    """Features M x D and labels M of all of `dataset`, in its order. Collective.
 
-    Every process gets all of them. Labels are negative for unreadable images.
+    Every process encodes a share of the images, and gets all features. Labels are negative for
+    unreadable images.
     """
+    share = range(rank(), len(dataset), world_size())
+    loader = build_loader(dataset, workers, device.type == "cuda", batch_size=128, sampler=share)
     features, labels = [], []
     for images, targets in loader:
         images = images.to(device, non_blocking=True)
         features.append(extract(backbone, images, dtype))
         labels.append(targets.to(device))
-    total = len(loader.dataset)
+    total = len(dataset)
     missing = -(-total // world_size()) - sum(map(len, labels))  # shares differ by one at most
     features = gather(F.pad(torch.cat(features), (0, 0, 0, missing)))
     labels = gather(F.pad(torch.cat(labels), (0, missing)))
@@ -126,7 +132,34 @@ def extract_all(
     return features[order], labels[order]
 
 
-def share_loader(dataset: Dataset, workers: int, device: torch.device) -> DataLoader:
-    """This process's share of `dataset`, each image once."""
-    share = range(rank(), len(dataset), world_size())
-    return build_loader(dataset, workers, device.type == "cuda", batch_size=128, sampler=share)
+class SplitFeatures:
+    """Features of the centre crops of a split, under the weights that a backbone has when asked.
+
+    Args:
+        dtype: of mixed precision; None for float32.
+    """
+
+    def __init__(
+        self,
+        split: LabelledSplit,
+        image_size: int,
+        loading: Loading,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ):
+        self.images = LabelledImages(split, image_size, CentreCrop(image_size))
+        self.workers = loading.workers
+        self.device = device
+        self.dtype = dtype
+        self.unreadable = UnreadableImages(len(self.images), loading.max_unreadable, left_out=True)
+
+    def compute(self, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features M x D and labels M of the readable images, on every process. Collective.
+
+        Raises:
+            UserError: too many are unreadable.
+        """
+        print_on_main(f"features of {len(self.images)} images of {self.images.split.name}")
+        features, labels = extract_all(backbone, self.images, self.workers, self.device, self.dtype)
+        self.unreadable.add(self.images.unreadable(labels), warn=is_main())
+        return features[labels >= 0], labels[labels >= 0]

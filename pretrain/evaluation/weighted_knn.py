@@ -9,7 +9,7 @@ from torch import nn
 
 from pretrain.data.augmentations import resize_and_center_crop
 from pretrain.data.labelled import LabelledImages, class_folders, list_class_folders
-from pretrain.evaluation.features import extract_all, pooled, share_loader
+from pretrain.evaluation.features import extract_all, pooled
 
 
 def weighted_knn(
@@ -52,17 +52,18 @@ class KnnMonitor:
         temperature: float = 0.07,
     ):
         self.device = device
+        self.workers = workers
         self.k = k
         self.temperature = temperature
         self.classes = class_folders(data / "val")
-        self.bank = self._loader(data / "train", image_size, workers)
-        self.queries = self._loader(data / "val", image_size, workers)
+        self.bank = self._images(data / "train", image_size)
+        self.queries = self._images(data / "val", image_size)
 
     @staticmethod
     def applies_to(data: Path) -> bool:
         """Whether DATA has class folders in both train/ and val/."""
-        parts = (data / "train", data / "val")
-        return all(part.is_dir() and class_folders(part) for part in parts)
+        splits = (data / "train", data / "val")
+        return all(split.is_dir() and class_folders(split) for split in splits)
 
     @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:
@@ -74,18 +75,19 @@ class KnnMonitor:
         encoder.train(was_training)
         correct = 0
         vote = partial(weighted_knn, k=self.k, temperature=self.temperature)
-        for some, truth in zip(queries.split(256), labels.split(256), strict=True):
+        for some, targets in zip(queries.split(256), labels.split(256), strict=True):
             scores = vote(bank, bank_labels, some, len(self.classes))
-            correct += int((scores.argmax(1) == truth).sum())
+            correct += int((scores.argmax(1) == targets).sum())
         return 100.0 * correct / len(labels)
 
-    def _loader(self, folder: Path, image_size: int, workers: int):
-        view = partial(resize_and_center_crop, size=image_size)
-        dataset = LabelledImages(list_class_folders(folder, self.classes), image_size, view)
-        return share_loader(dataset, workers, self.device)
+    def _images(self, folder: Path, image_size: int) -> LabelledImages:
+        crop = partial(resize_and_center_crop, size=image_size)
+        return LabelledImages(list_class_folders(folder, self.classes), image_size, crop)
 
-    def _features(self, backbone: nn.Module, loader) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(
+        self, backbone: nn.Module, images: LabelledImages
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised features (M, D) and labels (M,) of all readable images."""
-        features, labels = extract_all(backbone, loader, self.device)
+        features, labels = extract_all(backbone, images, self.workers, self.device)
         readable = labels >= 0
         return F.normalize(features[readable], dim=1), labels[readable]

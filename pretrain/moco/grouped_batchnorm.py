@@ -4,13 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco_det.common.errors import UserError
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that normalises each of `groups` equal, consecutive parts of the batch by itself.
+    """BatchNorm2d that normalises each of `groups` equal chunks of the batch by itself.
 
-    In the paper a group is what one GPU holds; here G groups in one process give the statistics of
-    G processes. Running statistics follow the first group alone: the official code, with one group
-    a process, ends with those of process 0, whose buffers DistributedDataParallel broadcasts.
+    Chunks are consecutive images. In the paper a group is what one GPU holds; here G groups in one
+    process give the statistics of G processes. Running statistics follow the first group alone: the
+    official code, with one group a process, ends with those of process 0, whose buffers
+    DistributedDataParallel broadcasts.
     """
 
     groups = 1
@@ -21,11 +24,11 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         running = [(self.running_mean, self.running_var)] + [(None, None)] * (self.groups - 1)
-        parts = [
-            F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, (mean, var) in zip(x.chunk(self.groups), running, strict=True)
+        normalised = [
+            F.batch_norm(group, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            for group, (mean, var) in zip(x.chunk(self.groups), running, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(normalised)
 
 
 def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
@@ -45,10 +48,10 @@ def choose_bn_groups(
     Args:
         shuffled: whether keys are to be shuffled across groups, which takes two of them at least.
 
-    Raises ValueError, with the reason, for a batch that cannot be split so.
+    Raises UserError, with the reason, for a batch that cannot be split so.
     """
     if batch_size % processes:
-        raise ValueError(
+        raise UserError(
             f"the global batch of {batch_size} cannot be shared equally by {processes} processes"
         )
     local = batch_size // processes
@@ -56,19 +59,19 @@ def choose_bn_groups(
         least = 2 if shuffled and processes == 1 else 1
         fitting = [g for g in range(least, local // 2 + 1) if local % g == 0]
         if not fitting:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {batch_size} on {processes} process(es) cannot be split into two or "
                 "more BN groups of equal size with at least 2 samples each"
             )
         return min(fitting, key=lambda g: abs(local / g - 32))
     if shuffled and wanted * processes < 2:
-        raise ValueError(
+        raise UserError(
             "shuffled BN needs at least two BN groups over all processes: with a single group a "
             "query and its key share their batch statistics, and the pretext task can be solved "
             "by that leak instead of by content (MoCo, Sec. 3.3); pass --bn-groups 2 or more"
         )
     if wanted < 1 or local % wanted or local // wanted < 2:
-        raise ValueError(
+        raise UserError(
             f"{local} samples per process cannot be split into {wanted} BN groups of equal size "
             "with at least 2 samples each"
         )

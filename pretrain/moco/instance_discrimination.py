@@ -24,7 +24,7 @@ class InstanceDiscrimination(nn.Module):
         logits: N x (1+K), the positive at index 0, divided by the temperature, fp32.
         keys: B x C, the keys of all processes in the order of the global batch.
         queries: N x C, L2-normalised.
-    After the backward pass `remember(keys)` is called. All of them name their encoder `encoder_q`.
+    After the backward pass `enqueue(keys)` is called. All of them name their encoder `encoder_q`.
 
     Args:
         encoder: the network f_q, images (N, 3, H, W) -> features (N, C).
@@ -34,7 +34,7 @@ class InstanceDiscrimination(nn.Module):
             the ablation of A.9.
     """
 
-    view_count = 2  # views of an image that a step takes: the query's and the key's
+    num_views = 2  # of an image in a step: the query's and the key's
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class InstanceDiscrimination(nn.Module):
         """The arguments of `forward` in step `step`; all draws are a function of (seed, step).
 
         Args:
-            views: `view_count` views of this process's images, uint8 RGB, N x H x W x 3.
-            indices: the place in the data set of each image of the global batch, B.
+            views: `num_views` views of this process's images, uint8 RGB, N x H x W x 3.
+            indices: the index in the data set of each image of the global batch, B.
         """
         batch_size = len(indices)
         order = (
@@ -66,12 +66,12 @@ class InstanceDiscrimination(nn.Module):
         )
         return *views, order.to(views[0].device)
 
-    def remember(self, keys: torch.Tensor) -> None:
-        """Keep the keys of this step for later ones, where the mechanism does so."""
+    def enqueue(self, keys: torch.Tensor) -> None:
+        """Keep the keys of this step (B x C) for later ones, where the mechanism has a queue."""
 
     def memory_fill(self, seen: int) -> dict[str, float]:
-        """Under a name for the log: the share of remembered keys that are none of the random
-        initial ones, after `seen` images."""
+        """Under a name for the log: the share of stored keys that come from images, no longer from
+        the random initialisation, after `seen` images."""
         return {}
 
     def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -83,13 +83,22 @@ class InstanceDiscrimination(nn.Module):
     def encode_shuffled(
         self, encoder: nn.Module, im_k: torch.Tensor, order: torch.Tensor
     ) -> torch.Tensor:
-        """Keys of the global batch (B x C), each normalised in a group of random companions.
+        """Keys of the global batch, each normalised in a group of random companions.
 
-        Sec. 3.3, "Shuffling BN". The images travel as uint8, and the keys travel once: one gather
-        serves both to undo the shuffle and to give every process all keys.
+        Sec. 3.3, "Shuffling BN": a query and its key must not share batch statistics.
+
+        Args:
+            im_k: the key views of this process's images, uint8, N x H x W x 3.
+            order: the shuffle, a permutation of range(B) that is the same on every process.
+        Returns:
+            keys: B x C, in the order of the images, on every process.
         """
-        mine = order.chunk(world_size())[rank()]
-        shuffled = gather(self.encode(encoder, gather(im_k)[mine]))  # B x C
+        # All processes' images are put in the shuffled order; this process encodes its share of it,
+        # in BN groups of consecutive images. The images travel as uint8, a quarter of float32.
+        mine = order.chunk(world_size())[rank()]  # N indices of the global batch
+        shuffled = self.encode(encoder, gather(im_k)[mine])  # N x C
+        # One gather serves both to undo the shuffle and to give every process all keys.
+        shuffled = gather(shuffled)  # B x C; row i is the key of image order[i]
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
         return keys

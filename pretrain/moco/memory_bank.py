@@ -37,7 +37,7 @@ class MemoryBank(InstanceDiscrimination):
         temperature, bn_groups: see InstanceDiscrimination.
     """
 
-    view_count = 1
+    num_views = 1
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class MemoryBank(InstanceDiscrimination):
         temperature: float = 0.07,
         bn_groups: int = 1,
     ):
-        super().__init__(encoder, temperature, bn_groups)
+        super().__init__(encoder, temperature, bn_groups, shuffle_bn=False)
         self.negatives = negatives
         self.momentum = momentum
         self.register_buffer("bank", F.normalize(torch.randn(samples, dim), dim=1))  # S x C

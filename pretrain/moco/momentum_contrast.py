@@ -90,8 +90,5 @@ class MoCo(InstanceDiscrimination):
         self.queue.index_copy_(1, (positions % size)[-size:], keys[-size:].T)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
-    def remember(self, keys: torch.Tensor) -> None:
-        self.enqueue(keys)
-
     def memory_fill(self, seen: int) -> dict[str, float]:
         return {"queue_fill": min(1.0, seen / self.queue.shape[1])}

@@ -11,7 +11,8 @@ from noisy_colours import slow_features, write_checkpoint, write_images
 from sklearn.neighbors import KNeighborsClassifier
 
 from moco_det.common.errors import UserError
-from pretrain.knn import classify, parse
+from pretrain.flags import parse_knn
+from pretrain.knn import classify
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def test_the_accuracy_is_scikit_learns(images, pretrained, capsys, k, sigma):
     )
     expected = 100 * official.fit(x, y).score(queries, truth)
     argv = flags(images, pretrained, "-k", str(k), "--sigma", str(sigma))
-    classify(parse(argv), torch.device("cpu"))
+    classify(parse_knn(argv), torch.device("cpu"))
     assert f"kNN top-1 {expected:.2f} %" in capsys.readouterr().out
 
 
 def test_the_accuracy_can_be_written(images, pretrained, tmp_path, capsys):
     path = tmp_path / "knn.json"
     argv = flags(images, pretrained, "--neighbours", "7", "--output", str(path))
-    classify(parse(argv), torch.device("cpu"))
+    classify(parse_knn(argv), torch.device("cpu"))
     written = json.loads(path.read_text())
     assert f"kNN top-1 {written['knn_top1']:.2f} %" in capsys.readouterr().out
     assert (written["k"], written["temperature"]) == (7, 0.07)
@@ -60,7 +61,7 @@ def test_bad_input_is_named(images, pretrained):
         (["-k", "0"], "--neighbours and --image-size"),
     ):
         with pytest.raises(UserError, match=message):
-            classify(parse(flags(images, pretrained, *more)), torch.device("cpu"))
+            classify(parse_knn(flags(images, pretrained, *more)), torch.device("cpu"))
 
 
 def test_a_missing_val_is_one_line_without_traceback(repository, images, pretrained):

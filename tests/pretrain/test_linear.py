@@ -19,11 +19,16 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
-from pretrain.data.labelled import EvaluationView, RandomCrops, list_class_folders
+from pretrain.data.labelled import CentreCrop, RandomCrops, list_class_folders
 from pretrain.engine.checkpoints import LAST
-from pretrain.evaluation.classification import BEST, correct_within
-from pretrain.evaluation.linear_probe import check_frozen, frozen_state
-from pretrain.linear import classify, parse
+from pretrain.evaluation.classification import (
+    BEST,
+    check_frozen,
+    correct_within,
+    frozen_state,
+)
+from pretrain.flags import parse_linear
+from pretrain.linear import classify
 
 CPU = torch.device("cpu")
 FLAGS = [
@@ -54,7 +59,7 @@ def one_thread():
 
 def train(images, pretrained, output, *flags):
     argv = [str(images), *FLAGS, "--pretrained", str(pretrained), "--output", str(output), *flags]
-    classify(parse(argv), CPU)
+    classify(parse_linear(argv), CPU)
 
 
 def command(images, pretrained, output, *flags, launcher=()):
@@ -193,7 +198,7 @@ def test_evaluation_alone_repeats_the_accuracy(images, whole_run, capsys):
     log = (whole_run / "metrics.jsonl").read_text()
     best = str(whole_run / BEST)
     argv = [str(images), *FLAGS, "--output", str(whole_run), "-e", "--resume", best]
-    classify(parse(argv), CPU)
+    classify(parse_linear(argv), CPU)
     assert f"val top-1 {max(values(whole_run, 'val_acc1')):.2f} %" in capsys.readouterr().out
     assert (whole_run / "metrics.jsonl").read_text() == log
 
@@ -209,13 +214,13 @@ def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(imag
     seed = np.random.SeedSequence((5, 2, 30)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
     official = [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()]
-    picture = Image.open(images / "train" / crops.images.paths[30]).convert("RGB")
+    picture = Image.open(images / "train" / crops.split.paths[30]).convert("RGB")
     assert np.array_equal(transforms.Compose(official)(picture), view)
 
 
 def test_small_images_are_evaluated_whole():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(EvaluationView(32)(image), image)
+    assert np.array_equal(CentreCrop(32)(image), image)
 
 
 def test_hits_among_the_first_and_the_first_five():
@@ -296,6 +301,6 @@ def test_the_published_command_parses_and_the_defaults_are_the_papers():
         "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
     )
     for argv in (published.split(), ["DATA"]):
-        args = parse(argv)
+        args = parse_linear(argv)
         assert (args.lr, args.weight_decay, args.momentum, args.epochs) == (30, 0, 0.9, 100)
         assert (args.schedule, args.batch_size, args.image_size) == ([60, 80], 256, 224)

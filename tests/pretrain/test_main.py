@@ -19,8 +19,8 @@ from same_bits import assert_same_bits
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.training import train
-from pretrain.flags import parse
+from pretrain.flags import parse_pretraining
+from pretrain.main import pretrain
 
 FLAGS = [
     "-a", "resnet18", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
@@ -207,7 +207,7 @@ def test_official_layout_resumes(repository, images, tmp_path, whole_run):
 def test_bad_input_is_named(images, tmp_path, flags, message):
     argv = [str(images), *FLAGS, "-j", "0", "--knn-every", "0", "--output", str(tmp_path), *flags]
     with pytest.raises(UserError, match=message):
-        train(parse(argv), torch.device("cpu"))
+        pretrain(parse_pretraining(argv), torch.device("cpu"))
 
 
 def test_an_error_is_one_line_without_traceback(repository, tmp_path):
@@ -220,7 +220,7 @@ def test_an_error_is_one_line_without_traceback(repository, tmp_path):
 def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path, whole_run):
     flags = ["-a", "resnet34", "--resume", str(whole_run / LAST), "--output", str(tmp_path)]
     with pytest.raises(UserError, match="holds a resnet18, not a resnet34"):
-        train(parse([str(images), *FLAGS, *flags]), torch.device("cpu"))
+        pretrain(parse_pretraining([str(images), *FLAGS, *flags]), torch.device("cpu"))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
@@ -251,18 +251,18 @@ def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
         (data / f"{i:02d}.png").write_bytes(content if i else content[:300])
     argv = [str(data), *FLAGS, "--epochs", "1", "-b", "25", "--bn-groups", "5", "-j", "0"]
     argv += ["--output", str(tmp_path / "output")]
-    train(parse([*argv, "--max-unreadable", "0.02"]), torch.device("cpu"))
+    pretrain(parse_pretraining([*argv, "--max-unreadable", "0.02"]), torch.device("cpu"))
     printed = capsys.readouterr().out
     assert "warning: unreadable image 1: " in printed
     assert "00.png: truncated file" in printed
     with pytest.raises(UserError, match="1 of 50 images .* than --max-unreadable 0.01 allows"):
-        train(parse(argv), torch.device("cpu"))
+        pretrain(parse_pretraining(argv), torch.device("cpu"))
 
 
 def test_a_flag_beside_a_recipe_wins(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("arch: resnet18\nbatch_size: 64\nlr: 0.06\nmlp: true\nschedule: [1, 2]\n")
-    args = parse(["DATA", "--recipe", str(recipe), "-b", "32", "--no-mlp"])
+    args = parse_pretraining(["DATA", "--recipe", str(recipe), "-b", "32", "--no-mlp"])
     assert (args.arch, args.batch_size, args.lr, args.mlp) == ("resnet18", 32, 0.06, False)
     assert args.schedule == [1, 2]
 
@@ -271,14 +271,14 @@ def test_an_unknown_recipe_key_names_the_nearest(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("moco_kk: 64\n")
     with pytest.raises(UserError, match="unknown key 'moco_kk'.*did you mean moco-k"):
-        parse(["DATA", "--recipe", str(recipe)])
+        parse_pretraining(["DATA", "--recipe", str(recipe)])
 
 
 def test_the_recipes_of_the_repository_parse(repository):
     recipes = sorted((repository / "configs" / "pretrain").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        parse(["DATA", "--recipe", str(recipe)])
+        parse_pretraining(["DATA", "--recipe", str(recipe)])
 
 
 def test_the_published_commands_parse():
@@ -286,7 +286,7 @@ def test_the_published_commands_parse():
         "-a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
         "--multiprocessing-distributed --world-size 1 --rank 0 DATA"
     )
-    args = parse(v1.split())
+    args = parse_pretraining(v1.split())
     assert (args.arch, args.lr, args.batch_size, args.schedule) == (
         "resnet50",
         0.03,
@@ -294,7 +294,7 @@ def test_the_published_commands_parse():
         [120, 160],
     )
     assert (args.moco_k, args.moco_m, args.moco_t, args.moco_dim) == (65536, 0.999, 0.07, 128)
-    v2 = parse((v1 + " --mlp --moco-t 0.2 --aug-plus --cos").split())
+    v2 = parse_pretraining((v1 + " --mlp --moco-t 0.2 --aug-plus --cos").split())
     assert v2.mlp
     assert v2.aug_plus
     assert v2.cos

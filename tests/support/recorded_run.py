@@ -14,8 +14,9 @@ import torch.distributed as dist
 import webdataset
 
 from pretrain.data.augmentations import MoCoAugmentation
-from pretrain.engine.training import Trainer, train
-from pretrain.flags import parse
+from pretrain.engine.pretraining import MoCoPretraining
+from pretrain.flags import parse_pretraining
+from pretrain.main import pretrain
 
 SIZE = 32
 
@@ -39,25 +40,26 @@ def write_shards(folder: Path, counts: list[int]) -> str:
     return str(folder / f"train-{{00..{len(counts) - 1:02d}}}.tar")
 
 
-def record_steps(rank: int) -> None:
+def record_steps(output: Path, rank: int) -> None:
     """Let each step append [step, numbers of its images] to OUTPUT/seen.RANK."""
-    step = Trainer.train_step
 
-    def recorded(self, views, waited):
-        numbers = views[0][:, 0, 0, 0].tolist()
-        with open(self.output / f"seen.{rank}", "a") as file:
-            file.write(json.dumps([self.step, numbers]) + "\n")
-        step(self, views, waited)
+    def recorded(self, batch, step):
+        numbers = batch.views[0][:, 0, 0, 0].tolist()
+        with open(output / f"seen.{rank}", "a") as file:
+            file.write(json.dumps([step, numbers]) + "\n")
+        return train_step(self, batch, step)
 
-    Trainer.train_step = recorded
-    MoCoAugmentation.__call__ = lambda self, image, rng: image
+    MoCoPretraining.step = recorded
 
 
 if __name__ == "__main__":
     number, store, runs = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    record_steps(number)
+    train_step = MoCoPretraining.step
+    MoCoAugmentation.__call__ = lambda self, image, rng: image
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     for arguments in runs:
-        train(parse(arguments), torch.device("cpu"))
+        args = parse_pretraining(arguments)
+        record_steps(Path(args.output), number)
+        pretrain(args, torch.device("cpu"))
     dist.destroy_process_group()

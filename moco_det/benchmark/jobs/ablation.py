@@ -39,13 +39,17 @@ from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
 from moco_det.common.errors import UserError
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM
-from pretrain.flags import as_flags, nearest, read_yaml
-from pretrain.flags import build_parser as pretraining_parser
-from pretrain.flags import parse as parse_pretraining
-from pretrain.knn import build_parser as knn_parser
-from pretrain.knn import parse as parse_knn
-from pretrain.linear import build_parser as linear_parser
-from pretrain.linear import parse as parse_linear
+from pretrain.flags import (
+    as_flags,
+    knn_parser,
+    linear_parser,
+    nearest,
+    parse_knn,
+    parse_linear,
+    parse_pretraining,
+    pretraining_parser,
+    read_yaml,
+)
 
 FOLDER = REPOSITORY / "pretrain"
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")

@@ -1,6 +1,5 @@
 """Memory and time of a mechanism's training step: Table 3 of MoCo v2 (arXiv:2003.04297)."""
 
-import argparse
 import errno
 import sys
 import tempfile
@@ -16,11 +15,12 @@ import torch.multiprocessing as mp
 from moco_det.benchmark.speed import peak_memory_of_process
 from moco_det.common.errors import UserError
 from moco_det.common.processes import rank, world_size
-from pretrain.engine.training import build_optimizer, contrastive_step, parallelize
-from pretrain.flags import parse
+from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, parallelize
+from pretrain.engine.pretraining import contrastive_step
+from pretrain.moco import MECHANISMS, build_mechanism
+from pretrain.moco.encoders import build_encoder
 from pretrain.moco.grouped_batchnorm import choose_bn_groups
 from pretrain.moco.losses import InfoNCE
-from pretrain.moco.mechanisms import MECHANISMS, build_mechanism
 
 IMAGENET = 1_281_167  # training images
 EPOCHS = 200
@@ -74,10 +74,7 @@ def measure(setting: Setting, steps: int) -> Cost | None:
             f"--device cuda --processes {setting.processes} needs as many GPUs; there are "
             f"{torch.cuda.device_count()}: pass --processes, or --device cpu"
         )
-    try:
-        choose_bn_groups(setting.batch_size, setting.processes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    choose_bn_groups(setting.batch_size, setting.processes)
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.spawn(_run, (setting, steps, Path(folder)), setting.processes)
@@ -111,19 +108,24 @@ def _run(process: int, setting: Setting, steps: int, folder: Path) -> None:
 
 def _time_steps(setting: Setting, steps: int, device: torch.device) -> float:
     """Median seconds of a step but the first two, which set up momentum and libraries."""
-    views = [_noise(setting, device) for _ in range(MECHANISMS[setting.mechanism].view_count)]
-    args = _flags(setting)
-    model = build_mechanism(args, IMAGENET).to(device, memory_format=torch.channels_last)
-    model.train()
+    views = [_noise(setting, device) for _ in range(MECHANISMS[setting.mechanism].num_views)]
+    model = build_mechanism(
+        setting.mechanism,
+        build_encoder(setting.arch, mlp=True),
+        samples=IMAGENET,
+        temperature=0.2,
+        bn_groups=choose_bn_groups(setting.batch_size, world_size()),
+    )
+    model = model.to(device, memory_format=torch.channels_last).train()
     parallel, loss = parallelize(model), InfoNCE()
-    optimizer = build_optimizer(model, args.lr, args.momentum, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    # A learning rate that keeps the weights finite on noise.
+    optimizer = ScheduledSGD(model, 1e-4, 0.9, 1e-4, scale_gradients=setting.amp == "fp16")
     times = []
     for step in range(steps + 2):
         indices = torch.arange(setting.batch_size)
         begun = time.perf_counter()
         inputs = model.inputs(views, indices, seed=0, step=step)
-        contrastive_step(parallel, loss, optimizer, scaler, inputs, args.amp)
+        contrastive_step(parallel, loss, optimizer, inputs, AMP_DTYPES[setting.amp])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
@@ -134,13 +136,6 @@ def _noise(setting: Setting, device: torch.device) -> torch.Tensor:
     shape = (setting.batch_size // world_size(), setting.image_size, setting.image_size, 3)
     generator = torch.Generator(device).manual_seed(rank())
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
-
-
-def _flags(setting: Setting) -> argparse.Namespace:
-    """Of `pretrain/main.py`: MoCo v2's with a learning rate that keeps the weights finite."""
-    flags = f"-a {setting.arch} -b {setting.batch_size} --mechanism {setting.mechanism} "
-    flags += f"--amp {setting.amp} --mlp --moco-t 0.2 --lr 1e-4"
-    return parse([*flags.split(), "DATA"])
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -5,7 +5,6 @@ on NCHW float images, and the torchvision + PIL pipeline.
 """
 
 import random
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +20,11 @@ from torch import nn
 from torchvision import transforms
 
 from moco_det.common.errors import UserError
+from moco_det.common.launch import free_local_url, process_group
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import UnreadableImage, find_images, read_image
-from pretrain.engine.training import build_optimizer, contrastive_step
+from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
+from pretrain.engine.pretraining import contrastive_step
 from pretrain.moco.encoders import build_encoder
 from pretrain.moco.grouped_batchnorm import choose_bn_groups
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD, shuffle_index
@@ -77,25 +78,18 @@ def pretrain_step(
     """Median seconds per step of the reference and of ours in each precision, alternated.
 
     Args:
-        precisions: keys of training.AMP_DTYPES, e.g. ["none", "bf16"].
+        precisions: keys of AMP_DTYPES, e.g. ["none", "bf16"].
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is available here; pass --device cpu")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        url = f"tcp://localhost:{s.getsockname()[1]}"
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=url, rank=0, world_size=1
-    )
     torch.manual_seed(0)
     shape = (batch_size, image_size, image_size, 3)
     im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in "qk")
-    steps = {"reference": _plain_step(arch, im_q, im_k)}
-    for precision in precisions:
-        steps[precision] = _our_step(arch, im_q, im_k, precision)
-    seconds = alternate(steps, rounds, torch.cuda.synchronize if device == "cuda" else None)
-    dist.destroy_process_group()
-    return seconds
+    with process_group(free_local_url(), rank=0, world_size=1, local_rank=0):
+        steps = {"reference": _plain_step(arch, im_q, im_k)}
+        for precision in precisions:
+            steps[precision] = _our_step(arch, im_q, im_k, precision)
+        return alternate(steps, rounds, torch.cuda.synchronize if device == "cuda" else None)
 
 
 def _plain_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor) -> Callable:
@@ -114,10 +108,9 @@ def _our_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor, precision: str)
     groups = choose_bn_groups(len(im_q), 1)
     model = MoCo(build_encoder(arch, mlp=True), temperature=0.2, bn_groups=groups)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, 0.03, 0.9, 1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    optimizer = ScheduledSGD(model, 0.03, 0.9, 1e-4, scale_gradients=precision == "fp16")
     inputs, loss = (im_q, im_k, shuffle_index(0, 0, len(im_q)).to(device)), InfoNCE()
-    return lambda: contrastive_step(model, loss, optimizer, scaler, inputs, precision)
+    return lambda: contrastive_step(model, loss, optimizer, inputs, AMP_DTYPES[precision])
 
 
 def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
@@ -128,12 +121,12 @@ def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
     random.seed(0)
     torch.manual_seed(0)
     paths = [str(images / p.decode()) for p in rng.permutation(find_images(images))[:200]]
-    view, transform = MoCoAugmentation(image_size, aug_plus=True), official_transform(image_size)
+    augment, transform = MoCoAugmentation(image_size, aug_plus=True), official_transform(image_size)
 
     def ours():
         for path in paths:
             image = read_image(path)
-            view(image, rng), view(image, rng)
+            augment(image, rng), augment(image, rng)
 
     def reference():
         for path in paths:
@@ -187,6 +180,6 @@ def alternate(
 
 
 def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    parts = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)
+    gathered = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.cat(gathered)

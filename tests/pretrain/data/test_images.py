@@ -8,7 +8,7 @@ from moco_det.common.errors import UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     DistributedBatchSampler,
-    TwoViews,
+    ImageViews,
     UnreadableImage,
     collate_views,
     find_images,
@@ -33,8 +33,9 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def views_of(folder) -> TwoViews:
-    return TwoViews(folder, find_images(folder), MoCoAugmentation(16, True), seed=3)
+def views_of(folder, num_views: int = 2) -> ImageViews:
+    augmentations = [MoCoAugmentation(16, True)] * num_views
+    return ImageViews(folder, find_images(folder), augmentations, seed=3)
 
 
 def test_images_are_found_recursively_in_sorted_order(folder):
@@ -107,15 +108,18 @@ def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused(tmp_path):
 def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
     one, again = views_of(folder), views_of(folder)
     for key in [(0, 1), (0, 2), (1, 1)]:
-        assert np.array_equal(one[key][0], again[key][0])
-        assert np.array_equal(one[key][1], again[key][1])
-    assert not np.array_equal(one[(0, 1)][0], one[(1, 1)][0])
-    assert not np.array_equal(one[(0, 1)][0], one[(0, 1)][1])
+        (query, key_view), _ = one[key]
+        (same_query, same_key), _ = again[key]
+        assert np.array_equal(query, same_query)
+        assert np.array_equal(key_view, same_key)
+    (query, key_view), _ = one[(0, 1)]
+    assert not np.array_equal(query, one[(1, 1)][0][0])
+    assert not np.array_equal(query, key_view)
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_and_reported(folder):
     (folder / "class0" / "2.jpg").write_bytes(b"not an image")
-    query, key, unreadable = views_of(folder)[(0, 1)]
+    (query, key), unreadable = views_of(folder)[(0, 1)]
     assert query.shape == key.shape == (16, 16, 3)
     assert len(unreadable) == 1
     assert "class0/2.jpg" in unreadable[0]
@@ -124,26 +128,35 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_reported(folder):
 def test_nothing_readable_gives_no_batch(folder):
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
-    queries, keys, unreadable = collate_views([views_of(folder)[(0, 0)]])
-    assert queries is None
-    assert keys is None
+    views, unreadable = collate_views([views_of(folder)[(0, 0)]])
+    assert views == []
     assert len(set(unreadable)) == 6
 
 
 def test_batches_are_stacked_as_uint8(folder):
     dataset = views_of(folder)
-    queries, keys, unreadable = collate_views([dataset[(0, i)] for i in range(4)])
+    (queries, keys), unreadable = collate_views([dataset[(0, i)] for i in range(4)])
     assert queries.shape == keys.shape == (4, 16, 16, 3)
     assert queries.dtype == keys.dtype
-    assert np.array_equal(queries[2].numpy(), dataset[(0, 2)][0])
+    assert np.array_equal(queries[2].numpy(), dataset[(0, 2)][0][0])
     assert unreadable == []
 
 
 def test_without_keys_the_query_stays_and_no_key_is_made(folder):
-    dataset = TwoViews(folder, find_images(folder), MoCoAugmentation(16, True), seed=3, keys=False)
-    queries, keys, _ = collate_views([dataset[(0, i)] for i in range(3)])
-    assert keys is None
-    assert np.array_equal(queries[2].numpy(), views_of(folder)[(0, 2)][0])
+    dataset = views_of(folder, num_views=1)
+    (queries,), _ = collate_views([dataset[(0, i)] for i in range(3)])
+    assert np.array_equal(queries[2].numpy(), views_of(folder)[(0, 2)][0][0])
+
+
+def test_views_of_different_sizes_make_a_tensor_each(folder):
+    """As multi-crop has them; the first views' draws do not depend on the later ones."""
+    augmentations = [MoCoAugmentation(size, True) for size in (16, 16, 8)]
+    dataset = ImageViews(folder, find_images(folder), augmentations, seed=3)
+    assert dataset.num_views == 3
+    views, _ = collate_views([dataset[(0, i)] for i in range(4)])
+    assert [tuple(view.shape) for view in views] == [(4, 16, 16, 3), (4, 16, 16, 3), (4, 8, 8, 3)]
+    for view, expected in zip(views, views_of(folder)[(0, 1)][0], strict=False):
+        assert np.array_equal(view[1].numpy(), expected)
 
 
 def test_the_global_batch_is_what_all_processes_load():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moco_det.common.errors import UserError
-from pretrain.data.labelled import find_parts
+from pretrain.data.labelled import find_splits
 
 
 def write_list(path, images: dict[int, str], labels: dict[int, int], categories=(3, 7, 12)):
@@ -32,7 +32,7 @@ def data(tmp_path):
 
 
 def test_the_lists_give_paths_and_class_indices(data):
-    classes, train, val = find_parts(data)
+    classes, train, val = find_splits(data)
     assert classes == ["3", "7", "12"]  # in the order of the ids, not of their names
     assert train.folder == val.folder == data
     assert train.paths == ["train_val2018/Aves/7/b.jpg", "train_val2018/Fungi/12/c.jpg"]
@@ -47,7 +47,7 @@ def test_what_is_missing_is_named_with_its_source(data, name):
     path.rmdir() if path.is_dir() else path.unlink()
     message = f"lacks {name}: download {name}.tar.gz, linked at https://github.com/visipedia/inat"
     with pytest.raises(UserError, match=message):
-        find_parts(data)
+        find_splits(data)
 
 
 @pytest.mark.parametrize(
@@ -63,21 +63,21 @@ def test_what_is_missing_is_named_with_its_source(data, name):
 def test_a_file_of_another_format_is_refused(data, content, message):
     (data / "train2018.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        find_parts(data)
+        find_splits(data)
 
 
 def test_an_image_without_a_label_is_refused(data):
     write_list(data / "val2018.json", {9: "a.jpg", 10: "b.jpg"}, {9: 3})
     with pytest.raises(UserError, match=r"val2018.json needs one annotation .* ids \[10\]"):
-        find_parts(data)
+        find_splits(data)
 
 
 def test_a_category_of_val_alone_is_refused(data):
     write_list(data / "val2018.json", {9: "a.jpg"}, {9: 4})
     with pytest.raises(UserError, match=r"val2018.json has categories .* \[4\]"):
-        find_parts(data)
+        find_splits(data)
 
 
 def test_neither_layout_is_said(tmp_path):
     with pytest.raises(UserError, match="needs train/CLASS and val/CLASS, or iNaturalist 2018"):
-        find_parts(tmp_path)
+        find_splits(tmp_path)

@@ -24,11 +24,18 @@ from recorded_run import SIZE, numbered_image, write_shards
 
 from moco_det.common.errors import UserError
 from pretrain.data.augmentations import MoCoAugmentation
-from pretrain.data.shards import BrokenShard, Position, Stream
-from pretrain.data.sources import ShardSource, build_source, find_shards, is_shards
+from pretrain.data.shards import (
+    BrokenShard,
+    Deal,
+    Position,
+    ShardSource,
+    Stream,
+    find_shards,
+    is_shards,
+)
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.training import train
-from pretrain.flags import parse
+from pretrain.flags import parse_pretraining
+from pretrain.main import build_source, pretrain
 
 CPU = torch.device("cpu")
 COUNTS = [9, 12, 10, 11, 8, 10, 13]  # samples of each shard
@@ -52,7 +59,7 @@ def stream(
     view=MoCoAugmentation(8, True),  # noqa: B008
     buffer=6,
 ):
-    return Stream(urls, number, streams, position, view, seed=3, buffer=buffer)
+    return Stream(Deal(urls, streams, [view] * 2, seed=3, buffer=buffer), number, position)
 
 
 def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
@@ -63,7 +70,9 @@ def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
 
 
 def source(pattern, *flags) -> ShardSource:
-    return build_source(parse([pattern, *FLAGS, "--iterations", "9", *flags]), CPU, seed=7)
+    return build_source(
+        parse_pretraining([pattern, *FLAGS, "--iterations", "9", *flags]), CPU, seed=7
+    )
 
 
 @pytest.mark.parametrize(("shards", "streams"), [(7, 3), (8, 4), (5, 5), (9, 1)])
@@ -71,11 +80,11 @@ def test_each_pass_deals_every_shard_once_and_streams_keep_up(shards, streams):
     names = [str(i) for i in range(shards)]
     dealt = Counter()
     for epoch in range(6):
-        parts = [stream(names, number, streams).part(epoch) for number in range(streams)]
-        assert sorted(sum(parts, [])) == names
-        dealt.update({number: len(part) for number, part in enumerate(parts)})
+        shares = [stream(names, number, streams).share(epoch) for number in range(streams)]
+        assert sorted(sum(shares, [])) == names
+        dealt.update({number: len(share) for number, share in enumerate(shares)})
         assert max(dealt.values()) - min(dealt[n] for n in range(streams)) <= 1
-    assert stream(names).part(0) != stream(names).part(1)
+    assert stream(names).share(0) != stream(names).share(1)
 
 
 def test_a_pass_gives_every_sample_once_shuffled(pattern):
@@ -89,7 +98,8 @@ def test_a_pass_gives_every_sample_once_shuffled(pattern):
 
 def test_views_are_those_of_the_folder_code(pattern):
     reader = stream(find_shards(pattern), view=MoCoAugmentation(16, True))
-    views = reader.next_views(reader.samples())[:2]
+    views, _ = reader.next_views(reader.samples())
+    assert len(views) == 2
     again = stream(find_shards(pattern))
     sample = next(again.samples())
     image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
@@ -119,7 +129,7 @@ def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
             )
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes())
     batch = next(stream([str(tmp_path / "a.tar")], buffer=1).batches(4))
-    assert batch.query.shape == batch.key.shape == (4, 8, 8, 3)
+    assert [view.shape for view in batch.views] == [(4, 8, 8, 3)] * 2
     assert batch.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
     assert batch.position == (0, 5)
 
@@ -130,7 +140,7 @@ def test_nothing_readable_ends_the_run(tmp_path):
             writer.write({"__key__": str(number), "jpg": b"no image"})
     argv = [str(tmp_path / "a.tar"), *FLAGS, "--iterations", "9", "--output", str(tmp_path)]
     with pytest.raises(UserError, match=r"images are unreadable.*a\.tar: \d\.jpg: not an image"):
-        train(parse(argv), CPU)
+        pretrain(parse_pretraining(argv), CPU)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +157,7 @@ def test_a_broken_shard_is_named_with_the_last_key(pattern, tmp_path, content, m
     broken.write_bytes(content(Path(find_shards(pattern)[0]).read_bytes()))
     argv = [str(broken), *FLAGS, "--iterations", "9", "--output", str(tmp_path)]
     with pytest.raises(UserError, match=message) as error:
-        train(parse(argv), CPU)
+        pretrain(parse_pretraining(argv), CPU)
     assert f"broken shard {broken}" in str(error.value)
     if content(b"x" * 20000) == b"x" * 14000:
         assert "after sample 000" in str(error.value)
@@ -202,18 +212,20 @@ def test_what_shards_cannot_do_is_said(pattern, flags, message):
 
 def test_the_length_of_an_epoch_must_be_known(pattern, tmp_path):
     with pytest.raises(UserError, match="--samples-per-epoch N .* or .* --iterations N"):
-        build_source(parse([pattern, *FLAGS]), CPU, seed=7)
+        build_source(parse_pretraining([pattern, *FLAGS]), CPU, seed=7)
     assert source(pattern).steps_per_epoch == 9
     assert source(pattern, "--samples-per-epoch", "31").steps_per_epoch == 3
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="--samples-per-epoch belongs to tar shards"):
-        build_source(parse([str(tmp_path), *FLAGS, "--samples-per-epoch", "9"]), CPU, seed=7)
+        build_source(
+            parse_pretraining([str(tmp_path), *FLAGS, "--samples-per-epoch", "9"]), CPU, seed=7
+        )
 
 
 def test_a_folder_of_shards_is_told_from_a_folder_of_images(pattern):
     folder = str(Path(pattern).parent)
     with pytest.raises(UserError, match=r"no images below .*; for its shards pass '.*/\*\.tar'"):
-        build_source(parse([folder, *FLAGS]), CPU, seed=7)
+        build_source(parse_pretraining([folder, *FLAGS]), CPU, seed=7)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +257,7 @@ def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repos
     recipe = str(repository / "configs" / "pretrain" / "moco_v1_r50_ig1b.yaml")
     flags = ["--iterations", "5", "--lr", "0.01", "--lr-decay-every", "2", "--save-steps", "2"]
     argv = [pattern, "--recipe", recipe, *FLAGS, *flags, "--output", str(tmp_path)]
-    train(parse(argv), CPU)
+    pretrain(parse_pretraining(argv), CPU)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081])

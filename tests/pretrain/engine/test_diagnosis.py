@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from moco_det.common.errors import UserError
-from pretrain.doctor import examine, main
+from pretrain.doctor import main
 from pretrain.engine import diagnosis
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.training import train
-from pretrain.flags import parse
-from pretrain.moco import mechanisms
+from pretrain.engine.diagnosis import examine
+from pretrain.flags import parse_pretraining
+from pretrain.main import pretrain
 
 # 48 images in batches of 16 are three steps an epoch. The linear rule gives 0.0019 for that batch.
 FLAGS = [
@@ -51,7 +51,10 @@ def no_clock(monkeypatch):
 
 
 def run(images, output, *flags) -> None:
-    train(parse([str(images), *FLAGS, "--output", str(output), *flags]), torch.device("cpu"))
+    pretrain(
+        parse_pretraining([str(images), *FLAGS, "--output", str(output), *flags]),
+        torch.device("cpu"),
+    )
 
 
 def conditions(output) -> dict[str, str]:
@@ -166,7 +169,7 @@ class LastColumn(nn.Module):
 
 def test_leak_of_batch_statistics(images, tmp_path, monkeypatch):
     """Without shuffling, a query's companions are its key's: they solve the pretext task."""
-    monkeypatch.setattr(mechanisms, "build_encoder", lambda arch, dim, *_: BatchReader(dim))
+    monkeypatch.setattr("pretrain.main.build_encoder", lambda arch, dim, *_: BatchReader(dim))
     flags = ["--bn-groups", "4", "--moco-m", "0", "--lr", "0.001", "--iterations", "24"]
     flags += ["--knn-every", "4"]
     run(images, tmp_path / "leaking", *flags, "--no-shuffle-bn")

@@ -6,11 +6,19 @@ import pytest
 
 from moco_det.common.errors import UserError
 from pretrain.engine.optimization import build_schedule
-from pretrain.flags import parse
+from pretrain.flags import parse_pretraining
 
 
 def schedule(*flags: str):
-    return build_schedule(parse(["DATA", *flags]))
+    args = parse_pretraining(["DATA", *flags])
+    return build_schedule(
+        args.schedule,
+        args.epochs,
+        args.iterations,
+        cosine=args.cos,
+        decay=args.lr_decay,
+        decay_every=args.lr_decay_every,
+    )
 
 
 def test_v1_drops_by_ten_at_epochs_120_and_160():
@@ -43,4 +51,4 @@ def test_cosine_by_iterations_moves_with_every_step():
 
 def test_two_schedules_are_refused():
     with pytest.raises(UserError, match="--cos and --lr-decay-every are two schedules"):
-        parse(["DATA", "--cos", "--lr-decay-every", "10"])
+        parse_pretraining(["DATA", "--cos", "--lr-decay-every", "10"])

@@ -13,8 +13,9 @@ from mean_colour import MeanColour, NormalisedColour, features, features_by_grou
 
 from moco_det.common.errors import UserError
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.training import parallelize, train
-from pretrain.flags import parse
+from pretrain.engine.optimization import parallelize
+from pretrain.flags import parse_pretraining
+from pretrain.main import pretrain
 from pretrain.moco.end_to_end import EndToEnd
 from pretrain.moco.instance_discrimination import shuffle_index
 from pretrain.moco.losses import InfoNCE
@@ -51,7 +52,10 @@ def images(tmp_path_factory):
 
 def run(images, output, *flags) -> dict:
     """The last checkpoint of a run in this process."""
-    train(parse([str(images), *FLAGS, "--output", str(output), *flags]), torch.device("cpu"))
+    pretrain(
+        parse_pretraining([str(images), *FLAGS, "--output", str(output), *flags]),
+        torch.device("cpu"),
+    )
     return checkpoint(output)
 
 
@@ -128,7 +132,7 @@ def slow_loss(queries, positives, negatives) -> torch.Tensor:
 
 def run_once(model, im_q, im_k) -> torch.Tensor:
     """The loss of one step in which 12 images are rows 20 to 31 of the data."""
-    pair = [im_q, im_k][: model.view_count]
+    pair = [im_q, im_k][: model.num_views]
     logits, *_ = model(*model.inputs(pair, torch.arange(20, 32), seed=5, step=2))
     return InfoNCE()(logits)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moco_det.common.errors import UserError
 from pretrain.moco.encoders import build_encoder
 from pretrain.moco.grouped_batchnorm import GroupedBatchNorm2d, choose_bn_groups, group_batchnorm
 from pretrain.moco.instance_discrimination import shuffle_index
@@ -118,7 +119,7 @@ def test_the_shuffle_is_undone_exactly():
         torch.testing.assert_close(model.encode_shuffled(model.encoder_k, images, order), direct)
 
 
-def test_key_order_is_a_function_of_seed_and_step():
+def test_the_shuffle_is_a_function_of_seed_and_step():
     assert torch.equal(shuffle_index(1, 2, 64), shuffle_index(1, 2, 64))
     assert not torch.equal(shuffle_index(1, 2, 64), shuffle_index(1, 3, 64))
     assert not torch.equal(shuffle_index(1, 2, 64), shuffle_index(2, 2, 64))
@@ -207,7 +208,7 @@ def test_a_group_holds_32_samples_as_far_as_it_can(batch, processes, groups):
     ],
 )
 def test_impossible_groups_are_refused_with_the_reason(arguments, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         choose_bn_groups(*arguments)
 
 

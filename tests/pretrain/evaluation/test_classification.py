@@ -16,7 +16,8 @@ from torchvision.models import resnet18
 from moco_det.common.errors import UserError
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import BEST
-from pretrain.linear import classify, parse
+from pretrain.flags import parse_linear
+from pretrain.linear import classify
 
 CPU = torch.device("cpu")
 FLAGS = [
@@ -46,7 +47,7 @@ def one_thread():
 
 def run(images, pretrained, output, *flags) -> None:
     argv = [str(images), *FLAGS, "--pretrained", str(pretrained), "--output", str(output), *flags]
-    classify(parse(argv), CPU)
+    classify(parse_linear(argv), CPU)
 
 
 def train(images, pretrained, output, *flags) -> dict:
@@ -152,7 +153,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(images, pretrained, tmp_path):
 def test_evaluation_alone_repeats_the_accuracy(images, pretrained, tmp_path, capsys):
     train(images, pretrained, tmp_path)
     best = ["-e", "--resume", str(tmp_path / BEST), "--output", str(tmp_path)]
-    classify(parse([str(images), *FLAGS, *best]), CPU)
+    classify(parse_linear([str(images), *FLAGS, *best]), CPU)
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"val top-1 {max(values(tmp_path, 'val_acc1')):.2f} %" in printed
 
@@ -195,7 +196,7 @@ def test_the_two_protocols_do_not_resume_each_other(images, pretrained, tmp_path
     train(images, pretrained, tmp_path, "--epochs", "1", "--lr", "0")
     argv = [str(images), *FLAGS[1:], "--output", str(tmp_path), "--resume", "auto"]
     with pytest.raises(UserError, match="of another"):
-        classify(parse([*argv, "--pretrained", str(pretrained)]), CPU)
+        classify(parse_linear([*argv, "--pretrained", str(pretrained)]), CPU)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +212,20 @@ def test_the_two_protocols_do_not_resume_each_other(images, pretrained, tmp_path
 def test_bad_input_is_named(images, pretrained, tmp_path, flags, message):
     argv = [str(images), "-a", "resnet18", "--image-size", "32", "-j", "0", "--output"]
     with pytest.raises(UserError, match=message):
-        classify(parse([*argv, str(tmp_path), "--pretrained", str(pretrained), *flags]), CPU)
+        classify(parse_linear([*argv, str(tmp_path), "--pretrained", str(pretrained), *flags]), CPU)
 
 
 def test_defaults_are_the_papers_and_flags_win_over_recipes(repository):
-    args = parse(["DATA", "--finetune"])
+    args = parse_linear(["DATA", "--finetune"])
     assert (args.lr, args.weight_decay, args.schedule, args.epochs) == (0.03, 1e-4, [70, 90], 100)
     assert args.output == "output/finetune"
     recipes = repository / "configs" / "finetune"
     for name, lr in (("imagenet_r50", 0.03), ("inaturalist2018_r50", 0.025)):
-        args = parse(["DATA", "--recipe", str(recipes / f"{name}.yaml")])
+        args = parse_linear(["DATA", "--recipe", str(recipes / f"{name}.yaml")])
         assert args.finetune
         assert (args.arch, args.lr, args.batch_size) == ("resnet50", lr, 256)
         assert (args.weight_decay, args.schedule, args.epochs) == (1e-4, [70, 90], 100)
-    assert parse(["DATA", "--recipe", str(recipes / f"{name}.yaml"), "--lr", "0.1"]).lr == 0.1
-    assert parse(["DATA"]).lr == 30
+    assert (
+        parse_linear(["DATA", "--recipe", str(recipes / f"{name}.yaml"), "--lr", "0.1"]).lr == 0.1
+    )
+    assert parse_linear(["DATA"]).lr == 30

@@ -1,0 +1,155 @@
+"""The task of pretraining: Algorithm 1 on batches of views, with whatever mechanism gives keys."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moco_det.common.processes import broadcast_buffers, is_main, rank
+from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.optimization import ScheduledSGD, parallelize
+from pretrain.engine.trainer import Task, Trainer
+from pretrain.moco.instance_discrimination import InstanceDiscrimination
+
+
+class MoCoPretraining(Task):
+    """Contrastive steps; a kNN accuracy and a checkpoint that is kept at the end of epochs.
+
+    Args:
+        model: a mechanism, on its device.
+        loss: one of LOSSES, logits N x (1+K) -> mean over this process's queries.
+        batches: of views as `pretrain.data` has them, `model.num_views` of each image.
+        seed: of the draws that all processes make alike.
+        dtype: of mixed precision; None for float32.
+        monitor: encoder -> kNN top-1 in percent, the same value on every process.
+        knn_every: epochs between two of them; the first is before the first step.
+        keep: so many of the newest epochs keep their checkpoints.
+        save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
+    """
+
+    measures = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
+
+    def __init__(
+        self,
+        model: InstanceDiscrimination,
+        loss: nn.Module,
+        optimizer: ScheduledSGD,
+        batches,
+        seed: int,
+        dtype: torch.dtype | None = None,
+        monitor: Callable[[nn.Module], float] | None = None,
+        knn_every: int = 1,
+        keep: int = 2,
+        save_every: int = 0,
+    ):
+        self.model = model.train()
+        self.parallel = parallelize(model)
+        self.device = model.pixel_mean.device
+        self.loss = loss
+        self.optimizer = optimizer
+        self.batches = batches
+        self.seed = seed
+        self.dtype = dtype
+        self.monitor = monitor
+        self.knn_every = knn_every
+        self.keep = keep
+        self.save_every = save_every
+
+    def step(self, batch, step: int) -> torch.Tensor:
+        views = [view.to(self.device, non_blocking=True) for view in batch.views]
+        inputs = self.model.inputs(views, batch.indices, self.seed, step)
+        loss, logits, queries = contrastive_step(
+            self.parallel, self.loss, self.optimizer, inputs, self.dtype
+        )
+        self.negatives = logits.shape[1] - 1
+        return pretext_metrics(loss, logits, queries, self.model.temperature)
+
+    def log_values(self, seen: int) -> dict[str, float]:
+        return {"chance_loss": self.loss.chance(self.negatives)} | self.model.memory_fill(seen)
+
+    def before_training(self, trainer: Trainer) -> None:
+        if self.monitor and trainer.step == 0:
+            self.record_knn(trainer)
+
+    def after_epoch(self, trainer: Trainer, number: int) -> None:
+        trainer.save()
+        if trainer.step_in_epoch == 0 and is_main():
+            checkpoints.keep_epoch(trainer.output, number, self.keep, self.save_every)
+        if self.monitor and (number % self.knn_every == 0 or number == trainer.epochs):
+            self.record_knn(trainer)
+
+    def record_knn(self, trainer: Trainer) -> None:
+        """Log the kNN accuracy, under the main process's running statistics."""
+        broadcast_buffers(self.model.encoder_q)
+        top1 = self.monitor(self.model.encoder_q)
+        epochs = trainer.epochs_done
+        line = f"epoch {epochs:g}/{trainer.epochs}  kNN top-1 {top1:.2f} %"
+        trainer.record({"epoch": epochs, "knn_top1": top1}, line)
+
+    def state(self) -> dict:
+        return {
+            "loss": self.loss.state_dict(),
+            "rng": checkpoints.rng_states(),
+            "data": self.batches.state(),
+        }
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        path, state = checkpoint
+        self.loss.load_state_dict(state.get("loss", {}))
+        self.batches.resume(state.get("data", {}), path)
+        if rank() < len(state.get("rng", [])):
+            checkpoints.restore_rng(state["rng"][rank()])
+
+
+def contrastive_step(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: ScheduledSGD,
+    inputs: tuple[torch.Tensor, ...],
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One iteration of Algorithm 1: loss, SGD on the encoder, keys into the queue.
+
+    Args:
+        model: an InstanceDiscrimination, parallelized or not.
+        loss: one of LOSSES, logits -> mean over this process's queries.
+        inputs: the arguments of the model's forward pass.
+        dtype: of mixed precision; None for float32.
+    Returns:
+        the loss, and for the log logits N x (1+K) and queries N x C.
+    """
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None):
+        logits, keys, queries = model(*inputs)
+    value = loss(logits)
+    optimizer.minimize(value)
+    getattr(model, "module", model).enqueue(keys)
+    return value, logits, queries
+
+
+@torch.no_grad()
+def pretext_metrics(
+    loss: torch.Tensor, logits: torch.Tensor, queries: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The `measures` of MoCoPretraining, as a tensor that stays on the device.
+
+    `feature_std` is the standard deviation over the batch, averaged over dimensions: 0 is collapse,
+    1/sqrt(C) is what features spread evenly over the sphere have.
+
+    Args:
+        logits: N x (1+K), the positive at index 0.
+        queries: N x C.
+        temperature: by which the logits were divided.
+    """
+    better = (logits[:, 1:] > logits[:, :1]).sum(dim=1)  # negatives ahead of the positive, N
+    similarity = logits.float() * temperature
+    return torch.stack(
+        [
+            loss.detach().float(),
+            100.0 * (better < 1).float().mean(),
+            100.0 * (better < 5).float().mean(),
+            similarity[:, 0].mean(),
+            similarity[:, 1:].mean(),
+            queries.float().std(dim=0, correction=0).mean(),
+        ]
+    )

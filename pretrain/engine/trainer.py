@@ -1,0 +1,273 @@
+"""The training loop: batches in, checkpoints and metrics out. What is trained is a `Task`."""
+
+import math
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.processes import StopRequest, from_main, is_main, print_on_main, world_size
+from pretrain.engine import checkpoints
+from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.diagnosis import Doctor
+from pretrain.engine.metrics import MetricMeter, RunLog, progress_line
+from pretrain.engine.optimization import ScheduledSGD
+
+
+class Task:
+    """What a run trains, on which batches, and what one step is. A `Trainer` does the rest.
+
+    Attributes:
+        model: what checkpoints keep as "state_dict".
+        batches: a source of batches, see `pretrain.data`.
+        optimizer: steps on (a part of) the model.
+        measures: names of the values that a step returns; "loss", "acc1", "acc5" among them.
+    """
+
+    model: nn.Module
+    batches: object
+    optimizer: ScheduledSGD
+    measures: tuple[str, ...]
+
+    def step(self, batch, step: int) -> torch.Tensor:
+        """Train on this process's `batch`, the run's step number `step`.
+
+        Returns:
+            the `measures`, on the device: reading them here would wait for it.
+        """
+        raise NotImplementedError
+
+    def log_values(self, seen: int) -> dict[str, float]:
+        """More for the log, after `seen` images."""
+        return {}
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """Called before the first step of each start."""
+
+    def after_epoch(self, trainer: "Trainer", number: int) -> None:
+        """Called after epoch `number`, counted from 1; the last one may have been cut short."""
+
+    def state(self) -> dict:
+        """Entries of a checkpoint beside the loop's own. Collective."""
+        return {}
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Continue from the entries of `state`. Files of the official code may lack them."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run writes, how long it is, and how often it reports and saves.
+
+    Args:
+        output: the folder of checkpoints and logs.
+        arch, config: for its checkpoints; `config` are its flags.
+        batch_size: global.
+        epochs: where it ends, unless the trainer gets a number of iterations.
+        start_epoch: where a new run begins; only the schedule depends on it.
+        print_freq: steps between two reports.
+        save_steps: steps between two checkpoints beside those of the task; 0 for none.
+    """
+
+    output: Path
+    arch: str
+    config: dict
+    batch_size: int
+    epochs: int
+    start_epoch: int = 0
+    print_freq: int = 10
+    save_steps: int = 0
+
+
+class Trainer:
+    """Takes a task to the end of its run; one of the run's processes.
+
+    The position: `epoch` epochs are completed (so this is the number of the running one, from 0),
+    with `step_in_epoch` steps beyond them; `step` steps were taken in all.
+
+    Args:
+        stop: a request to stop, which the loop heeds between two steps.
+        checkpoint: where to continue from.
+        iterations: length of the run in steps, instead of epochs.
+        doctor: hears what is logged; its findings are printed.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        settings: RunSettings,
+        stop: StopRequest,
+        checkpoint: Checkpoint | None = None,
+        iterations: int | None = None,
+        doctor: Doctor | None = None,
+    ):
+        self.task = task
+        self.settings = settings
+        self.output = settings.output
+        self.stop = stop
+        self.doctor = doctor
+        self.steps_per_epoch = task.batches.steps_per_epoch
+        self.epoch, self.step_in_epoch, self.step = settings.start_epoch, 0, 0
+        if checkpoint:
+            self._resume(checkpoint)
+        self._find_end(settings.epochs, iterations)
+        self.log = RunLog(self.output, self.step)
+        self.meter = MetricMeter(next(task.model.parameters()).device, task.measures)
+        if doctor:
+            for record in self.log.kept:
+                doctor.hear(record)
+            counted = {"cores": len(os.sched_getaffinity(0)), "last_step": self.last_step}
+            self.record({"flags": settings.config | counted})
+
+    def train(self) -> None:
+        self.task.before_training(self)
+        for epoch in range(self.epoch, self.epochs):
+            self.train_epoch(epoch)
+            self.task.after_epoch(self, epoch + 1)
+
+    def train_epoch(self, epoch: int) -> None:
+        """The rest of epoch `epoch` from where the run stands."""
+        self.epoch = epoch
+        self.meter.reset()
+        self.task.batches.start(epoch, self.step_in_epoch)
+        batches = iter(self.task.batches)
+        while self.step_in_epoch < self.steps_per_epoch and self.step < self.last_step:
+            begun = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - begun
+            self.task.optimizer.set_rate(epoch, self.step)
+            self.meter.add(self.task.step(batch, self.step), waited)
+            self.step_in_epoch += 1
+            self.step += 1
+            self.after_step()
+        if self.step_in_epoch == self.steps_per_epoch:
+            self.epoch, self.step_in_epoch = epoch + 1, 0
+
+    def after_step(self) -> None:
+        """What is due between two steps: a report, a checkpoint, heeding a request to stop."""
+        reporting = (
+            self.step_in_epoch % self.settings.print_freq == 0 or self.step == self.last_step
+        )
+        reporting = reporting or self.step_in_epoch == self.steps_per_epoch
+        save_steps = self.settings.save_steps
+        saving = save_steps and self.step % save_steps == 0
+        if reporting or saving or self.step == 1:  # first: a NaN must not reach a checkpoint
+            self.report()
+        if saving:
+            self.save()
+        # Several processes must agree on the step to stop at, which costs a message: seldom.
+        if (reporting or world_size() == 1) and self.stop.agreed():
+            if self.meter.steps:
+                self.report()
+            self.save()
+            print_on_main(f"SIGTERM: saved {self.output / checkpoints.LAST} at step {self.step}")
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def report(self) -> None:
+        """Log the means since the last report. Raises UserError when the loss is NaN."""
+        values = {"epoch": self.epochs_done} | self.meter.means(self.settings.batch_size)
+        values |= {"lr": self.task.optimizer.rate}
+        values |= self.task.log_values(self.step * self.settings.batch_size)
+        self.meter.reset()
+        epoch = f"{self.epoch + 1}/{self.epochs} [{self.step_in_epoch}/{self.steps_per_epoch}]"
+        self.record(values, progress_line(epoch, self.last_step - self.step, values))
+
+    def record(self, values: dict, line: str = "") -> None:
+        """Write `values` to the log; print `line`, and what the doctor newly says of them.
+
+        Raises:
+            UserError: "loss" is among them and is NaN or infinite.
+        """
+        self.log.write(self.step, values)
+        findings = self.doctor.hear({"step": self.step, **values}) if self.doctor else []
+        loss = values.get("loss", 0.0)
+        if not math.isfinite(loss):
+            unheard = f"the loss is {loss} at step {self.step}: lower --lr"
+            raise UserError(findings[0].text if findings else unheard)
+        for text in ([line] if line else []) + findings:
+            print_on_main(str(text))
+
+    def save(self, name: str = checkpoints.LAST) -> None:
+        """Write the run's state to `name` in its folder. Collective."""
+        state = {
+            "epoch": self.epoch,
+            "arch": self.settings.arch,
+            "state_dict": checkpoints.model_state(self.task.model),
+            "step": self.step,
+            "step_in_epoch": self.step_in_epoch,
+            "config": self.settings.config,
+        }
+        state |= self.task.optimizer.state() | self.task.state()
+        if is_main():
+            checkpoints.save(state, self.output / name)
+
+    @property
+    def epochs_done(self) -> float:
+        """With the fraction of the running one."""
+        return self.epoch + self.step_in_epoch / self.steps_per_epoch
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Continue where it stopped; one of the official code continues at its epoch."""
+        path, state = checkpoint
+        self.task.optimizer.load_state(state)
+        self.epoch = max(self.epoch, state["epoch"])
+        self.step_in_epoch = state.get("step_in_epoch", 0)
+        self.step = state.get("step", self.epoch * self.steps_per_epoch)
+        now = self.settings.batch_size
+        before = state.get("config", {}).get("batch_size", now)
+        if self.step_in_epoch and before != now:
+            raise UserError(
+                f"{path} stopped within an epoch of batches of {before}; resume it with "
+                f"--batch-size {before}, the position is counted in these"
+            )
+        print_on_main(f"resumed {path} at epoch {self.epoch}, step {self.step}")
+
+    def _find_end(self, epochs: int, iterations: int | None) -> None:
+        """Set `last_step`, and `epochs`: the number of the epoch with it, counted from 1.
+
+        An epoch that was left after its last step, before it was closed, is still to come.
+        """
+        left = (epochs - self.epoch) * self.steps_per_epoch - self.step_in_epoch
+        left = max(0, iterations - self.step if iterations else left)
+        self.last_step = self.step + left
+        self.epochs = self.epoch
+        if left or self.step_in_epoch == self.steps_per_epoch:
+            self.epochs += math.ceil((self.step_in_epoch + left) / self.steps_per_epoch)
+
+
+# -- the start of a run ---------------------------------------------------------------------------
+
+
+def make_output_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
+
+
+def seed_run(wanted: int | None, checkpoint: Checkpoint | None) -> int:
+    """Seed this process's generators; the seed, which all processes agree on. Collective.
+
+    It is the one `wanted`, else that of the run to be resumed, else a random one. Who wants one
+    also gets deterministic cuDNN algorithms.
+    """
+    seed = wanted
+    if seed is None and checkpoint:
+        seed = checkpoint.state.get("config", {}).get("seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    seed = from_main(seed)
+    for seed_generator in (torch.manual_seed, random.seed, np.random.seed):
+        seed_generator(seed)
+    torch.backends.cudnn.benchmark = wanted is None
+    torch.backends.cudnn.deterministic = wanted is not None
+    return seed
