@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the annotations or the predictions of a data set on its photographs, for every task.
+"""Draw the annotations or the predictions of a data set on its images, for every task.
 
 python tools/visualize.py --dataset coco_2017_val --limit 12 --sheet
 python tools/visualize.py --config-file configs/X.yaml --ids 139 285
@@ -97,7 +97,7 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Image id, as text -> prediction.
 
     Raises:
-        UserError: the file cannot be read, is none of predictions, or is of other classes.
+        UserError: the file cannot be read, does not hold predictions, or has other classes.
     """
     try:
         found = json.loads(path.read_text())
