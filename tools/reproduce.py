@@ -24,6 +24,7 @@ from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
 from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")
     mode.add_argument("--status", action="store_true", help="list the state of every run")
     mode.add_argument("--report", action="store_true", help="report what is there, run nothing")
-    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys, for every run")
+    add_config_option(parser, help="config keys, for every run")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and told apart by their content."""
+"""Files that are written whole or not at all, and the hash of a file's content."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""How the images of one optimizer step are spread, and what that changes against the paper."""
+"""How the images of one optimizer step are divided, and how that differs from the paper."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ PAPER_LR = 0.02
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The spread of `images`, the batch of one optimizer step.
+    """How `images`, the batch of one optimizer step, are divided.
 
     Args:
         images: over all processes and forward passes.
@@ -41,7 +41,7 @@ class BatchPlan:
         return processes * self.images_per_forward
 
     def differences(self, lr: float) -> list[str]:
-        """What is not equivalent to the paper's fine-tuning recipe, at the base learning rate."""
+        """What differs from the paper's fine-tuning recipe, at this base learning rate."""
         found = []
         if self.paper_lr is not None:
             linear = self.paper_lr * self.images / PAPER_IMAGES

@@ -72,7 +72,7 @@ def check_dataset(cfg, dataset: Dataset) -> None:
 
 
 def check_metric_files(cfg) -> None:
-    """UserError where files lack that scoring DATASETS.TEST needs: before the hours of a run."""
+    """UserError where a file is missing that scoring DATASETS.TEST will need after training."""
     for name in cfg.DATASETS.TEST if cfg.MODEL.DENSEPOSE_ON else ():
         if get_dataset(name).evaluator == "densepose":
             body.require(body.GEODESICS, f"the metric of {name}")
@@ -82,7 +82,7 @@ def check_metric_files(cfg) -> None:
 
 
 def check_input(cfg, crops_objects: bool) -> None:
-    """UserError where keys say of the training input what is not done for the model's task.
+    """UserError where a key of the training input is not supported for the model's task.
 
     Args:
         crops_objects: whether the engine knows INPUT.CROP for detectors too. Neither knows

@@ -64,7 +64,7 @@ def _examine_one(cfg, report: Report, limit: int | None) -> Dataset | None:
     if report.official:
         _check_counts(report.official, report)
     if report.images is None:
-        return None  # the layout lacks something, and that is reported
+        return None  # files are missing, and that is reported
     return _check_against_model(cfg, location, report)
 
 
@@ -128,7 +128,7 @@ def _check_body_files(cfg, report: Report) -> None:
 
 
 def _check_counts(official: Official, report: Report) -> None:
-    """Hold the counts against the official ones; flaws of the official file are no problem."""
+    """Compare the counts with the official ones; known flaws of the official file are excused."""
     for found, wanted, what in (
         (report.images, official.images, "images"),
         (report.objects, official.objects, "annotations"),

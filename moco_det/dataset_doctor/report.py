@@ -31,8 +31,8 @@ class Problem(NamedTuple):
 class Report:
     """`images` and `objects`: how many are listed; None where that could not be found out.
 
-    `official`: what the set is to hold, if it is an official one. `notes` say what is no problem
-    but good to know.
+    `official`: what the set should hold, if it is an official one. `notes` are worth knowing but
+    not problems.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def remedy(self) -> str:
-        """What to download and where to put it; "" for data of one's own."""
+        """What to download and where to put it; "" for a user's own data."""
         return remedy(self.official) if self.official else ""
 
     def problem(self, check: str, text: object) -> None:

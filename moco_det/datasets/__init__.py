@@ -13,7 +13,7 @@ Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its la
     lvis_v0.5_train            lvis/lvis_v0.5_train.json, coco/train2017/
     cityscapes_fine_instance_seg_train
                                cityscapes/{leftImg8bit,gtFine}/train/, see `datasets.cityscapes`
-A folder of one's own, named in the YAML or on the command line, without registration:
+A folder of your own, named in the YAML or on the command line, without registration:
     voc:ROOT:SPLIT             ROOT/{JPEGImages,Annotations,ImageSets/Main/SPLIT.txt}
     coco:ANNOTATIONS.json:IMAGE_DIR
     densepose:ANNOTATIONS.json:IMAGE_DIR

@@ -1,8 +1,8 @@
 """What a data set is: a name, classes, and Detectron2's standard records.
 
-A data set of one's own is written KIND:FIRST:SECOND. A built-in one is such a data set too, below
-the data root, under Detectron2's name. So a kind is a subclass of `Dataset` that says what its two
-parts are, which names are built in, and how a data set is opened from them.
+A user's own data set is named KIND:FIRST:SECOND, such as voc:ROOT:SPLIT. A built-in one is the same
+thing below the data root, under Detectron2's name. So each kind is a subclass of `Dataset` that
+says what its two parts are (`form`), which names are built in, and how a data set is opened.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class Dataset:
     """
 
     evaluator: ClassVar[str]
-    form: ClassVar[str]  # what the two parts of a name of one's own are, "FIRST:SECOND"
+    form: ClassVar[str]  # the two parts of a user's own name, such as "ROOT:SPLIT"
     builtin: ClassVar[dict[str, tuple[str, str]]]  # name -> the two parts, below the data root
     name: str
     classes: tuple[str, ...]
@@ -46,7 +46,7 @@ class Dataset:
 
     @property
     def keypoint_flips(self) -> tuple[tuple[str, str], ...]:
-        """The keypoints that trade places in a mirrored image, told by COCO's left_ and right_."""
+        """Pairs of keypoints that a mirror swaps, by COCO's prefixes left_ and right_."""
         pairs = ((name, name.replace("left_", "right_", 1)) for name in self.keypoint_names)
         return tuple((a, b) for a, b in pairs if a != b and b in self.keypoint_names)
 

@@ -60,7 +60,7 @@ def dense_pose(annotation: dict[str, Any]) -> dict[str, Any]:
     """The dense pose of one object; {} where it was not annotated.
 
     Returns:
-        {"dp_x", "dp_y": the points' places in the box, whose sides are 256 long; "dp_I": their
+        {"dp_x", "dp_y": the points' positions in the box, whose sides are 256 long; "dp_I": their
         charts, 1 to 24 (0 is none, and is ignored); "dp_U", "dp_V": their coordinates on the chart,
         0 to 1}, lists of one length; and, where the file has them, "dp_masks": for each of 14 parts
         of the body a compressed RLE of 256x256 over the box, or [] where it is hidden.
@@ -83,7 +83,7 @@ def dense_pose(annotation: dict[str, Any]) -> dict[str, Any]:
             if not (math.isfinite(number) and least <= number <= greatest):
                 raise ValueError(f"has {number} in {field}, which goes from {least} to {greatest}")
     if any(chart != int(chart) for chart in annotation["dp_I"]):
-        raise ValueError("has charts in dp_I that are no whole numbers")
+        raise ValueError("has charts in dp_I that are not whole numbers")
     found = {field: annotation[field] for field in fields}
     if annotation.get(_MASKS):
         found[_MASKS] = [_checked_mask(shape) for shape in _checked_list(annotation[_MASKS])]
@@ -102,7 +102,7 @@ def _checked_mask(shape: Any) -> dict[str, Any] | list:
     if not shape:
         return []
     if not isinstance(shape, dict) or not {"size", "counts"} <= shape.keys():
-        raise ValueError(f"has a mask in {_MASKS} that is no RLE: it needs size and counts")
+        raise ValueError(f"has a mask in {_MASKS} that is not an RLE: it needs size and counts")
     if list(shape["size"]) != _MASK_SIZE:
         raise ValueError(f"has a mask of size {shape['size']} in {_MASKS}, not of {_MASK_SIZE}")
     if isinstance(shape["counts"], list):

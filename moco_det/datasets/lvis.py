@@ -6,8 +6,8 @@ Below $DETECTRON2_DATASETS, in Detectron2's layout, lvis_v0.5_{train,val}:
 or `lvis:ANNOTATIONS.json:IMAGE_DIR`, where IMAGE_DIR holds these two folders or the images.
 
 MoCo (arXiv:1911.05722, Sec. 4.2) is evaluated on v0.5. Other versions have other classes and other
-images, so their numbers stand beside none of the paper's; they are refused, by their names and by
-what is in the file.
+images, so their numbers cannot be compared with the paper's; they are refused, by name and by the
+content of the file.
 """
 
 import re

@@ -39,7 +39,7 @@ from moco_det.datasets.cityscapes import CityscapesLayout, files_by_city
 from moco_det.datasets.dataset import Dataset, Record, image_size, require
 from moco_det.datasets.voc import VOC_CLASSES
 
-IGNORED = 255  # in a label map: void, or no class of the benchmark
+IGNORED = 255  # in a label map: void, or a class that the benchmark does not have
 TRAIN_AUG_IMAGES = 10582
 
 SEMANTIC_VOC_CLASSES = ("background", *VOC_CLASSES)
@@ -209,7 +209,7 @@ def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
 
     Raises:
         UserError: the file cannot be read, holds no labels of 8 bits, is not of the record's size,
-            or has a label that is no class.
+            or has a label that is not a class.
     """
     path = record["sem_seg_file_name"]
     try:

@@ -1,8 +1,8 @@
 """The template body of dense pose: its files, its mirror symmetry, distances along its surface.
 
-The files are no part of this project: their licence (CC BY-NC 4.0, and SMPL's) is for the user to
-accept. Detectron2's DensePose fetches the same files by itself from the same place; here they lie
-below $DETECTRON2_DATASETS, in the folder that they have in that URL.
+The files are not part of this project: their licence (CC BY-NC 4.0, and SMPL's) is for the user
+to accept. Detectron2's DensePose fetches the same files by itself from the same place; here they
+lie below $DETECTRON2_DATASETS, in the folder that they have in that URL.
 
 Only the vertices of a fine mesh have distances, computed beforehand: a point stands for the vertex
 of its chart that is nearest in (U, V). Vertices on the seam of two charts lie on the same point of
@@ -77,7 +77,7 @@ def read_mat(path: Path) -> dict[str, Any]:
     try:
         return scipy_io.loadmat(path)
     except Exception as error:  # SciPy raises OSError, ValueError, NotImplementedError, ...
-        raise UserError(f"{path} is damaged or no MATLAB file: {error}") from error
+        raise UserError(f"{path} is damaged or not a MATLAB file: {error}") from error
 
 
 def _scipy(module: str) -> ModuleType:

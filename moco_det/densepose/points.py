@@ -30,7 +30,7 @@ NUM_CHARTS = 24
 NUM_PARTS = 14  # of the coarse segmentation
 KEYS = ("dp_x", "dp_y", "dp_I", "dp_U", "dp_V")  # of an annotated object; "dp_masks" may be absent
 
-# Left and right change places: hands, feet, legs and arms. Index 0 is the background; the two
+# A mirror swaps left and right: hands, feet, legs and arms. Index 0 is the background; the two
 # charts of the torso (1, 2) and its part (1), and the head's part (14), lie across the mirror.
 MIRRORED_CHARTS = (0, 1, 2, *(c + 1 if c % 2 else c - 1 for c in range(3, NUM_CHARTS + 1)))
 MIRRORED_PARTS = (0, 1, *(p - 1 if p % 2 else p + 1 for p in range(2, NUM_PARTS)), NUM_PARTS)
@@ -135,7 +135,7 @@ def decode_iuv(result: dict[str, Any]) -> np.ndarray:
         uint8 (3, h, w).
 
     Raises:
-        UserError: a field is absent, the data is no PNG of three channels, or of another size.
+        UserError: a field is absent, the data is not a PNG of three channels, or has another size.
     """
     try:
         shape, data = list(result["uv_shape"]), result["uv_data"]
@@ -144,7 +144,7 @@ def decode_iuv(result: dict[str, Any]) -> np.ndarray:
     except KeyError as error:
         raise UserError(f"a dense pose lacks {error}: it has uv_shape and uv_data") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"the uv_data of a dense pose is no PNG in base64: {error}") from error
+        raise UserError(f"the uv_data of a dense pose is not a PNG in base64: {error}") from error
     if mode != "RGB" or [3, *pixels.shape[:2]] != shape:
         found = f"{mode} of {pixels.shape[0]}x{pixels.shape[1]}"
         raise UserError(f"a dense pose of uv_shape {shape} holds an image in {found} pixels")

@@ -4,8 +4,8 @@ Of one image D detections, G objects; an object has P annotated points.
 
 Geodesic point similarity (GPS; Güler et al. 2018, normalised per part of the body as in the COCO
 DensePose challenge): the mean over the object's points of exp(-d^2 / (2 kappa^2)), d the distance
-along the body between the annotated point of the surface and the one that was detected in its
-place, kappa the mean distance between two points of the annotated point's part. A point that the
+along the body between the annotated point of the surface and the one that was detected at its
+position, kappa the mean distance between two points of the annotated point's part. A point that the
 detection takes for background or does not reach counts as 0.
 """
 

@@ -60,7 +60,8 @@ def evaluate(
     Raises:
         ValueError: two predictions of one image, one of no image of the data set; lengths, classes
             or masks that do not fit.
-        UserError: the ground truth lacks what is to be scored; the metric's package is missing.
+        UserError: the ground truth does not have what is to be scored; the metric's package is
+            missing.
     """
     seen = {prediction["image_id"] for prediction in predictions}
     if len(seen) < len(predictions):

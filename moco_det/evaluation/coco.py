@@ -50,7 +50,7 @@ def evaluate_coco(
             17 keypoints of a person.
 
     Raises:
-        UserError: the ground truth lacks the masks or keypoints, or has other numbers of keypoints.
+        UserError: the ground truth has no masks or keypoints, or another number of keypoints.
         ValueError: predictions for other images.
     """
     tasks = tasks_of(predictions)

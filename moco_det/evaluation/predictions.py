@@ -191,11 +191,11 @@ def _runs(code: bytes) -> np.ndarray:
     if not len(bits) or bits.min() < 0 or bits.max() > 63 or not last[-1]:
         return np.empty(0, np.int64)
     starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    place = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
-    if place.max() > 50:
+    shift = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
+    if shift.max() > 50:
         return np.empty(0, np.int64)
-    values = np.add.reduceat((bits & 31) << place, starts)
-    values -= np.where(bits[last] & 16, 1 << (place[last] + 5), 0)
+    values = np.add.reduceat((bits & 31) << shift, starts)
+    values -= np.where(bits[last] & 16, 1 << (shift[last] + 5), 0)
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values

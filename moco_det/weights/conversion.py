@@ -58,7 +58,7 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -
     if layout is None:
         known = ", ".join(x.title for x in (MOCO, TORCHVISION, DETECTRON2))
         some = ", ".join(list(weights)[:3])
-        raise UserError(f"its names ({some}, ...) are those of no known kind of file: {known}")
+        raise UserError(f"its names ({some}, ...) are not those of a known kind of file: {known}")
     kept = {name: layout.strip(name) for name in weights}
     kept = {name: stripped for name, stripped in kept.items() if stripped}
     dropped = tuple(name for name in weights if name not in kept)
@@ -176,7 +176,8 @@ def convert_file(
             in a bottleneck that of the 3x3; its output is {"res2": ..., ..., "res5": ...}.
 
     Raises:
-        UserError: the source is no whole ResNet, the features differ, or `path` cannot be written.
+        UserError: the source is not a whole ResNet, the features differ, or `path` cannot be
+            written.
     """
     _check_paths(Path(source_path), Path(path), target)
     weights, metadata = read_state_dict(source_path)
@@ -253,7 +254,7 @@ def feature_difference(before: nn.Module, after: nn.Module) -> float:
     """
     image = torch.randn(1, 3, 160, 224, generator=torch.Generator().manual_seed(0)).double()
     features = [_features(network.double().eval(), image) for network in (before, after)]
-    # A tensor's `max`, unlike Python's, keeps NaN: a NaN feature is no agreement.
+    # A tensor's `max`, unlike Python's, keeps NaN: NaN features do not agree.
     return torch.stack([(x - y).abs().max() for x, y in zip(*features, strict=True)]).max().item()
 
 

@@ -147,7 +147,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         wanted = f"{module}.{name}"
         if wanted not in _SAFE_GLOBALS:
-            raise UserError(f"it asks for {wanted}, which is no part of a file of arrays")
+            raise UserError(f"it asks for {wanted}, which does not belong in a file of arrays")
         return _SAFE_GLOBALS[wanted]
 
 

@@ -91,10 +91,10 @@ class Layout:
     author: str  # Detectron2's "__author__" of a file with these weights
     vocabulary: str
     prefixes: tuple[str, ...]
-    dropped: str  # regular expression of the names that are no part of the ResNet
+    dropped: str  # regular expression of the names that do not belong to the ResNet
 
     def strip(self, name: str) -> str | None:
-        """`name` without the layout's prefix, or None where it is no array of the ResNet."""
+        """`name` without the layout's prefix, or None where it is not an array of the ResNet."""
         known = name_map(self.vocabulary, "torchvision")
         stripped = (name[len(p) :] for p in self.prefixes if name.startswith(p))
         return next((s for s in stripped if s in known), None)
@@ -200,7 +200,7 @@ class Architecture:
 def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture | None:
     """The ResNet that arrays under torchvision's names belong to; a whole stage may be absent.
 
-    None where the numbers of blocks are no known ResNet's.
+    None where the numbers of blocks are not those of a known ResNet.
     """
     blocks = {
         match.groups() for match in map(re.compile(r"layer(\d)\.(\d+)\.").match, weights) if match

@@ -113,7 +113,7 @@ def test_files_that_do_not_fit_are_refused(folder, name, content, message):
 
 def test_a_damaged_file_is_refused(folder):
     (folder / "SMPL_subdiv.mat").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=r"SMPL_subdiv\.mat is damaged or no MATLAB file"):
+    with pytest.raises(UserError, match=r"SMPL_subdiv\.mat is damaged or not a MATLAB file"):
         read_geodesics()
 
 

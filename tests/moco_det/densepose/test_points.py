@@ -195,7 +195,7 @@ def test_other_arrays_are_refused(iuv):
     ("result", "message"),
     [
         ({"uv_shape": [3, 2, 3]}, "lacks 'uv_data'"),
-        ({"uv_shape": [3, 2, 3], "uv_data": "AAAA"}, "no PNG in base64"),
+        ({"uv_shape": [3, 2, 3], "uv_data": "AAAA"}, "not a PNG in base64"),
         ({"uv_shape": [3, 2, 3], "uv_data": png("L")}, "an image in L of 2x3 pixels"),
         ({"uv_shape": [3, 3, 2], "uv_data": png("RGB")}, r"\[3, 3, 2\] holds .* RGB of 2x3"),
     ],

@@ -305,7 +305,8 @@ def test_small_stem_is_refused_with_the_reason():
 
 
 def test_unknown_schema():
-    with pytest.raises(UserError, match=r"its names \(patch_embed\.proj\.weight, .* no known kind"):
+    message = r"its names \(patch_embed\.proj\.weight, .* not those of a known kind"
+    with pytest.raises(UserError, match=message):
         find_resnet({"patch_embed.proj.weight": torch.ones(1)}, {"arch": "vit_small"})
 
 
