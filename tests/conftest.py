@@ -58,4 +58,4 @@ def repository() -> Path:
 @pytest.fixture
 def forked_launches(monkeypatch):
     """The processes of a launch come from a server that has imported torch already."""
-    commands.fork_what_is_spawned(monkeypatch.setattr)
+    monkeypatch.setitem(commands.CONTEXTS, "spawn", commands.SpawnByServer())

@@ -6,8 +6,8 @@ run as the script it is: its arguments, environment, signals and exit code are r
 is also started by the interpreter at least once, by a test of its own: see `python`.
 """
 
-import functools
 import importlib.util
+import multiprocessing
 import os
 import runpy
 import signal
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing import Pipe
+from multiprocessing import Pipe, context, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +29,39 @@ from moco_det.common.launch import free_local_url
 # One thread each: the processes of a test, and of the test beside it, share the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
+# Before a command: it computes in float64.
+IN_FLOAT64 = ("tests/support/float64.py",)
+
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch", "torchvision", "torch.utils.tensorboard", "cv2", "fvcore.common.config", "tabulate"]
 )
+
+
+class Heir(context.ForkServerProcess):
+    """Has its process group, environment and streams from its starter, as a real child would."""
+
+    def __getstate__(self) -> dict:
+        streams = [reduction.DupFd(number) for number in (1, 2)]
+        return self.__dict__ | {"inherited": (os.getpgrp(), dict(os.environ), streams)}
+
+    def run(self) -> None:
+        group, environment, streams = self.inherited
+        os.setpgid(0, group)
+        become(environment, *(stream.detach() for stream in streams))
+        CONTEXTS["spawn"] = SpawnByServer()
+        multiprocessing.set_start_method("spawn", force=True)
+        super().run()
+
+
+class SpawnByServer(type(SERVER)):
+    """A launch's and a loader's processes, forked as well; what is passed to them is pickled."""
+
+    Process = Heir
+
+
+# Name -> what `get_context` returns.
+CONTEXTS = context._concrete_contexts
 
 
 def load_command(path: str) -> ModuleType:
@@ -43,13 +72,19 @@ def load_command(path: str) -> ModuleType:
     return module
 
 
-def python(path: str, *arguments, **options) -> subprocess.CompletedProcess:
+def python(
+    path: str, *arguments, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """A command run by the interpreter, as its user does: what importing it does shows here."""
-    command = [sys.executable, str(REPOSITORY / path), *map(str, arguments)]
-    env = {**os.environ, **ONE_THREAD, **options.pop("environment", {})}
-    return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, **options
-    )
+    command = [sys.executable, *launcher, str(REPOSITORY / path), *map(str, arguments)]
+    env = {**os.environ, **ONE_THREAD, **(environment or {})}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+def torchrun(path: str, *arguments) -> subprocess.CompletedProcess:
+    """A command run in two processes by torchrun itself."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return python(path, *arguments, launcher=launcher)
 
 
 def run(path: str, *arguments, **options) -> subprocess.CompletedProcess:
@@ -108,7 +143,7 @@ class Command:
         """With the processes that it has started, which would wait for it for ever."""
         os.killpg(self.pid, signal.SIGKILL)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """The exit code; that of a process ended by a signal is the signal's, negative."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s"
@@ -118,44 +153,54 @@ class Command:
 
 def _run(argv, env, stdout: Connection, stderr: str | None, before) -> None:
     """The life of the forked process."""
-    os.setsid()  # leads the group that its own processes belong to
-    os.dup2(stdout.fileno(), 1)
+    os.setpgid(0, 0)  # leads the group that its own processes belong to
+    writer = os.dup(stdout.fileno())
     stdout.close()
-    os.dup2(os.open(stderr, os.O_WRONLY) if stderr else 1, 2)
-    sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    fork_what_is_spawned()
+    become(env, writer, os.open(stderr, os.O_WRONLY) if stderr else writer)
+    multiprocessing.set_start_method(None, force=True)  # the interpreter's, not "forkserver"
+    CONTEXTS["spawn"] = SpawnByServer()
     if before is not None:
         before()
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    # As at the interpreter's end: the frames that the exception has held, and their loaders, go
+    # before the processes that are left are waited for.
+    sys.exit(code)
 
 
-def run_as_torchrun(path: str, *arguments, processes: int = 2) -> subprocess.CompletedProcess:
-    """A command run in several processes that find what torchrun tells them in the environment.
+def run_as_torchrun(path: str, *arguments) -> subprocess.CompletedProcess:
+    """A command run in two processes that find in their environment what torchrun would put there.
 
     Returns:
         The highest exit code, and what all of them have printed.
     """
     address, port = free_local_url().removeprefix("tcp://").split(":")
     world = {"MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     started = [
-        Command(path, *arguments, environment=world | {"RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(processes)
+        Command(path, *arguments, environment=world | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
     ]
     printed = [command.stdout.read() for command in started]
     codes = [command.wait() for command in started]
     return subprocess.CompletedProcess(arguments, max(codes, key=abs), "".join(printed), "")
 
 
-def fork_what_is_spawned(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
-    """From here on the processes of `moco_det.common.launch` come from the server as well."""
-    forked = functools.partial(mp.start_processes, start_method="forkserver")
-    set_attribute(mp, "start_processes", forked)
+def become(environment: dict[str, str], stdout: int, stderr: int) -> None:
+    """Make a process that the server has forked have this environment and these streams."""
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for number in {stdout, stderr} - {1, 2}:
+        os.close(number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
 
 
 def run_in_two_processes(function: Callable[..., None], *arguments) -> None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from commands import Command, python, run, run_as_torchrun
+from commands import Command, python, run, torchrun
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 TOOL = "tools/train_net.py"
@@ -82,12 +82,12 @@ def test_sigterm_saves_and_exits_with_75(command, tmp_path):
 def test_two_processes_train_evaluate_and_agree_with_torchrun(command, tmp_path):
     opts = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "MODEL.RESNETS.NORM", "SyncBN")
     spawned, joined = tmp_path / "spawned", tmp_path / "joined"
-    done = python(*command("--num-gpus", "2", *opts, "OUTPUT_DIR", spawned))
+    done = run(*command("--num-gpus", "2", *opts, "OUTPUT_DIR", spawned))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("engine: native") == 1
     assert done.stdout.count("copypaste: Task: bbox") == 1
-    done = run_as_torchrun(*command(*opts, "OUTPUT_DIR", joined))
-    assert done.returncode == 0, done.stdout
+    done = torchrun(*command(*opts, "OUTPUT_DIR", joined))
+    assert done.returncode == 0, done.stderr
     assert identical(weights(spawned), weights(joined))
 
 
