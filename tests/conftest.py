@@ -1,14 +1,19 @@
-"""How many threads the tests have, and where they find the small real datasets."""
+"""How many threads the tests have, in which order they run, and where the small real data is."""
 
 import os
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from float64 import in_float64
+from paths import REPOSITORY, SHARED_DATA
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED_DATA = Path(os.environ.get("MOCO_DET_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_configure(config):
@@ -48,3 +53,9 @@ def float64():
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture
+def forked_launches(monkeypatch):
+    """The processes of a launch come from a server that has imported torch already."""
+    monkeypatch.setitem(commands.CONTEXTS, "spawn", commands.SpawnByServer())

@@ -5,15 +5,14 @@ The facts are in tests/golden/paper_transfer.yaml, which test_paper_transfer.py 
 
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from paths import CONFIGS
 from recording import FOLDER, read
 
 from moco_det.config.loading import get_cfg, leaves, load_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base-"))
 QUICK = sorted(
     f"quick/{path.name}"

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from paths import REPOSITORY
 
 # What a detector is made of: data in, weights in, predictions out.
 LIBRARY = {"common", "config", "datasets", "densepose", "evaluation", "weights"}

@@ -1,16 +1,11 @@
 """paper_transfer.yaml against experiments.yaml, where that lies beside the repository."""
 
-import os
-from pathlib import Path
-
 import pytest
 import yaml
+from paths import EXPERIMENTS
 from recording import FOLDER
 
 PAPER = yaml.safe_load((FOLDER / "paper_transfer.yaml").read_text())
-EXPERIMENTS = Path(
-    os.environ.get("MOCO_DET_EXPERIMENTS", FOLDER.parents[2] / "shared" / "experiments.yaml")
-)
 
 
 @pytest.fixture(scope="module")

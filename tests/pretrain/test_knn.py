@@ -1,12 +1,11 @@
 """The kNN classifier as a command."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import python
 from noisy_colours import slow_features, write_checkpoint, write_images
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -64,12 +63,8 @@ def test_bad_input_is_named(images, pretrained):
             classify(parse_knn(flags(images, pretrained, *more)), torch.device("cpu"))
 
 
-def test_a_missing_val_is_one_line_without_traceback(repository, images, pretrained):
-    script = str(repository / "pretrain" / "knn.py")
-    done = subprocess.run(
-        [sys.executable, script, *flags(images / "train", pretrained)],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+def test_a_missing_val_is_one_line_without_traceback(images, pretrained):
+    done = python("pretrain/knn.py", *flags(images / "train", pretrained))
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")

@@ -4,15 +4,14 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from commands import IN_FLOAT64, Command, python, run_as_torchrun
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from noisy_colours import slow_features, write_checkpoint, write_images
+from paths import REPOSITORY
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torchvision import transforms
@@ -48,6 +47,15 @@ def pretrained(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar")
 
 
+# A small one: what is saved and resumed does not depend on its width.
+NARROW = "resnet18w0.25x"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("narrow") / "checkpoint.pth.tar", NARROW)
+
+
 @pytest.fixture
 def one_thread():
     """For tiny steps: threads that wait for a busy core would take most of the time."""
@@ -62,17 +70,9 @@ def train(images, pretrained, output, *flags):
     classify(parse_linear(argv), CPU)
 
 
-def command(images, pretrained, output, *flags, launcher=()):
-    script = str(REPOSITORY / "pretrain" / "linear.py")
-    data = [str(images), "--pretrained", str(pretrained), "--output", str(output)]
-    return [sys.executable, *launcher, script, *data, *FLAGS, *flags]
-
-
-def run(*args, **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=600
-    )
+def command(images, pretrained, output, *flags):
+    data = images, "--pretrained", pretrained, "--output", output
+    return REPOSITORY / "pretrain/linear.py", *data, *FLAGS, *flags
 
 
 def checkpoint(output, name=LAST) -> dict:
@@ -143,10 +143,9 @@ def test_the_probe_reaches_the_optimum_of_logistic_regression(images, pretrained
 
 @pytest.mark.parametrize("cache", [(), ("--cache-features",)], ids=["crops", "cached"])
 def test_two_processes_train_as_one_does(images, pretrained, tmp_path, cache):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launcher += (str(REPOSITORY / "tests" / "float64.py"),)
-    done = run(images, pretrained, tmp_path / "two", "-j", "2", *cache, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    two = command(images, pretrained, tmp_path / "two", "-j", "2", *cache)
+    done = run_as_torchrun(*IN_FLOAT64, *two)
+    assert done.returncode == 0, done.stdout
     with in_float64():
         train(images, pretrained, tmp_path / "one", *cache)
     one, two = (checkpoint(tmp_path / name)["state_dict"] for name in ("one", "two"))
@@ -168,21 +167,18 @@ def test_two_processes_train_as_one_does(images, pretrained, tmp_path, cache):
     ],
     ids=["crops", "sigterm", "cached"],
 )
-def test_a_stopped_run_resumes_to_the_same_bits(images, pretrained, tmp_path, cache, by, code):
-    flags = ("--save-steps", "2", "--epochs", "6", *cache)
+def test_a_stopped_run_resumes_to_the_same_bits(images, narrow, tmp_path, cache, by, code):
+    flags = ("-a", NARROW, "--save-steps", "2", "--epochs", "6", *cache)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(images, pretrained, whole, *flags)
-    process = subprocess.Popen(
-        command(images, pretrained, killed, *flags),
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    steps = (line for line in process.stdout if "loss" in line)
-    assert len(list(itertools.islice(steps, 3))) == 3
-    process.send_signal(by)
-    process.stdout.read()
-    assert process.wait() == code
+    train(images, narrow, whole, *flags)
+    with Command(*command(images, narrow, killed, *flags)) as process:
+        steps = (line for line in process.stdout if "loss" in line)
+        assert len(list(itertools.islice(steps, 3))) == 3
+        os.kill(process.pid, by)
+        process.stdout.read()
+        assert process.wait() == code
     assert checkpoint(killed)["step"] >= 2
-    train(images, pretrained, killed, *flags, "--resume", "auto")
+    train(images, narrow, killed, *flags, "--resume", "auto")
     for name in (LAST, BEST):
         one, two = checkpoint(whole, name), checkpoint(killed, name)
         momentum = [state["optimizer"]["state"][0]["momentum_buffer"] for state in (one, two)]
@@ -288,7 +284,7 @@ def test_a_checkpoint_without_a_query_encoder_is_refused(images, tmp_path):
 
 
 def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_path):
-    done = run(images / "train", pretrained, tmp_path)
+    done = python(*command(images / "train", pretrained, tmp_path))
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")

@@ -5,15 +5,15 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import IN_FLOAT64, Command, python, run, run_as_torchrun
 from float64 import ROUNDING, assert_equal_but_for_rounding
+from paths import REPOSITORY
 from same_bits import assert_same_bits
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
@@ -23,7 +23,7 @@ from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
 
 FLAGS = [
-    "-a", "resnet18", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
+    "-a", "resnet18w0.25x", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
     "--mlp", "--aug-plus", "--cos", "--epochs", "3", "-j", "1", "--seed", "7", "-p", "1",
 ]  # fmt: skip
 STEPS = 9  # 3 epochs of 3 steps: 50 images in batches of 16
@@ -43,17 +43,8 @@ def images(tmp_path_factory):
     return root
 
 
-def command(repository, images, output, *flags, launcher=()):
-    main = str(repository / "pretrain" / "main.py")
-    return [sys.executable, *launcher, main, str(images), *FLAGS, "--output", str(output), *flags]
-
-
-def run(repository, images, output, *flags, launcher=(), **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(repository, images, output, *flags, launcher=launcher),
-        env=env, capture_output=True, text=True, timeout=600, **kwargs,
-    )  # fmt: skip
+def command(images, output, *flags):
+    return REPOSITORY / "pretrain/main.py", images, *FLAGS, "--output", output, *flags
 
 
 def checkpoint(output) -> dict:
@@ -68,10 +59,8 @@ def losses(output) -> list[float]:
 @pytest.fixture(scope="module")
 def whole_run(images, tmp_path_factory):
     """One uninterrupted run in one process with two BN groups: its output folder."""
-    from conftest import REPOSITORY
-
     output = tmp_path_factory.mktemp("whole")
-    done = run(REPOSITORY, images, output, "--knn-every", "2")
+    done = run(*command(images, output, "--knn-every", "2"))
     assert done.returncode == 0, done.stderr
     return output
 
@@ -80,7 +69,7 @@ def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
     state = checkpoint(whole_run)
     assert state["epoch"] == 3
     assert state["step"] == STEPS
-    assert state["arch"] == "resnet18"
+    assert state["arch"] == "resnet18w0.25x"
     assert int(state["state_dict"]["module.queue_ptr"]) == STEPS * 16 % 40
     assert list(whole_run.glob("events.out.tfevents.*"))
     kept = sorted(path.name for path in whole_run.glob("checkpoint_0*"))
@@ -96,13 +85,11 @@ def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
     assert [line["lr"] for line in steps[::3]] == pytest.approx([0.03, 0.0225, 0.0075])
 
 
-def test_two_processes_train_as_two_groups_do(repository, images, tmp_path):
+def test_two_processes_train_as_two_groups_do(images, tmp_path):
     flags = ("--epochs", "1", "--knn-every", "1")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    in_float64 = str(repository / "tests" / "float64.py")
-    for output, by in ((tmp_path / "one", ()), (tmp_path / "two", launcher)):
-        done = run(repository, images, output, *flags, launcher=(*by, in_float64))
-        assert done.returncode == 0, done.stderr
+    for output, launch in ((tmp_path / "one", run), (tmp_path / "two", run_as_torchrun)):
+        done = launch(*IN_FLOAT64, *command(images, output, *flags))
+        assert done.returncode == 0, done.stdout + done.stderr
     one, two = (checkpoint(tmp_path / output)["state_dict"] for output in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
@@ -110,22 +97,13 @@ def test_two_processes_train_as_two_groups_do(repository, images, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=ROUNDING)
 
 
-def test_the_official_launch_flags_run_on_a_cpu(repository, images, tmp_path, whole_run):
+def test_the_official_launch_flags_run_on_a_cpu(images, tmp_path, whole_run):
     official = "--dist-url tcp://localhost:0 --multiprocessing-distributed --world-size 1 --rank 0"
-    done = run(repository, images, tmp_path, "--knn-every", "2", *official.split())
+    done = run(*command(images, tmp_path, "--knn-every", "2", *official.split()))
     assert done.returncode == 0, done.stderr
     assert_same_bits(
         checkpoint(tmp_path)["state_dict"], checkpoint(whole_run)["state_dict"], "state_dict"
     )
-
-
-def start(repository, images, output, *flags):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(repository, images, output, *flags),
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
 
 
 def wait_for_steps(process, count: int) -> None:
@@ -134,46 +112,44 @@ def wait_for_steps(process, count: int) -> None:
     assert len(list(itertools.islice(steps, count))) == count
 
 
-def test_a_killed_run_resumes_to_the_same_bits(repository, images, tmp_path, whole_run):
+def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, whole_run):
     flags = ("--knn-every", "2", "--save-steps", "2")
     whole = tmp_path / "whole"
-    assert run(repository, images, whole, *flags).returncode == 0
+    assert run(*command(images, whole, *flags)).returncode == 0
     killed = tmp_path / "killed"
     rng = np.random.default_rng()
-    process = start(repository, images, killed, *flags)
-    wait_for_steps(process, int(rng.integers(3, STEPS)))  # step 2 was saved before step 3
-    time.sleep(float(rng.uniform(0, 0.2)))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with Command(*command(images, killed, *flags)) as process:
+        wait_for_steps(process, int(rng.integers(3, STEPS)))  # step 2 was saved before step 3
+        time.sleep(float(rng.uniform(0, 0.2)))
     stopped_at = checkpoint(killed)["step"]
     assert 0 < stopped_at <= STEPS
 
-    done = run(repository, images, killed, *flags, "--resume", "auto")
+    done = run(*command(images, killed, *flags, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
     assert_same_bits(checkpoint(killed), checkpoint(whole))
     assert losses(killed) == losses(whole) == losses(whole_run)
 
 
-def test_sigterm_saves_and_resumes_to_the_same_bits(repository, images, tmp_path, whole_run):
-    process = start(repository, images, tmp_path, "--knn-every", "2")
-    wait_for_steps(process, 4)  # within the second epoch
-    os.killpg(process.pid, signal.SIGTERM)  # the loader's workers hear it too
-    process.stdout.read()
-    assert process.wait() == EXIT_INTERRUPTED
+def test_sigterm_saves_and_resumes_to_the_same_bits(images, tmp_path, whole_run):
+    with Command(*command(images, tmp_path, "--knn-every", "2")) as process:
+        wait_for_steps(process, 4)  # within the second epoch
+        os.killpg(process.pid, signal.SIGTERM)  # the loader's workers hear it too
+        process.stdout.read()
+        assert process.wait() == EXIT_INTERRUPTED
     assert 4 <= checkpoint(tmp_path)["step"] < STEPS
-    done = run(repository, images, tmp_path, "--knn-every", "2", "--resume", "auto")
+    done = run(*command(images, tmp_path, "--knn-every", "2", "--resume", "auto"))
     assert done.returncode == 0, done.stderr
     assert_same_bits(checkpoint(tmp_path), checkpoint(whole_run))
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(repository, images, tmp_path):
-    assert run(repository, images, tmp_path, "--epochs", "1").returncode == 0
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(images, tmp_path):
+    assert run(*command(images, tmp_path, "--epochs", "1")).returncode == 0
     before = (tmp_path / LAST).read_bytes()
-
-    def limit_file_size():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
-
-    done = run(repository, images, tmp_path, "--resume", "auto", preexec_fn=limit_file_size)
+    done = run(*command(images, tmp_path, "--resume", "auto"), before=limit_file_size)
     assert done.returncode == 1
     assert "could not save" in done.stderr
     assert "is intact" in done.stderr
@@ -182,12 +158,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(repository, images, tmp_path
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_official_layout_resumes(repository, images, tmp_path, whole_run):
+def test_official_layout_resumes(images, tmp_path, whole_run):
     """A file as main_moco.py writes it: four entries, no position within the epoch."""
     ours = checkpoint(whole_run)
     official = {key: ours[key] for key in ("arch", "state_dict", "optimizer")} | {"epoch": 2}
     torch.save(official, tmp_path / "checkpoint_0001.pth.tar")
-    done = run(repository, images, tmp_path, "--resume", str(tmp_path / "checkpoint_0001.pth.tar"))
+    done = run(*command(images, tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar"))
     assert done.returncode == 0, done.stderr
     assert "epoch 2, step 6" in done.stdout
     assert checkpoint(tmp_path)["epoch"] == 3
@@ -210,8 +186,8 @@ def test_bad_input_is_named(images, tmp_path, flags, message):
         pretrain(parse_pretraining(argv), torch.device("cpu"))
 
 
-def test_an_error_is_one_line_without_traceback(repository, tmp_path):
-    done = run(repository, tmp_path / "absent", tmp_path / "output")
+def test_an_error_is_one_line_without_traceback(tmp_path):
+    done = python(*command(tmp_path / "absent", tmp_path / "output"))
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: no such folder")
@@ -219,7 +195,7 @@ def test_an_error_is_one_line_without_traceback(repository, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path, whole_run):
     flags = ["-a", "resnet34", "--resume", str(whole_run / LAST), "--output", str(tmp_path)]
-    with pytest.raises(UserError, match="holds a resnet18, not a resnet34"):
+    with pytest.raises(UserError, match="holds a resnet18w0.25x, not a resnet34"):
         pretrain(parse_pretraining([str(images), *FLAGS, *flags]), torch.device("cpu"))
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from paths import CONFIGS
+
 FILES = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "quick").rglob("*.yaml")])
 NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
 RUNS = [name for name in NAMES if not Path(name).name.startswith("Base-")]

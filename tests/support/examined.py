@@ -1,11 +1,9 @@
 """What the doctor's tests share: run it on named sets, and take its findings apart."""
 
-from pathlib import Path
+from paths import CONFIGS
 
 from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import examine
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def doctor(train, test=None, *opts, config="Base-RCNN-FPN-BN", limit=None):

@@ -7,6 +7,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models import resnet18
 
+from pretrain.moco.encoders import build_encoder
+
 
 def write_images(root):
     """50 images in train/ and 41 in val/: noise around a colour that is itself uncertain."""
@@ -23,13 +25,13 @@ def write_images(root):
     return root
 
 
-def write_checkpoint(path):
-    """A random ResNet-18 in the official layout; its BN statistics are not the initial ones."""
+def write_checkpoint(path, arch="resnet18"):
+    """A random encoder in the official layout; its BN statistics are not the initial ones."""
     torch.manual_seed(3)
-    encoder = resnet18(num_classes=8)
+    encoder = build_encoder(arch, dim=8)
     encoder.train()(torch.randn(8, 3, 32, 32))
     state = {f"module.encoder_q.{name}": value for name, value in encoder.state_dict().items()}
-    torch.save({"epoch": 1, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state, "optimizer": {}}, path)
     return path
 
 

@@ -1,20 +1,19 @@
 """The ablation command: what it lists, and whole grids on commands that only pretend, and real."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
+from commands import Command, load_command, python
+from commands import run as run_command
 
 from moco_det.benchmark.jobs import ablation
-from tools.ablate import main
 
+main = load_command("tools/ablate.py").main
 BASE = {"arch": "resnet18w0.25x", "image_size": 32}
 
 # Stand-ins for main.py, knn.py and linear.py that do nothing but leave numbers.
@@ -157,30 +156,30 @@ def test_bad_input_is_one_line(data, tmp_path, arguments, message, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_grid_ends_with_the_same_table(repository, data, tmp_path):
+def test_a_killed_grid_ends_with_the_same_table(data, tmp_path):
     """The real commands: pretraining is stopped after a few steps, and goes on from there."""
     base = BASE | {
-        "batch_size": 8, "bn_groups": 2, "epochs": 30, "moco_k": 16, "moco_dim": 8,
+        "batch_size": 8, "bn_groups": 2, "epochs": 12, "moco_k": 16, "moco_dim": 8,
         "knn_every": 0, "print_freq": 4, "save_steps": 1,
     }  # fmt: skip
     probe = {"cache_features": True, "epochs": 2, "batch_size": 8, "lr": 0.1}
     path = write(tmp_path, base=base, rows=[{}], seeds=1, knn={"neighbours": 5}, linear=probe)
-    command = [sys.executable, str(repository / "tools/ablate.py"), str(path), "-j", "0"]
-    command += ["--data", str(data), "--output"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ("tools/ablate.py", path, "-j", "0", "--data", data, "--output")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], check=True, timeout=600, env=environment)
-    process = subprocess.Popen([*command, str(killed)], env=environment)
+    done = python(*command, whole)
+    assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 600
     checkpoint = killed / "base/seed0/checkpoint_last.pth.tar"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(120) == 143
+    with Command(*command, killed) as process:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(120) == 143
     assert not (killed / "base/seed0/knn.json").exists()
-    subprocess.run([*command, str(killed)], check=True, timeout=600, env=environment)
+    done = run_command(*command, killed)
+    assert done.returncode == 0, done.stderr
     assert "resumed" in (killed / "base/seed0/log.txt").read_text()
     assert (killed / "table.md").read_text() == (whole / "table.md").read_text()
     one, two = (json.loads((o / "base/seed0/run.json").read_text()) for o in (whole, killed))

@@ -1,22 +1,16 @@
 """The commands' output; how long anything takes is no test."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from commands import load_command
 
 from moco_det.benchmark.speed.cost import Cost
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 
 @pytest.fixture
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_command("tools/benchmark.py")
 
 
 @pytest.fixture

@@ -1,27 +1,15 @@
 """tools/check_data.py as a user meets it."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from commands import load_command
 from tiny_voc import write_tiny_config, write_tiny_voc
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_data.py"
-
-
-def load_tool():
-    """By path: Detectron2's checkout has a package `tools` as well."""
-    spec = importlib.util.spec_from_file_location("check_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
     """Function: arguments -> exit code, stdout and stderr of the command on a tiny data set."""
     config = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
-    tool = load_tool()
+    tool = load_command("tools/check_data.py")
 
     def finish(*arguments):
         with pytest.raises(SystemExit) as stop:

@@ -1,21 +1,17 @@
 """tools/check_parity.py on every run that is shipped, and on engines that do differ."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import load_command, python
 from detector_configs import CONFIGS, RUNS
 
 from moco_det.config.loading import leaves, load_config
 from moco_det.native.engine.probe import Probe
 from moco_det.native.modeling import keypoint_head, meta_arch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TOOL = REPOSITORY / "tools" / "check_parity.py"
+TOOL = "tools/check_parity.py"
 # So that res5 on the regions of a C4 detector takes seconds, and 1230 masks of each region do.
 SMALL = {
     "MODEL.DEVICE": "cpu",
@@ -42,15 +38,7 @@ def distinct_models(architecture):
     ]
 
 
-def load_tool():
-    """By path: Detectron2's checkout has a package `tools` as well."""
-    spec = importlib.util.spec_from_file_location("check_parity", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_parity = load_tool()
+check_parity = load_command(TOOL)
 
 
 def run(config, *flags):
@@ -185,13 +173,8 @@ def test_detectron2_that_does_not_import(tmp_path):
     (tmp_path / "detectron2").mkdir()
     broken = "raise ImportError('_C.so: undefined symbol')\n"
     (tmp_path / "detectron2" / "__init__.py").write_text(broken)
-    done = subprocess.run(
-        [sys.executable, TOOL, "--config-file", CONFIGS / QUICKSTART],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = python(TOOL, "--config-file", CONFIGS / QUICKSTART, environment=environment)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))

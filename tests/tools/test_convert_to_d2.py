@@ -1,13 +1,11 @@
 """The command: what it prints, what it leaves, how it fails."""
 
 import pickle
-import runpy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torchvision
+from commands import load_command, python, run
 from float64 import ROUNDING
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -18,12 +16,8 @@ ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 ENCODERS += ["resnext50_32x8d", "resnet50w2x", "resnet50w4x"]
 # One of each kind: the wide ones take gigabytes, a narrow one is built in the same way.
 COMPUTED = ["resnet18", "resnet50", "resnext50_32x8d", "resnet50w0.25x"]
+TOOL = "tools/convert_to_d2.py"
 STAGES = ["res2", "res3", "res4", "res5"]
-
-
-def run(repository, *arguments):
-    command = [sys.executable, repository / "tools" / "convert_to_d2.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def write_checkpoint(path, network):
@@ -32,9 +26,9 @@ def write_checkpoint(path, network):
     torch.save({"epoch": 1, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
 
 
-def test_converts_and_reports(repository, tmp_path):
+def test_converts_and_reports(tmp_path):
     write_checkpoint(tmp_path / "checkpoint_last.pth.tar", torchvision.models.resnet18())
-    done = run(repository, tmp_path / "checkpoint_last.pth.tar", tmp_path / "weights.pkl")
+    done = python(TOOL, tmp_path / "checkpoint_last.pth.tar", tmp_path / "weights.pkl")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "MoCo checkpoint, ResNet-18"
@@ -50,11 +44,11 @@ def test_converts_and_reports(repository, tmp_path):
     assert len(content["model"]) == 120
 
 
-def test_failure_is_one_line_and_leaves_no_file(repository, tmp_path):
+def test_failure_is_one_line_and_leaves_no_file(tmp_path):
     network = torchvision.models.resnet18()
     network.conv1 = torch.nn.Conv2d(3, 64, 3, bias=False)
     write_checkpoint(tmp_path / "small.pth.tar", network)
-    done = run(repository, tmp_path / "small.pth.tar", tmp_path / "weights.pkl")
+    done = run(TOOL, tmp_path / "small.pth.tar", tmp_path / "weights.pkl")
     assert done.returncode == 1
     (line,) = (x for x in done.stderr.splitlines() if "Warning" not in x and "warn" not in x)
     assert line.startswith("error: ")
@@ -75,11 +69,10 @@ def pretrained_shapes(arch: str):
 
 
 @pytest.mark.parametrize("arch", ENCODERS)
-def test_every_encoder_of_the_paper_fits_the_native_engine(repository, arch):
-    tool = runpy.run_path(str(repository / "tools" / "convert_to_d2.py"))
+def test_every_encoder_of_the_paper_fits_the_native_engine(arch):
     architecture, converted = pretrained_shapes(arch)
     with torch.device("meta"):
-        assert shapes(tool["build_backbone"](architecture).state_dict()) == converted
+        assert shapes(load_command(TOOL).build_backbone(architecture).state_dict()) == converted
 
 
 def detectron2_backbone(architecture):
@@ -105,7 +98,7 @@ def test_every_encoder_of_the_paper_fits_detectron2(arch):
 
 @pytest.mark.parametrize("arch", COMPUTED)
 @pytest.mark.parametrize("engine", ["native", "detectron2"])
-def test_features_are_those_of_the_encoder(repository, arch, engine):
+def test_features_are_those_of_the_encoder(arch, engine):
     """On small inputs, in each stage: relative to the largest, since random networks grow."""
     torch.manual_seed(0)
     encoder = build_encoder(arch, dim=8)
@@ -115,8 +108,7 @@ def test_features_are_those_of_the_encoder(repository, arch, engine):
         elif name.endswith("running_var"):
             value.uniform_(0.5, 1.5)
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("fc.")}
-    tool = runpy.run_path(str(repository / "tools" / "convert_to_d2.py"))
-    build = tool["build_backbone"] if engine == "native" else detectron2_backbone
+    build = load_command(TOOL).build_backbone if engine == "native" else detectron2_backbone
     backbone = build(infer_architecture(state))
     backbone.load_state_dict(rename(state, "torchvision", "detectron2"))
     encoder, backbone = encoder.double(), backbone.double()
@@ -130,10 +122,10 @@ def test_features_are_those_of_the_encoder(repository, arch, engine):
         assert difference < ROUNDING, stage
 
 
-def test_a_narrow_resnet_18_has_no_shape_in_detectron2(repository, tmp_path):
+def test_a_narrow_resnet_18_has_no_shape_in_detectron2(tmp_path):
     """Its RES2_OUT_CHANNELS is 64 for basic blocks, whatever the config says."""
     write_checkpoint(tmp_path / "narrow.pth.tar", build_encoder("resnet18w0.25x", dim=8))
-    done = run(repository, tmp_path / "narrow.pth.tar", tmp_path / "weights.pkl")
+    done = run(TOOL, tmp_path / "narrow.pth.tar", tmp_path / "weights.pkl")
     assert done.returncode == 1
     assert "not a whole ResNet-18: " in done.stderr
     assert "conv1.weight has the shape (16, 3, 7, 7), not (64, 3, 7, 7)" in done.stderr

@@ -1,10 +1,10 @@
 """The quickstart's plan, its refusals, and one run of the whole chain on a handful of images."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+from commands import python, run
 
 from moco_det.benchmark.jobs.job import JobFolder
 from moco_det.benchmark.jobs.quickstart import (
@@ -16,6 +16,8 @@ from moco_det.benchmark.jobs.quickstart import (
 )
 from moco_det.benchmark.synthetic import images as synthetic_images
 from moco_det.common.errors import UserError
+
+TOOL = "tools/quickstart.py"
 
 RECIPE = """
 arch: resnet18
@@ -159,23 +161,18 @@ def test_a_folder_that_is_still_written_is_left_alone(tmp_path):
     assert not (tmp_path / "pretrain").exists()
 
 
-def run_tool(repository, *arguments):
-    command = [sys.executable, str(repository / "tools/quickstart.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def test_bad_input_is_one_line_and_a_code(repository, tmp_path):
-    done = run_tool(repository, "--output", tmp_path / "o", "--images", tmp_path)
+def test_bad_input_is_one_line_and_a_code(tmp_path):
+    done = python(TOOL, "--output", tmp_path / "o", "--images", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: --images and --voc go together: unlabelled images, and annotated ones"
     ]
 
 
-def test_a_failing_step_ends_the_run_with_its_code(repository, small):
+def test_a_failing_step_ends_the_run_with_its_code(small):
     (small / "recipe.yaml").write_text("no_such_flag: 1\n")
-    done = run_tool(
-        repository, "--output", small / "out", "--images", small / "images", "--voc",
+    done = run(
+        TOOL, "--output", small / "out", "--images", small / "images", "--voc",
         small / "scenes", "--recipe", small / "recipe.yaml",
     )  # fmt: skip
     assert done.returncode == 1
@@ -186,9 +183,9 @@ def test_a_failing_step_ends_the_run_with_its_code(repository, small):
 
 
 @pytest.mark.slow
-def test_the_whole_chain_on_a_handful_of_images(repository, small):
-    done = run_tool(
-        repository, "--output", small / "out", "--images", small / "images", "--voc",
+def test_the_whole_chain_on_a_handful_of_images(small):
+    done = run(
+        TOOL, "--output", small / "out", "--images", small / "images", "--voc",
         small / "scenes", "--recipe", small / "recipe.yaml", "--config-file",
         small / "config.yaml", "--seed", 3, "--seeds", 1,
     )  # fmt: skip

@@ -6,36 +6,21 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from commands import Command, load_command, python, run
 
 from moco_det.benchmark.synthetic import tasks
 from moco_det.weights.names import Architecture, rename
-from tools.reproduce import main
 
+main = load_command("tools/reproduce.py").main
+
+TOOL = "tools/reproduce.py"
 SMALL = [
     *("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", "1"),
     *("SOLVER.IMS_PER_BATCH", "2", "TEST.PRECISE_BN.NUM_ITER", "1", "INPUT.CROP.SIZE", "[65,65]"),
 ]
-
-
-@pytest.fixture
-def tool(repository):
-    def start(*arguments):
-        command = [sys.executable, str(repository / "tools/reproduce.py"), *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=repository
-        )
-
-    return start
-
-
-def finished(process, timeout=900):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +47,28 @@ def weights(tmp_path_factory):
         (["--trials", "0"], "--trials must be at least 1"),
         (["--opts", "SOLVER.MAX_ITER"], "pairs of a key and a value"),
         (["--weights", "a=b=c"], "is not a file"),
-        (["--weights", "random=tools/reproduce.py"], "cannot name a row"),
+        (["--weights", f"random={__file__}"], "cannot name a row"),
     ],
 )
-def test_bad_input_is_one_line(tool, arguments, words):
-    code, _, err = finished(tool(*arguments, "--dry-run"))
-    assert code == 1
-    assert len(err.splitlines()) == 1
-    assert err.startswith("error: ") and words in err
+def test_bad_input_is_one_line(arguments, words):
+    done = run(TOOL, *arguments, "--dry-run")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and words in done.stderr
 
 
-def test_dry_run_lists_runs_and_hours(tool, weights, tmp_path):
+def test_dry_run_lists_runs_and_hours(weights, tmp_path):
     arguments = ["--weights", weights, "--tables", "2", "--output", tmp_path, "--trials", 1]
-    code, out, _ = finished(tool(*arguments, "--dry-run"))
-    assert code == 0
-    lines = {line.split()[0]: line.split()[1] for line in out.splitlines() if "/trial" in line}
+    done = python(TOOL, *arguments, "--dry-run")
+    assert done.returncode == 0
+    listed = [line.split() for line in done.stdout.splitlines() if "/trial" in line]
+    lines = {line[0]: line[1] for line in listed}
     rows = ("random", "supervised", "moco_in1m")
     # 24000 x 0.537 s x 8 GPUs / 3600
     assert lines == {f"voc_R50_DC5_24k/{row}/trial1": "unknown" for row in rows} | {
         f"voc_R50_C4_24k/{row}/trial1": "28.6" for row in rows
     }
-    assert "6 runs to do: 86 GPU hours, and 3 runs whose time is unknown" in out
+    assert "6 runs to do: 86 GPU hours, and 3 runs whose time is unknown" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +84,7 @@ def _read(path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the runs' processes in /proc")
-def test_killed_at_random_moments_it_ends_with_the_same_table(tool, weights, tmp_path):
+def test_killed_at_random_moments_it_ends_with_the_same_table(weights, tmp_path):
     def arguments(name):
         root = tmp_path / name
         tasks.write_scenes(root / "data", "train", 0, 4)
@@ -109,23 +95,23 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tool, weights, tmp
             "--output", root, "--opts", *SMALL,
         ]  # fmt: skip
 
-    code, out, err = finished(tool(*arguments("whole")))
-    assert code == 0, out + err
+    done = run(TOOL, *arguments("whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
 
     killed = arguments("killed")
     for with_runs in (True, False):
-        process = tool(*killed)
-        while process.poll() is None and not list((tmp_path / "killed").rglob("run.json")):
-            time.sleep(0.1)
-        moment = random.uniform(0, 8)
-        print(f"killed {moment:.1f} s after the first run has begun")  # shown if the test fails
-        time.sleep(moment)
-        victims = [*(children(process.pid) if with_runs else []), process.pid]
-        for pid in victims if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    code, out, err = finished(tool(*killed))
-    assert code == 0, out + err
+        with Command(TOOL, *killed) as process:
+            while process.poll() is None and not list((tmp_path / "killed").rglob("run.json")):
+                time.sleep(0.1)
+            moment = random.uniform(0, 8)
+            print(f"killed {moment:.1f} s after the first run has begun")  # if the test fails
+            time.sleep(moment)
+            victims = [*(children(process.pid) if with_runs else []), process.pid]
+            for pid in victims if process.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()  # a run may outlive it
+    done = run(TOOL, *killed)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     reports = {name: (tmp_path / name / "report.csv").read_text() for name in ("whole", "killed")}
     assert reports["whole"] == reports["killed"]
@@ -133,10 +119,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tool, weights, tmp
     tables = json.loads((tmp_path / "killed/report.json").read_text())["tables"]
     assert [row["cells"][0][0]["n"] for row in tables[0]["rows"]] == [1, 1]
 
-    code, out, _ = finished(tool(*killed, "--status"))
-    assert code == 0 and "2 finished" in out
-    code, out, _ = finished(tool(*killed))  # nothing is run again
-    assert code == 0 and "2 of 2 runs are finished" in out
+    done = run(TOOL, *killed, "--status")
+    assert done.returncode == 0 and "2 finished" in done.stdout
+    done = run(TOOL, *killed)  # nothing is run again
+    assert done.returncode == 0 and "2 of 2 runs are finished" in done.stdout
 
 
 def test_runs_of_the_first_version_are_read(weights, repository, tmp_path, capsys):
@@ -171,15 +157,14 @@ def test_runs_of_the_first_version_are_read(weights, repository, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_reported_with_the_end_of_its_log(tool, weights, tmp_path):
+def test_a_failed_run_is_reported_with_the_end_of_its_log(weights, tmp_path):
     tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
     (tmp_path / "draw.done").touch()
-    process = tool(
-        "--quick", "--tables", "6-semantic", "--trials", 1, "--weights", f"moco={weights}",
+    done = run(
+        TOOL, "--quick", "--tables", "6-semantic", "--trials", 1, "--weights", f"moco={weights}",
         "--output", tmp_path, "--retries", 0, "--opts", *SMALL,
     )  # fmt: skip
-    code, out, _ = finished(process)
-    assert code == 1
-    assert "voc_R50_FCN16/random/trial1: exit code 1; the end of" in out
-    assert "train.txt, which does not exist" in out
+    assert done.returncode == 1
+    assert "voc_R50_FCN16/random/trial1: exit code 1; the end of" in done.stdout
+    assert "train.txt, which does not exist" in done.stdout
     assert "2 failed" in (tmp_path / "report.md").read_text()

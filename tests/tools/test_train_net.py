@@ -1,37 +1,25 @@
 """The command line, as a user meets it: exit codes, one-line errors, kill and resume."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from commands import Command, python, run, torchrun
 from tiny_voc import write_tiny_config, write_tiny_voc
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TOOL = "tools/train_net.py"
 
 
 @pytest.fixture
-def command(tmp_path, repository):
-    """Function: arguments -> the command line on a tiny data set."""
+def command(tmp_path):
+    """Function: arguments -> the command on a tiny data set."""
     config = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
-    tool = repository / "tools" / "train_net.py"
 
-    def build(*arguments, launcher=()):
-        options = ("--config-file", str(config), "--engine", "native")
-        return [sys.executable, *launcher, str(tool), *options, *arguments]
+    def build(*arguments):
+        return TOOL, "--config-file", config, "--engine", "native", *arguments
 
     return build
-
-
-@pytest.fixture
-def finish():
-    def run(command):
-        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-
-    return run
 
 
 def error_lines(done):
@@ -47,7 +35,7 @@ def weights(folder):
 def wait_for(path, process):
     deadline = time.monotonic() + 600
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -60,68 +48,60 @@ def identical(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_kill_9_then_resume_equals_one_run(command, finish, tmp_path):
+def test_kill_9_then_resume_equals_one_run(command, tmp_path):
     opts = ("DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "8", "SOLVER.STEPS", "(5,)")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = finish(command(*opts, "OUTPUT_DIR", str(whole)))
+    done = run(*command(*opts, "OUTPUT_DIR", whole))
     assert done.returncode == 0, done.stderr
     first_line = done.stdout.splitlines()[0]
     assert first_line.startswith("engine: native (")
     assert "AP50 |" in done.stdout
 
-    killed = subprocess.Popen(
-        command(*opts, "OUTPUT_DIR", str(parts)), env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
-    wait_for(parts / "model_0000003.pth", killed)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    with Command(*command(*opts, "OUTPUT_DIR", parts)) as killed:
+        wait_for(parts / "model_0000003.pth", killed)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
     assert not (parts / "model_final.pth").exists()
-    done = finish(command("--resume", *opts, "OUTPUT_DIR", str(parts)))
+    done = run(*command("--resume", *opts, "OUTPUT_DIR", parts))
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert identical(weights(whole), weights(parts))
 
 
-def test_sigterm_saves_and_exits_with_75(command, finish, tmp_path):
+def test_sigterm_saves_and_exits_with_75(command, tmp_path):
     opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
-    started = subprocess.Popen(
-        command(*opts, "OUTPUT_DIR", str(tmp_path / "out")),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert any("iter: 19" in line for line in started.stdout)
-    started.terminate()
-    output = started.stdout.read()
-    assert started.wait(120) == 75
+    with Command(*command(*opts, "OUTPUT_DIR", tmp_path / "out")) as started:
+        assert any("iter: 19" in line for line in started.stdout)
+        started.terminate()
+        output = started.stdout.read()
+        assert started.wait() == 75
     saved = (tmp_path / "out" / "last_checkpoint").read_text()
     assert f"saved {tmp_path / 'out' / saved}" in output
 
 
-def test_two_processes_train_evaluate_and_agree_with_torchrun(command, finish, tmp_path):
+def test_two_processes_train_evaluate_and_agree_with_torchrun(command, tmp_path):
     opts = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "MODEL.RESNETS.NORM", "SyncBN")
     spawned, joined = tmp_path / "spawned", tmp_path / "joined"
-    done = finish(command("--num-gpus", "2", *opts, "OUTPUT_DIR", str(spawned)))
+    done = run(*command("--num-gpus", "2", *opts, "OUTPUT_DIR", spawned))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("engine: native") == 1
     assert done.stdout.count("copypaste: Task: bbox") == 1
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = finish(command(*opts, "OUTPUT_DIR", str(joined), launcher=torchrun))
+    done = torchrun(*command(*opts, "OUTPUT_DIR", joined))
     assert done.returncode == 0, done.stderr
     assert identical(weights(spawned), weights(joined))
 
 
-def test_evaluation_alone_repeats_the_result_and_checks_it(command, finish, tmp_path):
-    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(tmp_path / "out"))
-    done = finish(command(*opts))
+def test_evaluation_alone_repeats_the_result_and_checks_it(command, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tmp_path / "out")
+    done = run(*command(*opts))
     assert done.returncode == 0, done.stderr
     result = done.stdout.splitlines()[-1]
     assert result.startswith("copypaste: ")
-    opts = ("--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
-    done = finish(command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',50.0,50.0]]"))
+    opts = ("--eval-only", *opts, "MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth")
+    done = run(*command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',50.0,50.0]]"))
     assert done.returncode == 0, done.stderr
     assert result in done.stdout
-    done = finish(command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',300.0,1.0]]"))
+    done = run(*command(*opts, "TEST.EXPECTED_RESULTS", "[['bbox','AP50',300.0,1.0]]"))
     assert done.returncode == 1
     assert "bbox/AP50" in error_lines(done)[0]
 
@@ -138,9 +118,8 @@ def test_evaluation_alone_repeats_the_result_and_checks_it(command, finish, tmp_
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_are_told_in_one_line(command, finish, tmp_path, arguments, message):
-    out = ("OUTPUT_DIR", str(tmp_path / "out"))
-    done = finish(command(*arguments, *out))
+def test_mistakes_are_told_in_one_line(command, tmp_path, arguments, message):
+    done = run(*command(*arguments, "OUTPUT_DIR", tmp_path / "out"))
     assert done.returncode == 1
     assert len(error_lines(done)) == 1
     assert message in error_lines(done)[0]
@@ -153,15 +132,9 @@ def test_a_detectron2_that_cannot_be_imported_is_explained(command, tmp_path, en
     package.mkdir(parents=True)
     words = "undefined symbol: _ZN3c10"
     (package / "__init__.py").write_text(f"raise ImportError({words!r})")
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(package.parent)}
-    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(tmp_path / "out"))
-    done = subprocess.run(
-        command("--engine", engine, *opts),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tmp_path / "out")
+    environment = {"PYTHONPATH": str(package.parent)}
+    done = python(*command("--engine", engine, *opts), environment=environment)
     why = f"detectron2 is installed but cannot be imported (ImportError: {words})"
     if engine == "auto":
         assert done.returncode == 0, done.stderr
@@ -172,10 +145,9 @@ def test_a_detectron2_that_cannot_be_imported_is_explained(command, tmp_path, en
         assert error_lines(done) == [f"error: {why}; {advice}"]
 
 
-def test_a_broken_image_is_named(command, finish, tmp_path):
+def test_a_broken_image_is_named(command, tmp_path):
     for path in (tmp_path / "voc" / "JPEGImages").iterdir():
         path.write_bytes(path.read_bytes()[:400])
-    out = ("OUTPUT_DIR", str(tmp_path / "out"))
-    done = finish(command("DATALOADER.NUM_WORKERS", "1", *out))
+    done = run(*command("DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", tmp_path / "out"))
     assert done.returncode == 1
     assert ".jpg" in error_lines(done)[0]

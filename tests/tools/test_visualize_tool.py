@@ -1,26 +1,15 @@
 """tools/visualize.py as a user meets it: which files it writes, and what it refuses."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import load_command
 from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.evaluation.predictions import encode_masks
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
-
-
-def load_tool():
-    """By path: Detectron2's checkout has a package `tools` as well."""
-    spec = importlib.util.spec_from_file_location("visualize_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -31,7 +20,7 @@ def voc(tmp_path):
 @pytest.fixture
 def draw(tmp_path):
     """Function: arguments -> name of each file that is written -> its pixels."""
-    tool = load_tool()
+    tool = load_command("tools/visualize.py")
 
     def run(*arguments):
         out = tmp_path / "pictures"

@@ -39,6 +39,7 @@ def fail_on_second_process():
     comm.synchronize()
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_the_error_of_any_process_is_raised():
     with pytest.raises(UserError, match="only the second process knows"):
         launch(fail_on_second_process, num_gpus=2)

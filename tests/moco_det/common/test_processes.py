@@ -50,6 +50,7 @@ def read(folder, rank):
     return json.loads((folder / f"{rank}.json").read_text())
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_two_processes(tmp_path, capfd):
     launch(exchange, num_gpus=2, args=(str(tmp_path),))
     first, second = read(tmp_path, 0), read(tmp_path, 1)

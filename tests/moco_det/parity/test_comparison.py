@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from paths import CONFIGS
 from torch import nn
 
 from moco_det.config.loading import get_cfg, load_config
@@ -187,9 +188,9 @@ def test_items_have_the_ground_truth_that_the_config_asks_for(mask_format):
 
 
 @pytest.fixture(scope="module")
-def lively(request):
+def lively():
     """A small detector with all heads after `randomize_for_parity`, and what it was given."""
-    path = request.path.parents[3] / "configs" / "quick" / "quickstart_R18_FPN.yaml"
+    path = CONFIGS / "quick" / "quickstart_R18_FPN.yaml"
     torch.manual_seed(0)
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", *ALL_HEADS.split()])
     model = build_model(cfg)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paths import CONFIGS
 
 from moco_det.engines import probe_class
 from moco_det.parity.comparison import draw_items
@@ -14,11 +15,8 @@ OPTS = ["MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", "0.001"]
 def probe(request) -> EngineProbe:
     if request.param == "detectron2":
         pytest.importorskip("detectron2", reason="the plugin needs Detectron2")
-    repository = request.path.parents[3]
     torch.manual_seed(0)
-    return probe_class(request.param)(
-        str(repository / "configs" / "quick" / "quickstart_R18_FPN.yaml"), OPTS
-    )
+    return probe_class(request.param)(str(CONFIGS / "quick" / "quickstart_R18_FPN.yaml"), OPTS)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from densepose_symmetries import write_symmetries
+from paths import CONFIGS
 from tiny_densepose import BOX, write_tiny_densepose
 
 pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
@@ -24,7 +25,7 @@ from moco_det.plugin import load_config
 from moco_det.plugin.data import fields_of, register_datasets
 from moco_det.plugin.trainer import Trainer
 
-CONFIG = Path(__file__).parents[3] / "configs" / "quick" / "densepose_mini_R18_FPN.yaml"
+CONFIG = CONFIGS / "quick" / "densepose_mini_R18_FPN.yaml"
 TINY = """
 MODEL.DEVICE cpu MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.FPN.OUT_CHANNELS 16
 MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.ROI_DENSEPOSE_HEAD.CONV_HEAD_DIM 8

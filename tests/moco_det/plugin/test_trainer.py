@@ -231,6 +231,7 @@ def two_processes(folder):
         torch.save(model.state_dict(), f"{folder}/{kind.__name__}{rank}.pt")
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_precise_bn_is_the_same_on_both_processes_and_detectron2_s_is_not(tmp_path):
     launch(two_processes, num_gpus=2, args=(str(tmp_path),))
 

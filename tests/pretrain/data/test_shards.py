@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from PIL import Image
 from same_bits import assert_same_bits
 
@@ -264,19 +262,11 @@ def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repos
     assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 5
 
 
-def start_pair(tmp_path, name: str, runs: list[list[str]]) -> list[subprocess.Popen]:
+def start_pair(tmp_path, name: str, runs: list[list[str]]) -> list[Command]:
     """Two gloo processes, each the leader of a group that its loading workers belong to."""
-    script = str(Path(__file__).parents[2] / "support" / "recorded_run.py")
-    store = str(tmp_path / f"store_{name}")
-    return [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), store, json.dumps(runs)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for rank in (0, 1)
-    ]
+    store = tmp_path / f"store_{name}"
+    script = "tests/support/recorded_run.py"
+    return [Command(script, rank, store, json.dumps(runs)) for rank in (0, 1)]
 
 
 def seen(output, rank: int) -> list[tuple[int, list[int]]]:
@@ -301,7 +291,7 @@ def test_a_killed_run_neither_loses_nor_repeats_a_sample(pattern, tmp_path):
         time.sleep(0.01)
     time.sleep(float(rng.uniform(0, 0.2)))
     for process in pair:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     stopped_at = torch.load(killed / LAST, weights_only=True)["step"]
     before = [seen(killed, rank) for rank in (0, 1)]

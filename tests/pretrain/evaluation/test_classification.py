@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from noisy_colours import write_checkpoint, write_images
 from same_bits import assert_same_bits
@@ -104,7 +104,6 @@ def test_a_handful_of_photographs_is_learnt_by_heart(shared_data, tmp_path):
 
 
 def run_two(rank: int, images, pretrained, folder) -> None:
-    torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     with in_float64():
@@ -113,7 +112,7 @@ def run_two(rank: int, images, pretrained, folder) -> None:
 
 
 def test_two_processes_train_as_two_groups_do(images, pretrained, tmp_path):
-    mp.spawn(run_two, (images, pretrained, tmp_path), 2)
+    run_in_two_processes(run_two, images, pretrained, tmp_path)
     with in_float64():
         one = train(images, pretrained, tmp_path / "one", "--epochs", "1", "--bn-groups", "2")
     two = checkpoint(tmp_path / "two")

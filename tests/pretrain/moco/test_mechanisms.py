@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from mean_colour import MeanColour, NormalisedColour, features, features_by_group, views
 
@@ -24,7 +24,7 @@ from pretrain.moco.momentum_contrast import MoCo
 
 # 34 images in batches of 16 are two steps an epoch.
 FLAGS = [
-    "-a", "resnet18", "--image-size", "32", "-b", "16", "--bn-groups", "2", "--moco-k", "20",
+    "-a", "resnet18w0.25x", "--image-size", "32", "-b", "16", "--bn-groups", "2", "--moco-k", "20",
     "--moco-dim", "16", "--seed", "7", "-j", "0", "-p", "1", "--knn-every", "0",
     "--iterations", "3",
 ]  # fmt: skip
@@ -75,7 +75,6 @@ def momenta(state: dict) -> list[torch.Tensor]:
 
 def run_all(rank: int, images, output) -> None:
     """The methods in turn, as process `rank` of two, in float64."""
-    torch.set_num_threads(1)
     store = f"file://{output / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     with in_float64():
@@ -100,7 +99,7 @@ def end_to_end_gradient(mine: slice) -> torch.Tensor:
 def two_processes(images, tmp_path_factory):
     """The folder with the methods' outputs, run in two processes with a BN group each."""
     output = tmp_path_factory.mktemp("two")
-    mp.spawn(run_all, (images, output), nprocs=2)
+    run_in_two_processes(run_all, images, output)
     return output
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import CONFIGS, REPOSITORY
 
 from moco_det.benchmark.jobs.ablation import (
     Chain,
@@ -26,8 +27,7 @@ from moco_det.benchmark.report.tables import ablation_table, means_table
 from moco_det.common.errors import UserError
 from pretrain import flags
 
-REPOSITORY = Path(__file__).resolve().parents[4]
-FILES = sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml"))
+FILES = sorted((CONFIGS / "ablations").glob("*.yaml"))
 DATA = Path("DATA")
 
 
@@ -185,7 +185,7 @@ def test_headers_say_how_long_it_takes_and_what_to_expect(path):
 
 def varied(name: str, flag: str) -> list:
     """The values of `flag` over the trained rows of an ablation of the repository."""
-    path = REPOSITORY / "configs" / "ablations" / name
+    path = CONFIGS / "ablations" / name
     commands = [chain.commands()["pretrain"] for chain in chains(path) if chain.variant.trained]
     return [getattr(flags.parse_pretraining(command[1:]), flag) for command in commands]
 

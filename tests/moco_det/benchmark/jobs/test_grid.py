@@ -1,21 +1,17 @@
 """The grid: what is run for which table; the papers' numbers, entry by entry."""
 
-import os
 from pathlib import Path
 
 import pytest
 import yaml
+from paths import CONFIGS, EXPERIMENTS
 from recording import FOLDER
 
 from moco_det.benchmark.jobs.grid import FOLDER as DATA
 from moco_det.benchmark.jobs.grid import load_grid
 from moco_det.common.errors import UserError
 
-CONFIGS = FOLDER.parents[1] / "configs"
 GOLDEN = yaml.safe_load((FOLDER / "paper_transfer.yaml").read_text())
-EXPERIMENTS = Path(
-    os.environ.get("MOCO_DET_EXPERIMENTS", FOLDER.parents[2] / "shared" / "experiments.yaml")
-)
 
 # (table, part) -> where its numbers are in experiments.yaml
 SOURCES = {

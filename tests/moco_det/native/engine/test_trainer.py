@@ -296,6 +296,7 @@ def train_noiseless(cfg):
         train(cfg)
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_two_processes_train_as_one(make_cfg, monkeypatch):
     opts = ("DATALOADER.ASPECT_RATIO_GROUPING", "False")
     one, two = make_cfg("one", *opts), make_cfg("two", *opts)

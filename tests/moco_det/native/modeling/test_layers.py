@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from commands import run_in_two_processes
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
@@ -87,6 +87,7 @@ def two_processes(folder):
         torch.save(statistics(model), f"{folder}/{name}{comm.rank()}.pt")
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_two_processes_end_with_the_same_statistics_of_all(tmp_path):
     launch(two_processes, num_gpus=2, args=(str(tmp_path),))
     mean, var = first_layer_statistics(batches())
@@ -178,7 +179,7 @@ def _sync_batch_norm_process(process: int, folder: str) -> None:
 
 
 def test_sync_batch_norm_of_two_processes_is_batch_norm_over_the_union(tmp_path):
-    mp.spawn(_sync_batch_norm_process, (str(tmp_path),), nprocs=2)
+    run_in_two_processes(_sync_batch_norm_process, str(tmp_path))
     processes = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
 
     reference = nn.BatchNorm1d(3).double()

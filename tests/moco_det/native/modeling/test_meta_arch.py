@@ -1,13 +1,12 @@
 """The whole detector: Detectron2's recorded numbers, input and output conventions, bad configs."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
+import record_model as recorder
 import torch
+from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
+from recording import read
 from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
@@ -15,17 +14,6 @@ from moco_det.config.loading import get_cfg
 from moco_det.native.modeling.backbones import build_backbone
 from moco_det.native.modeling.meta_arch import build_model, detector_postprocess
 
-GOLDEN = Path(__file__).parents[3] / "golden"
-
-
-def load_recorder():
-    spec = importlib.util.spec_from_file_location("record_model", GOLDEN / "record_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recorder = load_recorder()
 GROUND_TRUTH = ("GT_BOXES", "GT_CLASSES", "GT_POLYGONS", "GT_KEYPOINTS", "ORIGINAL")
 
 
@@ -77,7 +65,7 @@ def test_numbers_recorded_from_detectron2(case):
         losses = model.train()(batch)
     result = recorder.summarise(losses, found)
 
-    expected = json.loads((GOLDEN / "detectron2_model.json").read_text())[case]
+    expected = read("model")[case]
     assert list(result["losses"]) == list(expected["losses"])
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-3)
     for ours, theirs in zip(result["detections"], expected["detections"], strict=True):
@@ -304,7 +292,7 @@ def synced_model():
 
 def test_two_processes_with_sync_bn_equal_one(tmp_path):
     """2 processes x 1 image: mean losses, gradients and statistics of 1 process x 2 images."""
-    torch.multiprocessing.spawn(_ddp_process, (str(tmp_path),), nprocs=2)
+    run_in_two_processes(_ddp_process, str(tmp_path))
     results = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
     with in_float64():
         model = synced_model()

@@ -1,0 +1,60 @@
+"""Output folders of the version before: they resume, convert and report as they did there."""
+
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from commands import run
+from previous_runs import COMMANDS, CONVERT, read_metrics, resume_command, summary, write_data
+from recording import FOLDER
+
+RECORDED = json.loads((FOLDER / "previous_version" / "runs.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder that the commands are run in, with the runs and the data that they name."""
+    write_data(tmp_path)
+    with tarfile.open(FOLDER / "previous_version" / "runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def finished(command, codes=(0,)) -> str:
+    done = run(*command)
+    assert done.returncode in codes, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_goes_on_as_in_the_version_before(folder, name):
+    before = len(read_metrics(folder, name))
+    finished(resume_command(name))
+    found, expected = summary(folder, name, before), RECORDED[name]
+    assert found["values"] == expected["values"]
+    assert len(found["losses"]) == len(expected["losses"]) > 0
+    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-4)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+    assert found["norms"].keys() == expected["norms"].keys()
+    scale = max(expected["norms"].values())
+    for key, norm in expected["norms"].items():
+        assert found["norms"][key] == pytest.approx(norm, rel=1e-2, abs=1e-6 * scale), key
+
+
+def test_it_is_converted_to_the_same_arrays(folder):
+    finished([*CONVERT, "again.pkl"])
+    found, expected = (pickle.loads((folder / n).read_bytes()) for n in ("again.pkl", "moco.pkl"))
+    arrays, others = found.pop("model"), expected.pop("model")
+    assert found == expected
+    assert list(arrays) == list(others)
+    for name, array in others.items():
+        assert arrays[name].dtype == array.dtype, name
+        assert np.array_equal(arrays[name], array), name
+
+
+def test_it_is_reported_as_before(folder):
+    assert finished(["pretrain/doctor.py", "moco"], codes=(0, 1)) == RECORDED["doctor"]
+    assert finished(["tools/compare.py", "moco=finished"]) == RECORDED["compare"]
