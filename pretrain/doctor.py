@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Say in plain words what is wrong with a run of pretraining, from its log.
+"""Say in plain words what is wrong with a pretraining run, from its log.
 
     python pretrain/doctor.py output/moco
 

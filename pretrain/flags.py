@@ -38,7 +38,7 @@ FINETUNING = {
 
 def pretraining_parser() -> argparse.ArgumentParser:
     parser = _parser(
-        "Pretrain a ResNet with MoCo v1 or v2, or the mechanisms beside it, on unlabelled images.",
+        "Pretrain a ResNet with MoCo, end-to-end or with a memory bank, on unlabelled images.",
         data="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
         "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'",
         arch="a ResNet; see moco/encoders.py for all",
@@ -54,7 +54,7 @@ def pretraining_parser() -> argparse.ArgumentParser:
     add("--samples-per-epoch", default=None, type=int,
         help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
     add("--shuffle-buffer", default=1000, type=int,
-        help="tar shards: samples that a worker holds back and draws from")  # fmt: skip
+        help="tar shards: samples in each worker's shuffle buffer")  # fmt: skip
     parser.set_defaults(
         output="output", epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4
     )
@@ -66,7 +66,7 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("MoCo").add_argument
     add("--moco-dim", default=128, type=int, help="feature dimension")
-    add("--moco-k", default=65536, type=int, help="length of the queue, or draws from the bank")
+    add("--moco-k", default=65536, type=int, help="keys in the queue, or drawn from the bank")
     add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
     add("--moco-t", default=0.07, type=float, help="temperature")
     add("--mlp", action=switch, default=False, help="v2: MLP head")
@@ -144,7 +144,7 @@ def linear_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pretrained", default="", metavar="PATH|random|supervised",
         help="checkpoint of pretraining; supervised: torchvision's weights")  # fmt: skip
-    add("--finetune", action="store_true", help="train all weights, not a linear classifier only")
+    add("--finetune", action="store_true", help="train all weights, not only a linear classifier")
     add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
     add = parser.add_argument_group("beyond the official code").add_argument
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
@@ -186,12 +186,12 @@ def knn_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--pretrained", required=True, metavar="PATH|random", help="checkpoint of pretraining")
-    add("-k", "--neighbours", default=200, type=int, dest="k", help="how many of them vote")
+    add("-k", "--neighbours", default=200, type=int, dest="k", help="how many neighbours vote")
     add("-t", "--temperature", "--sigma", default=0.07, type=float,
         help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--seed", default=0, type=int, help="of --pretrained random")
-    add("--output", default=None, metavar="FILE", help="the accuracy as JSON as well")
+    add("--seed", default=0, type=int, help="of the weights of --pretrained random")
+    add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
     return parser
 
 
@@ -229,21 +229,21 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Those of the training commands, main_moco.py's and main_lincls.py's; both set defaults."""
     add = parser.add_argument
     add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
-    add("--output", metavar="DIR", help="where everything is written")
+    add("--output", metavar="DIR", help="folder for checkpoints and logs")
     add("--epochs", type=int, help="length of the run")
     add("--start-epoch", default=0, type=int, help="where a new run begins in its schedule")
     add("-b", "--batch-size", default=256, type=int, help="global: of all processes together")
     add("--lr", "--learning-rate", type=float, dest="lr",
-        help="for this batch size; not scaled by itself")  # fmt: skip
-    add("--schedule", nargs="*", type=int, help="epochs of a drop by 10")
+        help="for this batch size; not scaled automatically")  # fmt: skip
+    add("--schedule", nargs="*", type=int, help="epochs to divide lr by 10")
     add("--momentum", default=0.9, type=float, help="of SGD")
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="on all parameters")
-    add("-p", "--print-freq", default=10, type=int, help="steps between two reports")
-    add("--resume", default="", metavar="PATH|auto", help="auto: DIR's last one, if there is one")
+    add("-p", "--print-freq", default=10, type=int, help="steps between two log lines")
+    add("--resume", default="", metavar="PATH|auto", help="auto: --output's last one, if any")
     add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
     add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
-    add("--max-unreadable", default=0.01, type=float, help="share of images that may be corrupt")
+    add("--max-unreadable", default=0.01, type=float, help="fraction that may be unreadable")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -7,8 +7,8 @@
     python pretrain/linear.py DATA --finetune --pretrained CHECKPOINT
 
 Flags are those of facebookresearch/moco's main_lincls.py, with a few more. The learning rate is
-that of a global batch of 256, whatever the launch, and is not scaled by itself: at another
---batch-size B pass 30 * B / 256. An epoch's last, incomplete batch is dropped.
+for a global batch of 256, the total over all processes, and is not scaled automatically: with
+another --batch-size B pass 30 * B / 256. An epoch's last, incomplete batch is dropped.
 
 With --finetune all weights are trained, under batch statistics, and the defaults are A.7's --lr
 0.03, A.6's --schedule 70 90 and --wd 1e-4 (arXiv:1911.05722). DATA may be iNaturalist 2018 as it is

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a ResNet with MoCo v1 or v2, or the mechanisms beside it, on unlabelled images.
+"""Pretrain a ResNet with MoCo v1 or v2, end-to-end or with a memory bank, on unlabelled images.
 
     python pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml
     torchrun --nproc_per_node 8 pretrain/main.py DATA --recipe configs/pretrain/moco_v2_r50.yaml

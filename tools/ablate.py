@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("ablation", type=Path, metavar="YAML", help="one of configs/ablations/")
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")
     add("--output", type=Path, metavar="DIR", help="default: output/ablations/NAME-OF-YAML")
-    add("--seeds", type=int, help="runs of each row, instead of the file's")
+    add("--seeds", type=int, help="runs of each row, instead of the number in the file")
     add("-j", "--workers", type=int, help="data loading processes of a run")
     add("--nproc-per-node", type=int, default=1, metavar="N", help="more than 1: through torchrun")
     add("--dry-run", action="store_true", help="list the runs; print the table so far")

@@ -62,9 +62,9 @@ def parse_args() -> argparse.Namespace:
     cost.add_argument("--image-size", type=int, default=224)
     cost.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     cost.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()),
-        help="a GPU each")  # fmt: skip
+        help="one GPU each")  # fmt: skip
     cost.add_argument("--amp", default="none", choices=AMP_DTYPES)
-    cost.add_argument("--steps", type=int, default=5, help="timed ones")
+    cost.add_argument("--steps", type=int, default=5, help="number of timed steps")
     cost.set_defaults(report=report_cost)
 
     detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")

@@ -48,21 +48,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", metavar="NAME", help="as in DATASETS.TEST")
+    source.add_argument("--dataset", metavar="NAME", help="a name as in DATASETS.TEST")
     add_config_file(source, help="YAML config: its first test set")
-    parser.add_argument("--train", action="store_true", help="the config's first training set")
+    parser.add_argument("--train", action="store_true", help="draw the config's first training set")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run"
     )
     parser.add_argument(
-        "--score-threshold", type=float, default=0.5, metavar="S", help="of objects (default 0.5)"
+        "--score-threshold", type=float, default=0.5, metavar="S", help="lowest drawn (default 0.5)"
     )
     parser.add_argument(
-        "--beside", action="store_true", help="with --predictions: the annotations to the left"
+        "--beside", action="store_true", help="with --predictions: draw the annotations on the left"
     )
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="images; 0: all")
     parser.add_argument("--ids", nargs="+", metavar="ID", help="image ids")
-    parser.add_argument("--sheet", action="store_true", help="all on one picture, sheet.png")
+    parser.add_argument("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
     add_config_option(parser)
     return parser.parse_args(arguments)
