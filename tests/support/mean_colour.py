@@ -27,10 +27,10 @@ class NormalisedColour(nn.Module):
         return self.fc(self.bn(pixels).mean(dim=(2, 3)))
 
 
-def views(n: int, seed: int) -> torch.Tensor:
-    """Images of noise, uint8 N x 8 x 8 x 3."""
+def views(n: int, seed: int = 0, size: int = 8) -> torch.Tensor:
+    """Square images of noise, uint8 N x H x W x 3."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 def features(fc: nn.Linear, images: torch.Tensor) -> list[torch.Tensor]:

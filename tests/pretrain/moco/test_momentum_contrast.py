@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mean_colour import MeanColour, views
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,26 +17,10 @@ from pretrain.moco.instance_discrimination import shuffle_index
 from pretrain.moco.momentum_contrast import MoCo
 
 
-class Linear(nn.Module):
-    """An encoder without BN: mean colour -> dim."""
-
-    def __init__(self, dim: int = 4):
-        super().__init__()
-        self.fc = nn.Linear(3, dim)
-
-    def forward(self, pixels):
-        return self.fc(pixels.mean(dim=(2, 3)))
-
-
-def views(n: int, seed: int = 0, size: int = 8) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator)
-
-
 @pytest.mark.usefixtures("float64")
 def test_logits_are_those_of_algorithm_1():
     torch.manual_seed(0)
-    model = MoCo(Linear(), dim=4, queue_size=7, momentum=0.9, temperature=0.2)
+    model = MoCo(MeanColour(), dim=4, queue_size=7, momentum=0.9, temperature=0.2)
     with torch.no_grad():
         model.encoder_k.fc.weight.add_(0.3)  # so that the update is seen
     before = copy.deepcopy(model)
@@ -58,7 +43,7 @@ def test_logits_are_those_of_algorithm_1():
 
 
 def test_no_gradient_reaches_keys_and_the_queue_stays_as_the_logits_saw_it():
-    model = MoCo(Linear(), dim=4, queue_size=6)
+    model = MoCo(MeanColour(), dim=4, queue_size=6)
     queue = model.queue.clone()
     logits, keys, _ = model(views(4, 1), views(4, 2), shuffle_index(0, 0, 4))
     assert torch.equal(model.queue, queue)
@@ -86,7 +71,7 @@ def test_key_encoder_starts_as_a_copy_and_follows_by_momentum():
 
 def test_without_momentum_the_key_encoder_is_the_query_encoder():
     """m = 0 of Sec. 4.1, whose training fails in the paper: it must be possible to see that."""
-    model = MoCo(Linear(), dim=4, queue_size=6, momentum=0.0)
+    model = MoCo(MeanColour(), dim=4, queue_size=6, momentum=0.0)
     with torch.no_grad():
         model.encoder_q.fc.weight.mul_(1.7)
     model.update_key_encoder()
@@ -95,7 +80,7 @@ def test_without_momentum_the_key_encoder_is_the_query_encoder():
 
 @pytest.mark.parametrize(("size", "batch"), [(12, 4), (10, 4), (7, 5), (5, 5), (3, 8)])
 def test_the_queue_is_a_ring_of_any_length(size, batch):
-    model = MoCo(Linear(), dim=4, queue_size=size)
+    model = MoCo(MeanColour(), dim=4, queue_size=size)
     ring = collections.deque(model.queue.T.tolist(), maxlen=size)
     for step in range(9):
         keys = F.normalize(torch.randn(batch, 4), dim=1)
@@ -110,7 +95,7 @@ def test_the_queue_is_a_ring_of_any_length(size, batch):
 
 @pytest.mark.usefixtures("float64")
 def test_the_shuffle_is_undone_exactly():
-    model = MoCo(Linear(), dim=4, queue_size=4)
+    model = MoCo(MeanColour(), dim=4, queue_size=4)
     images = views(12)
     direct = model.encode(model.encoder_k, images)
     for step in range(5):
