@@ -226,7 +226,7 @@ def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of the training commands, main_moco.py's and main_lincls.py's; both set defaults."""
+    """Flags of main_moco.py and main_lincls.py; our commands set the defaults that differ."""
     add = parser.add_argument
     add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
     add("--output", metavar="DIR", help="folder for checkpoints and logs")
@@ -234,7 +234,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--start-epoch", default=0, type=int, help="where a new run begins in its schedule")
     add("-b", "--batch-size", default=256, type=int, help="global: of all processes together")
     add("--lr", "--learning-rate", type=float, dest="lr",
-        help="for this batch size; not scaled automatically")  # fmt: skip
+        help="for a global batch of 256; not scaled automatically")  # fmt: skip
     add("--schedule", nargs="*", type=int, help="epochs to divide lr by 10")
     add("--momentum", default=0.9, type=float, help="of SGD")
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="on all parameters")
@@ -257,12 +257,13 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 
 
 def loading(args: argparse.Namespace, device: torch.device, seed: int) -> Loading:
-    """From the flags of the training commands, as is `run_settings`."""
+    """What the flags of a training command say of its batches."""
     workers = workers_per_process(args.workers)
     return Loading(args.batch_size, seed, workers, device.type == "cuda", args.max_unreadable)
 
 
 def run_settings(args: argparse.Namespace, seed: int) -> RunSettings:
+    """What the flags of a training command say of its length, its reports and its output."""
     return RunSettings(
         output=Path(args.output),
         arch=args.arch,

@@ -65,8 +65,6 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
         build_task = build_finetuning if args.finetune else build_probe
         task = build_task(args, encoder, train, features, batching)
         describe(args, task.batches.samples, len(classes), train, device, seed)
-        if checkpoint:
-            task.load_state(checkpoint)
         Trainer(task, run_settings(args, seed), stop, checkpoint).train()
 
 

@@ -46,7 +46,6 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
         if checkpoint:
             check_method(args, checkpoint)
             checkpoints.load_model(model, checkpoint, args.arch)
-            task.load_state(checkpoint)
         describe(args, source, model, device, seed)
         settings = run_settings(args, seed)
         Trainer(task, settings, stop, checkpoint, args.iterations, Doctor(output)).train()

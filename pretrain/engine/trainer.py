@@ -54,7 +54,7 @@ class Task:
         """Called after epoch `number`, counted from 1; the last one may have been cut short."""
 
     def state(self) -> dict:
-        """Entries of a checkpoint beside the loop's own. Collective."""
+        """Entries of a checkpoint beside the loop's own and the model's. Collective."""
         return {}
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -93,7 +93,7 @@ class Trainer:
 
     Args:
         stop: a request to stop, which the loop heeds between two steps.
-        checkpoint: where to continue from.
+        checkpoint: where to continue from; its weights are loaded into the model already.
         iterations: length of the run in steps, instead of epochs.
         doctor: hears what is logged; its findings are printed.
 
@@ -218,6 +218,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue where it stopped; one of the official code continues at its epoch."""
         path, state = checkpoint
+        self.task.load_state(checkpoint)
         self.task.optimizer.load_state(state)
         self.epoch = max(self.epoch, state["epoch"])
         self.step_in_epoch = state.get("step_in_epoch", 0)

@@ -101,7 +101,7 @@ def encode(
         return network((pixels - mean) / std).float()
 
 
-extract = torch.no_grad()(encode)
+extract = torch.no_grad()(encode)  # of a frozen backbone
 
 
 def extract_all(

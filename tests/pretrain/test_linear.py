@@ -12,19 +12,13 @@ from commands import IN_FLOAT64, Command, python, run_as_torchrun
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from noisy_colours import slow_features, write_checkpoint, write_images
 from paths import REPOSITORY
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from torchvision import transforms
 from torchvision.models import resnet18
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
-from pretrain.data.labelled import CentreCrop, RandomCrops, list_class_folders
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import (
     BEST,
-    check_frozen,
-    correct_within,
-    frozen_state,
 )
 from pretrain.flags import parse_linear
 from pretrain.linear import classify
@@ -199,42 +193,6 @@ def test_evaluation_alone_repeats_the_accuracy(images, whole_run, capsys):
     assert (whole_run / "metrics.jsonl").read_text() == log
 
 
-def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(images):
-    crops = RandomCrops(list_class_folders(images / "train", ["a", "b"]), 32, seed=5)
-    before = torch.get_rng_state()
-    view, label = crops[(2, 30)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert label == 1
-    assert np.array_equal(crops[(2, 30)][0], view)
-    assert not np.array_equal(crops[(3, 30)][0], view)
-    seed = np.random.SeedSequence((5, 2, 30)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed))
-    official = [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()]
-    picture = Image.open(images / "train" / crops.split.paths[30]).convert("RGB")
-    assert np.array_equal(transforms.Compose(official)(picture), view)
-
-
-def test_small_images_are_evaluated_whole():
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(CentreCrop(32)(image), image)
-
-
-def test_hits_among_the_first_and_the_first_five():
-    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
-    assert correct_within(logits, torch.tensor([0, 4, 5])).tolist() == [1, 2]
-    assert correct_within(logits[:, :3], torch.tensor([0, 2, -1])).tolist() == [1, 2]
-
-
-def test_a_backbone_that_changed_is_noticed():
-    encoder = resnet18(num_classes=2)
-    frozen = frozen_state(encoder)
-    torch.nn.init.ones_(encoder.fc.weight)
-    check_frozen(encoder, frozen)
-    encoder.train()(torch.randn(2, 3, 32, 32))  # moves batch statistics only
-    with pytest.raises(RuntimeError, match="bn1.running_mean"):
-        check_frozen(encoder, frozen)
-
-
 def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
     data = tmp_path / "data"
     for part in ("train", "val"):
@@ -289,14 +247,3 @@ def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_pat
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert "DATA needs train/CLASS and val/CLASS" in done.stderr
-
-
-def test_the_published_command_parses_and_the_defaults_are_the_papers():
-    published = (
-        "-a resnet50 --lr 30.0 --batch-size 256 --pretrained checkpoint_0199.pth.tar DATA "
-        "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
-    )
-    for argv in (published.split(), ["DATA"]):
-        args = parse_linear(argv)
-        assert (args.lr, args.weight_decay, args.momentum, args.epochs) == (30, 0, 0.9, 100)
-        assert (args.schedule, args.batch_size, args.image_size) == ([60, 80], 256, 224)

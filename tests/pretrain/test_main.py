@@ -17,7 +17,6 @@ from paths import REPOSITORY
 from same_bits import assert_same_bits
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
-from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import LAST
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
@@ -199,26 +198,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path, whole
         pretrain(parse_pretraining([str(images), *FLAGS, *flags]), torch.device("cpu"))
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    (tmp_path / "notes.pth.tar").write_text("no checkpoint")
-    with pytest.raises(UserError, match="not a checkpoint that can be read safely"):
-        checkpoints.load(tmp_path / "notes.pth.tar")
-    torch.save({"epoch": 1}, tmp_path / "other.pth.tar")
-    with pytest.raises(UserError, match="no 'state_dict'"):
-        checkpoints.load(tmp_path / "other.pth.tar")
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.system, ("touch " + str(tmp_path / "ran"),)
-
-    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "evil.pth.tar")
-    with pytest.raises(UserError, match="read safely"):
-        checkpoints.load(tmp_path / "evil.pth.tar")
-    assert not (tmp_path / "ran").exists()
-
-
 def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
@@ -233,45 +212,3 @@ def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
     assert "00.png: truncated file" in printed
     with pytest.raises(UserError, match="1 of 50 images .* than --max-unreadable 0.01 allows"):
         pretrain(parse_pretraining(argv), torch.device("cpu"))
-
-
-def test_a_flag_beside_a_recipe_wins(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("arch: resnet18\nbatch_size: 64\nlr: 0.06\nmlp: true\nschedule: [1, 2]\n")
-    args = parse_pretraining(["DATA", "--recipe", str(recipe), "-b", "32", "--no-mlp"])
-    assert (args.arch, args.batch_size, args.lr, args.mlp) == ("resnet18", 32, 0.06, False)
-    assert args.schedule == [1, 2]
-
-
-def test_an_unknown_recipe_key_names_the_nearest(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("moco_kk: 64\n")
-    with pytest.raises(UserError, match="unknown key 'moco_kk'.*did you mean moco-k"):
-        parse_pretraining(["DATA", "--recipe", str(recipe)])
-
-
-def test_the_recipes_of_the_repository_parse(repository):
-    recipes = sorted((repository / "configs" / "pretrain").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        parse_pretraining(["DATA", "--recipe", str(recipe)])
-
-
-def test_the_published_commands_parse():
-    v1 = (
-        "-a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
-        "--multiprocessing-distributed --world-size 1 --rank 0 DATA"
-    )
-    args = parse_pretraining(v1.split())
-    assert (args.arch, args.lr, args.batch_size, args.schedule) == (
-        "resnet50",
-        0.03,
-        256,
-        [120, 160],
-    )
-    assert (args.moco_k, args.moco_m, args.moco_t, args.moco_dim) == (65536, 0.999, 0.07, 128)
-    v2 = parse_pretraining((v1 + " --mlp --moco-t 0.2 --aug-plus --cos").split())
-    assert v2.mlp
-    assert v2.aug_plus
-    assert v2.cos
-    assert v2.moco_t == 0.2

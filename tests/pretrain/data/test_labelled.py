@@ -1,12 +1,23 @@
-"""iNaturalist 2018's lists, written by hand."""
+"""iNaturalist 2018's lists, written by hand; crops against torchvision's."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
+from noisy_colours import write_images
+from PIL import Image
+from torchvision import transforms
 
 from moco_det.common.errors import UserError
-from pretrain.data.labelled import find_splits
+from pretrain.data.images import Loading
+from pretrain.data.labelled import (
+    CentreCrop,
+    LabelledBatches,
+    RandomCrops,
+    find_splits,
+    list_class_folders,
+)
 
 
 def write_list(path, images: dict[int, str], labels: dict[int, int], categories=(3, 7, 12)):
@@ -81,3 +92,40 @@ def test_a_category_of_val_alone_is_refused(data):
 def test_neither_layout_is_said(tmp_path):
     with pytest.raises(UserError, match="needs train/CLASS and val/CLASS, or iNaturalist 2018"):
         find_splits(tmp_path)
+
+
+def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(tmp_path):
+    folder = write_images(tmp_path) / "train"
+    crops = RandomCrops(list_class_folders(folder, ["a", "b"]), 32, seed=5)
+    before = torch.get_rng_state()
+    view, label = crops[(2, 30)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert label == 1
+    assert np.array_equal(crops[(2, 30)][0], view)
+    assert not np.array_equal(crops[(3, 30)][0], view)
+    seed = np.random.SeedSequence((5, 2, 30)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed))
+    official = [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()]
+    picture = Image.open(folder / crops.split.paths[30]).convert("RGB")
+    assert np.array_equal(transforms.Compose(official)(picture), view)
+
+
+def test_small_images_are_evaluated_whole():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(CentreCrop(32)(image), image)
+
+
+def test_batches_are_the_same_crops_in_every_launch_order_and_say_what_is_unreadable(tmp_path):
+    folder = write_images(tmp_path) / "train"
+    (folder / "a" / "03.png").write_bytes(b"broken")
+    split = list_class_folders(folder, ["a", "b"])
+    batches = LabelledBatches(split, 32, Loading(10, 5, 0, False, max_unreadable=0.02))
+    assert (batches.samples, batches.steps_per_epoch) == (50, 5)
+    batches.start(2, 1)
+    loaded = list(batches)
+    assert len(loaded) == 4  # the first was taken before
+    order = np.random.default_rng((5, 2)).permutation(50)[10:]
+    crops = RandomCrops(split, 32, seed=5)
+    labels = torch.cat([labels for _, labels in loaded]).tolist()
+    assert labels == [-1 if i == 3 else int(i >= 25) for i in order]
+    assert np.array_equal(loaded[0][0][0].numpy(), crops[(2, order[0])][0])

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from moco_det.common.errors import UserError
 from pretrain.engine.optimization import build_schedule
 from pretrain.flags import parse_pretraining
 
@@ -47,8 +46,3 @@ def test_cosine_by_iterations_moves_with_every_step():
     factor = schedule("--cos", "--iterations", "40")
     assert [factor(0, step) for step in (0, 20)] == pytest.approx([1, 0.5])
     assert factor(0, 39) == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
-
-
-def test_two_schedules_are_refused():
-    with pytest.raises(UserError, match="--cos and --lr-decay-every are two schedules"):
-        parse_pretraining(["DATA", "--cos", "--lr-decay-every", "10"])

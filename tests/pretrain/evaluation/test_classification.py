@@ -15,7 +15,12 @@ from torchvision.models import resnet18
 
 from moco_det.common.errors import UserError
 from pretrain.engine.checkpoints import LAST
-from pretrain.evaluation.classification import BEST
+from pretrain.evaluation.classification import (
+    BEST,
+    check_frozen,
+    correct_within,
+    frozen_state,
+)
 from pretrain.flags import parse_linear
 from pretrain.linear import classify
 
@@ -214,17 +219,17 @@ def test_bad_input_is_named(images, pretrained, tmp_path, flags, message):
         classify(parse_linear([*argv, str(tmp_path), "--pretrained", str(pretrained), *flags]), CPU)
 
 
-def test_defaults_are_the_papers_and_flags_win_over_recipes(repository):
-    args = parse_linear(["DATA", "--finetune"])
-    assert (args.lr, args.weight_decay, args.schedule, args.epochs) == (0.03, 1e-4, [70, 90], 100)
-    assert args.output == "output/finetune"
-    recipes = repository / "configs" / "finetune"
-    for name, lr in (("imagenet_r50", 0.03), ("inaturalist2018_r50", 0.025)):
-        args = parse_linear(["DATA", "--recipe", str(recipes / f"{name}.yaml")])
-        assert args.finetune
-        assert (args.arch, args.lr, args.batch_size) == ("resnet50", lr, 256)
-        assert (args.weight_decay, args.schedule, args.epochs) == (1e-4, [70, 90], 100)
-    assert (
-        parse_linear(["DATA", "--recipe", str(recipes / f"{name}.yaml"), "--lr", "0.1"]).lr == 0.1
-    )
-    assert parse_linear(["DATA"]).lr == 30
+def test_hits_among_the_first_and_the_first_five():
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
+    assert correct_within(logits, torch.tensor([0, 4, 5])).tolist() == [1, 2]
+    assert correct_within(logits[:, :3], torch.tensor([0, 2, -1])).tolist() == [1, 2]
+
+
+def test_a_backbone_that_changed_is_noticed():
+    encoder = resnet18(num_classes=2)
+    frozen = frozen_state(encoder)
+    torch.nn.init.ones_(encoder.fc.weight)
+    check_frozen(encoder, frozen)
+    encoder.train()(torch.randn(2, 3, 32, 32))  # moves batch statistics only
+    with pytest.raises(RuntimeError, match="bn1.running_mean"):
+        check_frozen(encoder, frozen)

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from moco_det.common.errors import UserError
-from pretrain.evaluation.features import pooled
 from pretrain.evaluation.weighted_knn import KnnMonitor, weighted_knn
 from pretrain.moco.encoders import build_encoder
 
@@ -35,16 +34,6 @@ def test_a_low_temperature_does_not_overflow():
 def test_fewer_images_than_neighbours():
     bank = torch.eye(3)
     assert weighted_knn(bank, torch.arange(3), bank, 3).argmax(1).tolist() == [0, 1, 2]
-
-
-@pytest.mark.usefixtures("float64")
-def test_pooled_features_are_those_below_the_head():
-    encoder = build_encoder("resnet18", 8, mlp=True).eval()
-    x = torch.randn(2, 3, 32, 32)
-    seen = []
-    encoder.fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    encoder(x)
-    torch.testing.assert_close(pooled(encoder)(x), seen[0])
 
 
 def colour_folders(root, parts=("train", "val"), colours=("blue", "red")):

@@ -3,16 +3,12 @@
 import collections
 import copy
 
-import numpy as np
 import pytest
 import torch
 from mean_colour import MeanColour, views
-from torch import nn
 from torch.nn import functional as F
 
-from moco_det.common.errors import UserError
 from pretrain.moco.encoders import build_encoder
-from pretrain.moco.grouped_batchnorm import GroupedBatchNorm2d, choose_bn_groups, group_batchnorm
 from pretrain.moco.instance_discrimination import shuffle_index
 from pretrain.moco.momentum_contrast import MoCo
 
@@ -91,116 +87,6 @@ def test_the_queue_is_a_ring_of_any_length(size, batch):
         oldest_first = torch.roll(model.queue, -pointer, dims=1).T
         assert torch.equal(oldest_first, torch.tensor(list(ring)))
     torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(size))
-
-
-@pytest.mark.usefixtures("float64")
-def test_the_shuffle_is_undone_exactly():
-    model = MoCo(MeanColour(), dim=4, queue_size=4)
-    images = views(12)
-    direct = model.encode(model.encoder_k, images)
-    for step in range(5):
-        order = shuffle_index(7, step, 12)
-        assert sorted(order.tolist()) == list(range(12))
-        torch.testing.assert_close(model.encode_shuffled(model.encoder_k, images, order), direct)
-
-
-def test_the_shuffle_is_a_function_of_seed_and_step():
-    assert torch.equal(shuffle_index(1, 2, 64), shuffle_index(1, 2, 64))
-    assert not torch.equal(shuffle_index(1, 2, 64), shuffle_index(1, 3, 64))
-    assert not torch.equal(shuffle_index(1, 2, 64), shuffle_index(2, 2, 64))
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_grouped_batchnorm_is_batchnorm_of_each_group(groups):
-    torch.manual_seed(0)
-    x = torch.randn(8, 5, 3, 3, requires_grad=True)
-    layer = nn.BatchNorm2d(5)
-    nn.init.uniform_(layer.weight)
-    per_group = [copy.deepcopy(layer) for _ in range(groups)]
-    expected = torch.cat([bn(part) for bn, part in zip(per_group, x.chunk(groups), strict=True)])
-    weights = torch.randn_like(expected)
-    wanted_grad = torch.autograd.grad((expected * weights).sum(), x)[0]
-
-    grouped = group_batchnorm(layer, groups)
-    assert isinstance(grouped, GroupedBatchNorm2d)
-    out = grouped(x)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad((out * weights).sum(), x)[0], wanted_grad)
-    torch.testing.assert_close(grouped.running_mean, per_group[0].running_mean)
-    torch.testing.assert_close(grouped.running_var, per_group[0].running_var)
-    assert int(grouped.num_batches_tracked) == 1
-
-    grouped.eval()
-    torch.testing.assert_close(grouped(x), per_group[0].eval()(x))
-
-
-class Level(nn.Module):
-    """Encoder whose feature is the image's level after BN: (level, 1), before normalisation."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm2d(3, affine=False)
-
-    def forward(self, pixels):
-        level = self.bn(pixels).mean(dim=(1, 2, 3))
-        return torch.stack([level, torch.ones_like(level)], dim=1)
-
-
-def leak(shuffled: bool, trials: int = 400) -> float:
-    """Correlation of the feature of a black query with that of its own black key.
-
-    Black images all look alike, and a group's BN statistics depend on its white images only. Of 16
-    images in 2 groups, 5 are white, 1 to 4 of them in the first group. What the features of black
-    images still share is therefore knowledge of the companions, the leak of Sec. 3.3.
-    """
-    model = MoCo(Level(), dim=2, queue_size=4, bn_groups=2)
-    rng = np.random.default_rng(0)
-    pairs = []
-    for trial in range(trials):
-        white = int(rng.integers(1, 5))
-        images = torch.zeros(16, 4, 4, 3, dtype=torch.uint8)
-        images[:white] = 255
-        images[8 : 8 + 5 - white] = 255
-        order = shuffle_index(0, trial, 16) if shuffled else torch.arange(16)
-        q = model.encode(model.encoder_q, images)
-        k = model.encode_shuffled(model.encoder_k, images, order)
-        pairs += [(float(q[i, 0]), float(k[i, 0])) for i in (7, 15)]
-    return float(np.corrcoef(np.array(pairs).T)[0, 1])
-
-
-def test_shuffling_hides_a_query_s_companions_from_its_key():
-    assert leak(shuffled=False) > 0.99
-    assert abs(leak(shuffled=True)) < 0.15  # 800 pairs: three standard errors are 0.11
-
-
-@pytest.mark.parametrize(
-    ("batch", "processes", "groups"),
-    [(256, 8, 1), (256, 1, 8), (256, 2, 4), (64, 1, 2), (16, 1, 2), (16, 2, 1), (100, 1, 4)],
-)
-def test_a_group_holds_32_samples_as_far_as_it_can(batch, processes, groups):
-    assert choose_bn_groups(batch, processes) == groups
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ((64, 1, 1), "at least two BN groups"),
-        ((10, 3), "shared equally by 3"),
-        ((64, 1, 5), "64 samples per process cannot be split into 5"),
-        ((8, 4, 2), "at least 2 samples each"),
-        ((3, 1), "cannot be split into two"),
-    ],
-)
-def test_impossible_groups_are_refused_with_the_reason(arguments, reason):
-    with pytest.raises(UserError, match=reason):
-        choose_bn_groups(*arguments)
-
-
-def test_keys_that_are_not_shuffled_need_no_second_group():
-    assert choose_bn_groups(64, 1, wanted=1, shuffled=False) == 1
-    assert choose_bn_groups(32, 1, shuffled=False) == 1
-    assert choose_bn_groups(256, 1, shuffled=False) == 8
 
 
 def test_state_dict_has_the_official_names():

@@ -1,0 +1,161 @@
+"""The loop on a task that one can follow by hand: positions, hooks, stops, resumes."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from same_bits import assert_same_bits
+from torch import nn
+
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.processes import StopRequest
+from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
+from pretrain.engine.optimization import ScheduledSGD
+from pretrain.engine.trainer import RunSettings, Task, Trainer, make_output_folder, seed_run
+
+
+class Numbers:
+    """Batches [epoch, step] of three steps an epoch."""
+
+    steps_per_epoch = 3
+
+    def start(self, epoch: int, step: int) -> None:
+        self.keys = [torch.tensor([epoch, step], dtype=torch.float) for step in range(step, 3)]
+
+    def __iter__(self):
+        return iter(self.keys)
+
+
+class Line(Task):
+    """A linear layer that follows the batches; notes what it is asked to do."""
+
+    measures = ("loss", "acc1", "acc5")
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Linear(2, 1)
+        self.batches = Numbers()
+        self.optimizer = ScheduledSGD(self.model, 0.1, 0.9, 0.0, lambda epoch, step: 0.5**epoch)
+        self.seen, self.stop_at, self.nan_at = [], None, None
+
+    def step(self, batch, step):
+        self.seen.append((*map(int, batch), step, self.optimizer.rate))
+        loss = (self.model(batch) - 1).square().mean()
+        self.optimizer.minimize(loss)
+        if step == self.stop_at:
+            self.stop.received = True
+        value = math.nan if step == self.nan_at else float(loss.detach())
+        return torch.tensor([value, 0.0, 0.0])
+
+    def before_training(self, trainer):
+        self.seen.append("begin")
+
+    def after_epoch(self, trainer, number):
+        self.seen.append(f"after {number}")
+
+    def state(self):
+        return {"extra": len(self.seen)}
+
+
+def run(output, task: Line, checkpoint=None, iterations=None, **settings) -> Trainer:
+    config = {"batch_size": 8, "seed": 1}
+    given = {"epochs": 2, "print_freq": 2} | settings
+    task.stop = StopRequest()
+    make_output_folder(output)
+    trainer = Trainer(
+        task, RunSettings(output, "toy", config, 8, **given), task.stop, checkpoint, iterations
+    )
+    trainer.train()
+    return trainer
+
+
+def records(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_has_its_position_and_its_rate(tmp_path):
+    task = Line()
+    trainer = run(tmp_path, task)
+    assert task.seen == [
+        "begin", (0, 0, 0, 0.1), (0, 1, 1, 0.1), (0, 2, 2, 0.1), "after 1",
+        (1, 0, 3, 0.05), (1, 1, 4, 0.05), (1, 2, 5, 0.05), "after 2",
+    ]  # fmt: skip
+    assert (trainer.epoch, trainer.step_in_epoch, trainer.step) == (2, 0, 6)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 5, 6]
+    assert records(tmp_path)[3]["epoch"] == pytest.approx(1 + 2 / 3)
+    assert not (tmp_path / LAST).exists()  # saving is up to the task, or to --save-steps
+
+
+def test_iterations_end_a_run_within_an_epoch(tmp_path):
+    task = Line()
+    trainer = run(tmp_path, task, iterations=4)
+    assert task.seen[-2:] == [(1, 0, 3, 0.05), "after 2"]
+    assert (trainer.epoch, trainer.step_in_epoch, trainer.epochs) == (1, 1, 2)
+    assert records(tmp_path)[-1]["step"] == 4  # reported, although not yet due
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
+    run(tmp_path / "whole", Line(), save_steps=6)
+    task = Line()
+    task.stop_at = 3
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "stopped", task, save_steps=6)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    checkpoint = find("auto", tmp_path / "stopped")
+    assert [checkpoint.state[key] for key in ("epoch", "step_in_epoch", "step")] == [1, 1, 4]
+    task = Line()
+    load_model(task.model, checkpoint, "toy")
+    run(tmp_path / "stopped", task, checkpoint, save_steps=6)
+    assert task.seen == ["begin", (1, 1, 4, 0.05), (1, 2, 5, 0.05), "after 2"]
+    whole, resumed = (load(tmp_path / name / LAST) for name in ("whole", "stopped"))
+    assert resumed.pop("extra") < whole.pop("extra")
+    assert_same_bits(resumed, whole)
+    with pytest.raises(UserError, match="batches of 4; resume it with --batch-size 4"):
+        checkpoint.state["config"]["batch_size"] = 4
+        run(tmp_path / "other", Line(), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("position", "left"),
+    [
+        ({"epoch": 2, "step": 6}, ["begin"]),
+        ({"epoch": 1, "step_in_epoch": 3, "step": 6}, ["begin", "after 2"]),  # to be closed only
+        ({"epoch": 1}, ["begin", (1, 0, 3, 0.05), (1, 1, 4, 0.05), (1, 2, 5, 0.05), "after 2"]),
+    ],
+    ids=["done", "left after its last step", "official, without steps"],
+)
+def test_a_run_goes_on_where_a_checkpoint_says(tmp_path, position, left):
+    state = {"state_dict": {}, "optimizer": Line().optimizer.sgd.state_dict()} | position
+    task = Line()
+    trainer = run(tmp_path, task, Checkpoint(tmp_path, state))
+    assert task.seen == left
+    assert (trainer.epoch, trainer.step_in_epoch) == (2, 0)
+
+
+def test_a_nan_ends_the_run_before_it_is_saved(tmp_path):
+    task = Line()
+    task.nan_at = 3
+    with pytest.raises(UserError, match="the loss is nan at step 4: lower --lr"):
+        run(tmp_path, task, print_freq=100, save_steps=2)
+    assert load(tmp_path / LAST)["step"] == 2
+
+
+def test_a_seed_is_wanted_else_resumed_else_drawn():
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    checkpoint = Checkpoint(None, {"config": {"seed": 3}})
+    assert seed_run(5, checkpoint) == 5
+    first = [torch.rand(1).item(), random.random(), np.random.rand()]
+    assert seed_run(5, None) == 5
+    assert [torch.rand(1).item(), random.random(), np.random.rand()] == first
+    assert seed_run(None, checkpoint) == 3
+    assert seed_run(None, None) != seed_run(None, Checkpoint(None, {}))  # in all but 2^-31 of runs
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to --output .*file"):
+        make_output_folder(tmp_path / "file" / "below")

@@ -1,0 +1,75 @@
+"""Features of whole splits against torchvision's, image by image; what a checkpoint gives."""
+
+import numpy as np
+import pytest
+import torch
+from noisy_colours import slow_features, write_checkpoint, write_images
+from torch import nn
+
+from moco_det.common.errors import UserError
+from pretrain.data.images import Loading
+from pretrain.data.labelled import list_class_folders
+from pretrain.evaluation.features import RANDOM, SplitFeatures, encode, load_encoder, pooled
+from pretrain.moco.encoders import build_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint.pth.tar")
+
+
+def split_features(folder, max_unreadable) -> SplitFeatures:
+    split = list_class_folders(folder, ["a", "b"])
+    return SplitFeatures(split, 32, Loading(8, 0, 0, False, max_unreadable), CPU, None)
+
+
+def test_features_of_a_split_are_torchvisions_without_the_unreadable(tmp_path, pretrained, capsys):
+    folder = write_images(tmp_path) / "val"
+    expected, labels = slow_features(pretrained, folder)
+    (folder / "a" / "07.png").write_bytes(b"broken")
+    expected, labels = np.delete(expected, 7, axis=0), np.delete(labels, 7)
+    features, found = split_features(folder, max_unreadable=0.1).compute(
+        pooled(load_encoder(str(pretrained), "resnet18", 2))
+    )
+    assert found.tolist() == labels.tolist()
+    # The slow way decodes and crops by PIL alone: a level of 255 here and there.
+    np.testing.assert_allclose(features, expected, atol=1e-3 * np.abs(expected).max())
+    assert capsys.readouterr().out.count("07.png") == 1
+    with pytest.raises(UserError, match=r"1 of 41 images are unreadable.*07\.png"):
+        split_features(folder, max_unreadable=0.01).compute(nn.Flatten())
+
+
+def test_encoding_normalises_by_imagenets_statistics():
+    images = torch.full((1, 4, 4, 3), 124, dtype=torch.uint8)
+    pixels = encode(nn.Identity(), images)
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        wanted = torch.full((4, 4), (124 / 255 - mean) / std)
+        torch.testing.assert_close(pixels[0, channel], wanted)
+
+
+def test_a_loaded_encoder_is_frozen_and_has_a_new_head(pretrained):
+    encoder = load_encoder(str(pretrained), "resnet18", 5)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder.fc.weight.shape == (5, 512)
+    state = torch.load(pretrained, weights_only=True)["state_dict"]
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, state[f"module.encoder_q.{name}"]), name
+    torch.manual_seed(1)
+    untrained = load_encoder(RANDOM, "resnet18", 5)
+    torch.manual_seed(1)
+    again = build_encoder("resnet18", 5)
+    assert torch.equal(untrained.conv1.weight, again.conv1.weight)
+
+
+@pytest.mark.usefixtures("float64")
+def test_pooled_features_are_those_below_the_head():
+    encoder = build_encoder("resnet18", 8, mlp=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    seen = []
+    encoder.fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encoder(x)
+    torch.testing.assert_close(pooled(encoder)(x), seen[0])
