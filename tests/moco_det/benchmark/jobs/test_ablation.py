@@ -14,15 +14,13 @@ import yaml
 from paths import CONFIGS, REPOSITORY
 
 from moco_det.benchmark.jobs.ablation import (
-    Chain,
     Trial,
     Variant,
-    earlier_record,
     plan_trials,
     read_ablation,
     run_trials,
 )
-from moco_det.benchmark.jobs.job import Command, Job, JobFolder, unfinished
+from moco_det.benchmark.jobs.job import unfinished
 from moco_det.benchmark.report.tables import ablation_table, means_table
 from moco_det.common.errors import UserError
 from pretrain import flags
@@ -40,7 +38,7 @@ def ablation(folder, **content):
 def chains(path, seed=0):
     """One trial of each row."""
     content = read_ablation(path)
-    return [Chain(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
+    return [Trial(row, seed, Path("OUT"), content, path, DATA) for row in content.rows]
 
 
 def test_a_grid_is_a_row_for_each_combination(tmp_path):
@@ -76,7 +74,7 @@ def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
         "knn: {neighbours: 5}\nlinear: {lr: 0.1, cache_features: true}\n"
     )
     content = read_ablation(path)
-    chain = Chain(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
+    chain = Trial(content.rows[0], 7, tmp_path / "out", content, path, DATA, workers=2)
     commands = chain.commands()
     assert [Path(c[0]).name for c in commands.values()] == ["main.py", "knn.py", "linear.py"]
     assert all(Path(command[0]).is_file() for command in commands.values())
@@ -96,7 +94,7 @@ def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
 
 def test_an_untrained_encoder_is_evaluated_only(tmp_path):
     content = ablation(tmp_path, rows=[{}], untrained=True)
-    chain = Chain(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
+    chain = Trial(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
     assert list(chain.commands()) == ["knn", "linear"]
     assert flags.parse_knn(chain.commands()["knn"][1:]).pretrained == "random"
 
@@ -112,7 +110,7 @@ def test_measures_are_read_from_what_the_commands_leave(tmp_path):
     (tmp_path / "linear" / "metrics.jsonl").write_text(
         '{"step": 1, "val_acc1": 50.0}\n{"step": 2, "val_acc1": 40.0}\n{"step": 2, "loss": 1.0}\n'
     )
-    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
+    chain = Trial(content.rows[0], 0, tmp_path, content, tmp_path, DATA)
     assert chain.measures() == {
         "pretext loss": 4.0,
         "pretext top-1": 30.0,
@@ -157,7 +155,7 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, content, message):
 )
 def test_a_flag_that_its_command_refuses_is_named_with_the_row(tmp_path, rows, more, message):
     content = ablation(tmp_path, rows=rows, **more)
-    chain = Chain(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
+    chain = Trial(content.rows[0], 0, tmp_path, content, tmp_path / "ablation.yaml", DATA)
     with pytest.raises(UserError, match=message):
         chain.commands()
 
@@ -214,17 +212,23 @@ def test_the_ablations_vary_what_the_paper_varies():
 # -- trials whose commands are a line of Python each ----------------------------------------------
 
 
+class FakeTrial(Trial):
+    """Its command runs `source`, with `folder` at hand; its measure is in value.json."""
+
+    def commands(self):
+        head = f"import pathlib, sys, time; folder = pathlib.Path({str(self.folder)!r})\n"
+        return {"write": ["-S", "-c", head + self.source]}
+
+    def settings(self):
+        return self.data
+
+    def measures(self):
+        return {"top-1": json.loads((self.folder / "value.json").read_text())}
+
+
 def trial(folder, row, seed, code, settings=None) -> Trial:
-    """Its command runs `code` in a process, with `folder` at hand; its measure is in value.json."""
-    folder = folder / f"{row}{seed}"
-    head = f"import pathlib, sys, time; folder = pathlib.Path({str(folder)!r})\n"
-    command = Command("write", [sys.executable, "-S", "-c", head + code], 1.0)
-
-    def read():
-        return {"measures": {"top-1": json.loads((folder / "value.json").read_text())}}
-
-    job_folder = JobFolder(f"{row}, seed {seed}", folder, lambda: earlier_record(folder))
-    return Trial(row, seed, Job(job_folder, [command], settings or {"seed": seed}, read))
+    path, settings = folder / f"{row}{seed}", settings or {"seed": seed}
+    return FakeTrial(Variant(row, []), seed, path, ablation=None, source=code, data=settings)
 
 
 def states(trials):
@@ -328,7 +332,8 @@ def test_trials_of_the_first_version_are_read(tmp_path):
     """One is finished and keeps its numbers, one was stopped and is begun again."""
     folder = recorded(tmp_path)
     file = folder / "tiny.yaml"
-    trials = plan_trials(read_ablation(file), file, tmp_path / "data", folder, workers=4)
+    fields = {"source": file, "data": tmp_path / "data"}
+    trials = plan_trials(read_ablation(file), None, folder, **fields, workers=4)
     assert states(trials) == ["finished", "interrupted"]
     assert unfinished([trial.job for trial in trials]) == [trials[1].job]
     result = json.loads((folder / "moco_m_0.5/seed0/result.json").read_text())
@@ -337,9 +342,8 @@ def test_trials_of_the_first_version_are_read(tmp_path):
     }  # fmt: skip
     assert trials[1].result() is None
     file.write_text(file.read_text().replace("moco_k: 16", "moco_k: 32"))
-    changed = plan_trials(read_ablation(file), file, tmp_path / "data", folder)
     with pytest.raises(UserError, match="seed0 holds a trial with other settings .*'moco_k': 16"):
-        unfinished([trial.job for trial in changed])
+        plan_trials(read_ablation(file), None, folder, **fields)
 
 
 def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
