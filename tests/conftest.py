@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import commands
+import fork_server
 import pytest
 import torch
 from float64 import in_float64
@@ -58,4 +58,4 @@ def repository() -> Path:
 @pytest.fixture
 def forked_launches(monkeypatch):
     """The processes of a launch come from a server that has imported torch already."""
-    monkeypatch.setitem(commands.CONTEXTS, "spawn", commands.SpawnByServer())
+    monkeypatch.setitem(fork_server.CONTEXTS, "spawn", fork_server.SpawnByServer())

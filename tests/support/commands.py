@@ -1,11 +1,11 @@
 """The project's commands as a user meets them: loaded, or run in a process of their own.
 
-`import torch` and what the commands need beside it takes seconds, a hundred times in this suite. A
-server process, Python's own "forkserver", imports it once and forks for each command, which is then
-run as the script it is: its arguments, environment, signals and exit code are real. Each command
-is also started by the interpreter at least once, by a test of its own: see `python`.
+`run` and `Command` have fork_server.py fork the process, in which the command is then run as the
+script it is: its arguments, environment, signals and exit code are real. Each command is also
+started by the interpreter at least once: see `python`.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -15,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing import Pipe, context, reduction
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
-import torch
-import torch.multiprocessing as mp
+from fork_server import CONTEXTS, SERVER, SpawnByServer, become, server_access
 from paths import REPOSITORY
 
 from moco_det.common.launch import free_local_url
@@ -31,37 +30,6 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # Before a command: it computes in float64.
 IN_FLOAT64 = ("tests/support/float64.py",)
-
-SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch", "torchvision", "torch.utils.tensorboard", "cv2", "fvcore.common.config", "tabulate"]
-)
-
-
-class Heir(context.ForkServerProcess):
-    """Has its process group, environment and streams from its starter, as a real child would."""
-
-    def __getstate__(self) -> dict:
-        streams = [reduction.DupFd(number) for number in (1, 2)]
-        return self.__dict__ | {"inherited": (os.getpgrp(), dict(os.environ), streams)}
-
-    def run(self) -> None:
-        group, environment, streams = self.inherited
-        os.setpgid(0, group)
-        become(environment, *(stream.detach() for stream in streams))
-        CONTEXTS["spawn"] = SpawnByServer()
-        multiprocessing.set_start_method("spawn", force=True)
-        super().run()
-
-
-class SpawnByServer(type(SERVER)):
-    """A launch's and a loader's processes, forked as well; what is passed to them is pickled."""
-
-    Process = Heir
-
-
-# Name -> what `get_context` returns.
-CONTEXTS = context._concrete_contexts
 
 
 def load_command(path: str) -> ModuleType:
@@ -90,9 +58,9 @@ def torchrun(path: str, *arguments) -> subprocess.CompletedProcess:
 def run(path: str, *arguments, **options) -> subprocess.CompletedProcess:
     """A command run to its end by the server; `options` are those of `Command`."""
     with tempfile.NamedTemporaryFile("r") as errors:
-        command = Command(path, *arguments, stderr=errors.name, **options)
-        out = command.stdout.read()
-        code = command.wait()
+        with Command(path, *arguments, stderr=errors.name, **options) as command:
+            out = command.stdout.read()
+            code = command.wait()
         return subprocess.CompletedProcess(arguments, code, out, errors.read())
 
 
@@ -118,7 +86,8 @@ class Command:
         reader, writer = Pipe(duplex=False)
         argv = [str(REPOSITORY / path), *map(str, arguments)]
         env = {**os.environ, **ONE_THREAD, **(environment or {})}
-        self.process = SERVER.Process(target=_run, args=(argv, env, writer, stderr, before))
+        given = (argv, server_access(), env, writer, stderr, before)
+        self.process = SERVER.Process(target=_run, args=given)
         self.process.start()
         writer.close()
         self.pid = self.process.pid
@@ -151,12 +120,12 @@ class Command:
         return self.process.exitcode
 
 
-def _run(argv, env, stdout: Connection, stderr: str | None, before) -> None:
+def _run(argv, server, env, stdout: Connection, stderr: str | None, before) -> None:
     """The life of the forked process."""
     os.setpgid(0, 0)  # leads the group that its own processes belong to
     writer = os.dup(stdout.fileno())
     stdout.close()
-    become(env, writer, os.open(stderr, os.O_WRONLY) if stderr else writer)
+    become(server, env, writer, os.open(stderr, os.O_WRONLY) if stderr else writer)
     multiprocessing.set_start_method(None, force=True)  # the interpreter's, not "forkserver"
     CONTEXTS["spawn"] = SpawnByServer()
     if before is not None:
@@ -182,36 +151,11 @@ def run_as_torchrun(path: str, *arguments) -> subprocess.CompletedProcess:
     address, port = free_local_url().removeprefix("tcp://").split(":")
     world = {"MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     world |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        Command(path, *arguments, environment=world | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    printed = [command.stdout.read() for command in started]
-    codes = [command.wait() for command in started]
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(Command(path, *arguments, environment=world | ranks))
+            for ranks in ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        ]
+        printed = [command.stdout.read() for command in started]
+        codes = [command.wait() for command in started]
     return subprocess.CompletedProcess(arguments, max(codes, key=abs), "".join(printed), "")
-
-
-def become(environment: dict[str, str], stdout: int, stderr: int) -> None:
-    """Make a process that the server has forked have this environment and these streams."""
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    for number in {stdout, stderr} - {1, 2}:
-        os.close(number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-
-
-def run_in_two_processes(function: Callable[..., None], *arguments) -> None:
-    """Call `function(rank, *arguments)` as ranks 0 and 1; a module's function.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: one of them has raised.
-    """
-    mp.start_processes(_one_thread, (function, *arguments), nprocs=2, start_method="forkserver")
-
-
-def _one_thread(rank: int, function: Callable[..., None], *arguments) -> None:
-    torch.set_num_threads(1)
-    function(rank, *arguments)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
+from fork_server import run_in_two_processes
 from noisy_colours import write_checkpoint, write_images
 from same_bits import assert_same_bits
 from torchvision.models import resnet18

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
+from fork_server import run_in_two_processes
 from mean_colour import MeanColour, NormalisedColour, features, features_by_group, views
 
 from moco_det.common.errors import UserError

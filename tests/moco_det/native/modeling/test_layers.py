@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from commands import run_in_two_processes
+from fork_server import run_in_two_processes
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import record_model as recorder
 import torch
-from commands import run_in_two_processes
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
+from fork_server import run_in_two_processes
 from recording import read
 from torchvision.ops import box_iou
 
