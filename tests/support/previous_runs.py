@@ -1,6 +1,6 @@
 """The small runs that the previous version began, finished and converted: how they are made.
 
-golden/record_previous_version.py lets that version make them and go on with them;
+golden/previous_version/record_runs.py lets that version make them and go on with them;
 test_previous_version.py lets this one go on.
 """
 

@@ -1,6 +1,6 @@
-"""What the version before wrote and what it made of it: previous_version/runs.tar.xz and runs.json.
+"""What an earlier version wrote, and what it made of it: runs.tar.xz and runs.json.
 
-    python tests/golden/record_previous_version.py CHECKOUT
+    python tests/golden/previous_version/record_runs.py CHECKOUT
 
 CHECKOUT is that version's. Its commands begin small runs and are ended within an epoch; then the
 checkpoints' arrays are made to repeat themselves, so that they take kilobytes (keys, shapes, types
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 from previous_runs import (  # noqa: E402
     COMMANDS,
@@ -30,7 +30,7 @@ from previous_runs import (  # noqa: E402
     write_data,
 )
 
-FOLDER = Path(__file__).parent / "previous_version"
+HERE = Path(__file__).parent
 PERIOD = 251  # a prime, so that rows of an array differ: none has its length or a multiple
 STEPS = {"linear": 2, "finetuning": 2}  # after which they are killed
 
@@ -83,7 +83,6 @@ def make_compressible(value):
 
 def main() -> None:
     checkout = Path(sys.argv[1]).resolve()
-    FOLDER.mkdir(exist_ok=True)
     os.chdir(tempfile.mkdtemp())
     write_data(Path())
     for name in COMMANDS:
@@ -96,7 +95,7 @@ def main() -> None:
         if name == "moco":
             run(checkout, [*CONVERT, "moco.pkl"])
     found = {"doctor": run(checkout, ["pretrain/doctor.py", "moco"], codes=(0, 1))}
-    with tarfile.open(FOLDER / "runs.tar.xz", "w:xz", preset=9) as archive:
+    with tarfile.open(HERE / "runs.tar.xz", "w:xz", preset=9) as archive:
         for name in (*COMMANDS, "moco.pkl"):
             archive.add(name, filter=anonymous)
         begun = Path.cwd()
@@ -113,7 +112,7 @@ def main() -> None:
     )
     content = {"commit": version.stdout.strip(), **found}
     text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
-    (FOLDER / "runs.json").write_text("{\n" + text + "\n}\n")
+    (HERE / "runs.json").write_text("{\n" + text + "\n}\n")
 
 
 def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
