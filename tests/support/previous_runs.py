@@ -60,11 +60,20 @@ def write_data(folder: Path) -> None:
     write_tiny_config(folder / "tiny.yaml", Path("voc"))
 
 
-def resume_command(run: str) -> list[str]:
-    """The command that goes on with a run of the previous version."""
+def resume_command(run: str, checkout: Path) -> list[str]:
+    """The command of a version's checkout that goes on with a run, for a few steps.
+
+    In float64, or what is compared would be the rounding of networks that have learnt nothing. The
+    detector, which is float32 throughout, takes one step only, and keeps that step's statistics.
+    """
     if run == "detector":
-        return [*_DETECT, "--resume", *_DETECTOR_OPTS, "OUTPUT_DIR", "detector"]
-    return [*COMMANDS[run], "--resume", "auto"]
+        opts = ("SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0", "TEST.PRECISE_BN.ENABLED", "False")
+        script, *flags = [*_DETECT, "--resume", *_DETECTOR_OPTS, *opts, "OUTPUT_DIR", "detector"]
+        return [str(checkout / script), *flags]
+    script, *flags = [*COMMANDS[run], "--resume", "auto"]
+    if run in PRETRAINED:
+        flags += ["--iterations", "5"]
+    return [str(Path(__file__).with_name("float64.py")), str(checkout / script), *flags]
 
 
 def read_metrics(folder: Path, run: str) -> list[dict]:
