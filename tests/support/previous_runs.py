@@ -25,9 +25,7 @@ _DETECT = [
     "tools/train_net.py", "--config-file", "tiny.yaml", "--engine", "native",
 ]  # fmt: skip
 _DETECTOR_OPTS = [
-    "MODEL.WEIGHTS", "moco.pkl", "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS",
-    "16", "MODEL.RESNETS.WIDTH_PER_GROUP", "16", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
-    "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
+    "MODEL.WEIGHTS", "moco.pkl", "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
     "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]",
 ]  # fmt: skip
 
