@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 from commands import run
+from paths import REPOSITORY
 from previous_runs import COMMANDS, CONVERT, read_metrics, resume_command, summary, write_data
 from recording import FOLDER
 
@@ -32,16 +33,17 @@ def finished(command, codes=(0,)) -> str:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_goes_on_as_in_the_version_before(folder, name):
     before = len(read_metrics(folder, name))
-    finished(resume_command(name))
+    finished(resume_command(name, REPOSITORY))
     found, expected = summary(folder, name, before), RECORDED[name]
     assert found["values"] == expected["values"]
     assert len(found["losses"]) == len(expected["losses"]) > 0
-    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-4)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+    # Between a processor's best instructions and none rounding made 2e-10 of a loss in float64;
+    # in the detector's float32 1e-7 of a loss, and 1e-3 of a momentum.
+    loss_bound, norm_bound = (1e-5, 1e-2) if name == "detector" else (1e-6, 1e-6)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=loss_bound)
     assert found["norms"].keys() == expected["norms"].keys()
-    scale = max(expected["norms"].values())
     for key, norm in expected["norms"].items():
-        assert found["norms"][key] == pytest.approx(norm, rel=1e-2, abs=1e-6 * scale), key
+        assert found["norms"][key] == pytest.approx(norm, rel=norm_bound), key
 
 
 def test_it_is_converted_to_the_same_arrays(folder):

@@ -25,9 +25,7 @@ _DETECT = [
     "tools/train_net.py", "--config-file", "tiny.yaml", "--engine", "native",
 ]  # fmt: skip
 _DETECTOR_OPTS = [
-    "MODEL.WEIGHTS", "moco.pkl", "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS",
-    "16", "MODEL.RESNETS.WIDTH_PER_GROUP", "16", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
-    "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
+    "MODEL.WEIGHTS", "moco.pkl", "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
     "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]",
 ]  # fmt: skip
 
@@ -60,11 +58,20 @@ def write_data(folder: Path) -> None:
     write_tiny_config(folder / "tiny.yaml", Path("voc"))
 
 
-def resume_command(run: str) -> list[str]:
-    """The command that goes on with a run of the previous version."""
+def resume_command(run: str, checkout: Path) -> list[str]:
+    """The command of a version's checkout that goes on with a run, for a few steps.
+
+    In float64, or what is compared would be the rounding of networks that have learnt nothing. The
+    detector, which is float32 throughout, takes one step only, and keeps that step's statistics.
+    """
     if run == "detector":
-        return [*_DETECT, "--resume", *_DETECTOR_OPTS, "OUTPUT_DIR", "detector"]
-    return [*COMMANDS[run], "--resume", "auto"]
+        opts = ("SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0", "TEST.PRECISE_BN.ENABLED", "False")
+        script, *flags = [*_DETECT, "--resume", *_DETECTOR_OPTS, *opts, "OUTPUT_DIR", "detector"]
+        return [str(checkout / script), *flags]
+    script, *flags = [*COMMANDS[run], "--resume", "auto"]
+    if run in PRETRAINED:
+        flags += ["--iterations", "5"]
+    return [str(Path(__file__).with_name("float64.py")), str(checkout / script), *flags]
 
 
 def read_metrics(folder: Path, run: str) -> list[dict]:

@@ -102,7 +102,7 @@ def main() -> None:
         for name in COMMANDS:
             os.chdir(shutil.copytree(begun, Path(tempfile.mkdtemp()) / "copy"))
             before = len(read_metrics(Path(), name))
-            run(checkout, resume_command(name))
+            run(checkout, resume_command(name, checkout))
             found[name] = summary(Path(), name, before)
         for name in ("metrics.json", "config.yaml"):
             archive.add(f"detector/{name}", f"finished/{name}", filter=anonymous)
