@@ -2,7 +2,7 @@
 
 import json
 import pickle
-import tarfile
+import shutil
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ RECORDED = json.loads((FOLDER / "previous_version" / "runs.json").read_text())
 def folder(tmp_path, monkeypatch):
     """The folder that the commands are run in, with the runs and the data that they name."""
     write_data(tmp_path)
-    with tarfile.open(FOLDER / "previous_version" / "runs.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(FOLDER / "previous_version" / "runs.tar.xz", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -25,7 +25,8 @@ _DETECT = [
     "tools/train_net.py", "--config-file", "tiny.yaml", "--engine", "native",
 ]  # fmt: skip
 _DETECTOR_OPTS = [
-    "MODEL.WEIGHTS", "moco.pkl", "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
+    "MODEL.WEIGHTS", "moco.pkl", "INPUT.FORMAT", "RGB",
+    "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
     "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]",
 ]  # fmt: skip
 
