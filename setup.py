@@ -38,7 +38,7 @@ setup(
         "webdataset": WEBDATASET,
         "slurm": SLURM,
         "test": [
-            *["pytest", "pytest-xdist", "ruff", "scipy", "scikit-learn"],
+            *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", "scikit-learn"],
             *LVIS,
             *CITYSCAPES,
             *WEBDATASET,
