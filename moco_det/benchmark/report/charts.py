@@ -84,11 +84,11 @@ def dumbbell_chart(
     """One row per (name, random, moco): two dots on a common percent scale, joined by a bar."""
     pitch = max(44, (HEIGHT - 52) / len(rows))  # few rows: as tall as a line chart
     ticks = nice_ticks(0.0, max(max(random, moco) for _, random, moco in rows))
-    left = 74  # room for the names
+    left, right = 74, WIDTH - 50  # room for the names, and for a value beside the last tick
     return render(
         "dumbbell_chart.svg.j2",
         title=title, description=description, width=WIDTH, height=round(pitch * len(rows)) + 52,
-        left=left, x=_scale(ticks[0], ticks[-1], left, WIDTH - 24), ticks=ticks,
+        left=left, x=_scale(ticks[0], ticks[-1], left, right), ticks=ticks,
         tick_text=tick_text, rows=rows, pitch=pitch,
     )  # fmt: skip
 

@@ -49,3 +49,9 @@ def test_percent_charts_start_at_zero():
 def test_dumbbell_names_its_values():
     svg = charts.dumbbell_chart("T", "D", [("seed 0", 30.04, 42.0), ("mean", 30.04, 42.0)])
     assert svg.count(">30.0</text>") == svg.count(">42.0</text>") == 2
+
+
+def test_a_value_at_the_last_tick_of_a_dumbbell_stays_inside():
+    svg = charts.dumbbell_chart("T", "D", [("mean", 10.0, 100.0)])
+    (start,) = re.findall(r'class="value moco start" x="([\d.]+)"', svg)
+    assert float(start) + len("100.0") * 7.5 < charts.WIDTH  # 14 px bold, digits 7.5 wide
