@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from moco_det.common.errors import UserError, exit_cleanly
-from moco_det.common.launch import free_local_url, process_group, spawn
+from moco_det.common.launch import free_local_url, process_group, spawn, torchrun_ranks
 from moco_det.common.processes import workers_per_process
 from pretrain.data.images import Loading
 from pretrain.data.shards import is_shards
@@ -355,11 +355,7 @@ def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> N
     with exit_cleanly():
         args = parse(sys.argv[1:])
         if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
-            rank, world_size, local_rank = (
-                int(os.environ.get(key, default))
-                for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-            )
-            _join(run, args, "env://", rank, world_size, local_rank)
+            _join(run, args, "env://", *torchrun_ranks())
         elif args.multiprocessing_distributed:
             local = torch.cuda.device_count() or 1
             nodes, node = max(args.world_size, 1), max(args.rank, 0)

@@ -68,11 +68,12 @@ def torchrun_started_this() -> bool:
 
 
 def torchrun_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank)."""
-    rank, world_size, local_rank = (
-        int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    """(rank, world size, local rank) of the environment; those of a single process where absent."""
+    return (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get("LOCAL_RANK", 0)),
     )
-    return rank, world_size, local_rank
 
 
 def free_local_url() -> str:
