@@ -15,7 +15,10 @@ setup(
     version="0.1.0",
     description="MoCo pretraining and its transfer to detection: from images to a Detectron2 table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
-    package_data={"moco_det.benchmark": ["jobs/*.yaml", "report/templates/*"]},
+    package_data={
+        "moco_det": ["config/*.yaml", "dataset_doctor/*.yaml"],
+        "moco_det.benchmark": ["jobs/*.yaml", "report/templates/*"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

@@ -1,13 +1,13 @@
 """A config from a YAML file and the command line, for both engines.
 
 The keys, their defaults and the file format (`_BASE_`, `KEY VALUE` pairs, tuples written as
-strings) are Detectron2's. Every Detectron2 key falls into one of three kinds, listed in
-`moco_det.config.defaults`:
+strings) are Detectron2's. Every Detectron2 key falls into one of three kinds; `defaults.yaml` lists
+those of `get_cfg()`, and `keys.yaml` says what is special about a key:
 
 - honoured: it is in `get_cfg()`;
-- limited: it is in `get_cfg()` too, but the native engine knows only the values in `SUPPORTED`, and
-  any other value is refused;
-- inert (`INERT`, `DENSEPOSE_INERT`): it belongs to a part that `SUPPORTED` keeps switched off. It
+- limited (`supported`): it is in `get_cfg()` too, but the native engine knows only some values, and
+  any other one is refused;
+- inert (`inert`, `densepose_inert`): it belongs to a part that `supported` keeps switched off. It
   has no effect in Detectron2 either while that part is off, so it is accepted and dropped, and
   Detectron2's own YAMLs load unchanged.
 
@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,39 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from moco_det.common.errors import UserError
-from moco_det.config.defaults import DEFAULTS, DENSEPOSE_INERT, INERT, SUPPORTED
+
+# -- the keys -------------------------------------------------------------------------------------
+
+
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (dotted name, value) pairs of nested dicts, in order."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _with_tuples(tree: dict) -> dict:
+    """YAML has no tuples: they are written as strings."""
+    decoded = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            value = _with_tuples(value)
+        decoded[name] = _literal(value) if isinstance(value, str) else value
+    return decoded
+
+
+_HERE = Path(__file__).parent
+_DEFAULTS = _with_tuples(yaml.safe_load((_HERE / "defaults.yaml").read_text()))
+KEYS = yaml.safe_load((_HERE / "keys.yaml").read_text())  # kind of key -> names; see there
 
 # -- the command line -----------------------------------------------------------------------------
 
@@ -71,7 +104,7 @@ class _Pairs(argparse.Action):
 
 def get_cfg() -> CfgNode:
     """A fresh, unfrozen copy of the defaults."""
-    return CfgNode(DEFAULTS).clone()
+    return CfgNode(_DEFAULTS).clone()
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -97,7 +130,7 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
 def check_supported(cfg: CfgNode) -> None:
     """UserError where a key asks for a value that the native engine does not have."""
     values = dict(leaves(cfg))
-    for key, supported in SUPPORTED.items():
+    for key, supported in KEYS["supported"].items():
         if values[key] not in supported:
             known = ", ".join(map(repr, supported))
             raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
@@ -114,15 +147,6 @@ def on_available_device(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
-
-
-def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The (dotted name, value) pairs of nested dicts, in order."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _read_yaml(path: str) -> dict:
@@ -150,9 +174,12 @@ def _pairs(opts: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one known leaf of `cfg`, drop an inert one, refuse anything else."""
-    if any(key == name or key.startswith(f"{name}.") for name in (*INERT, *DENSEPOSE_INERT)):
+    if any(
+        key == name or key.startswith(f"{name}.")
+        for name in KEYS["inert"] + KEYS["densepose_inert"]
+    ):
         return
-    known = dict(leaves(DEFAULTS))
+    known = dict(leaves(_DEFAULTS))
     if key not in known:
         if value is None and any(name.startswith(f"{key}.") for name in known):
             return  # a section left empty in the file
@@ -193,10 +220,3 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     raise UserError(
         f"{source}: {key} takes a {type(default).__name__} such as {default!r}, not {value!r}"
     )
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

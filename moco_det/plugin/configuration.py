@@ -7,18 +7,17 @@ from detectron2.config import CfgNode, get_cfg
 
 from moco_det.common.errors import UserError
 from moco_det.config import loading as native_config
-from moco_det.config.defaults import DENSEPOSE_KEYS, OUR_KEYS
-from moco_det.config.loading import leaves, nearest, on_available_device
+from moco_det.config.loading import KEYS, leaves, nearest, on_available_device
 from moco_det.plugin import dense_pose
 
 
 def add_moco_config(cfg: CfgNode) -> None:
-    """Add `moco_det.config.defaults.OUR_KEYS`, with their defaults, to a Detectron2 config.
+    """Add the `own` keys of moco_det/config/keys.yaml, with their defaults, to a Detectron2 config.
 
-    Also `DENSEPOSE_KEYS`, where the DensePose project has not added them: this project's YAMLs say
-    only there that they are of use, and can be read without it.
+    Also its `densepose` ones, where the DensePose project has not added them: this project's YAMLs
+    say only there that they are of use, and can be read without it.
     """
-    for key in (*OUR_KEYS, *DENSEPOSE_KEYS):
+    for key in KEYS["own"] + KEYS["densepose"]:
         section, _, name = key.rpartition(".")
         node, default = cfg, native_config.get_cfg()
         for part in filter(None, section.split(".")):

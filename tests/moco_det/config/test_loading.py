@@ -7,8 +7,8 @@ from detector_configs import CONFIGS, NAMES
 from recording import read
 
 from moco_det.common.errors import UserError
-from moco_det.config.defaults import DENSEPOSE_INERT, DENSEPOSE_KEYS, INERT, OUR_KEYS, SUPPORTED
 from moco_det.config.loading import (
+    KEYS,
     add_config_arguments,
     add_config_file,
     add_config_option,
@@ -43,25 +43,27 @@ def write(tmp_path):
     return write_text
 
 
-def is_inert(key, names=INERT):
+def is_inert(key, names=KEYS["inert"]):
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def test_defaults_are_detectron2s(golden, densepose):
-    ours = {key: repr(value) for key, value in leaves(get_cfg()) if key not in OUR_KEYS}
+    ours = {key: repr(value) for key, value in leaves(get_cfg()) if key not in KEYS["own"]}
     assert ours == {key: (golden | densepose)[key] for key in ours}
 
 
 def test_every_key_of_the_densepose_project(densepose):
     """Those that are refused as unknown belong to other models of the project, or its evaluator."""
     ours = dict(leaves(get_cfg()))
-    assert {key for key in ours if is_inert(key, DENSEPOSE_KEYS)} == ours.keys() & densepose.keys()
-    unknown = {k for k in densepose if k not in ours and not is_inert(k, DENSEPOSE_INERT)}
+    assert {
+        key for key in ours if is_inert(key, KEYS["densepose"])
+    } == ours.keys() & densepose.keys()
+    unknown = {k for k in densepose if k not in ours and not is_inert(k, KEYS["densepose_inert"])}
     assert {key.partition(".")[0] for key in unknown} == {
         "BOOTSTRAP_DATASETS",
         "DENSEPOSE_EVALUATION",
     }
-    for name in DENSEPOSE_INERT:
+    for name in KEYS["densepose_inert"]:
         assert any(is_inert(key, [name]) for key in densepose), name
 
 
@@ -80,13 +82,13 @@ def test_every_detectron2_key_is_either_known_or_inert(golden):
     ours = dict(leaves(get_cfg()))
     assert not [key for key in golden if key not in ours and not is_inert(key)]
     assert not [key for key in ours if is_inert(key)]
-    for name in INERT:
+    for name in KEYS["inert"]:
         assert any(key == name or key.startswith(f"{name}.") for key in golden), name
 
 
 def test_every_default_is_supported():
     ours = dict(leaves(get_cfg()))
-    for key, values in SUPPORTED.items():
+    for key, values in KEYS["supported"].items():
         assert ours[key] in values, key
 
 

@@ -9,7 +9,6 @@ pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not
 
 from moco_det.common.errors import UserError
 from moco_det.config import loading as native_config
-from moco_det.config.defaults import OUR_KEYS
 from moco_det.config.loading import leaves
 from moco_det.plugin import load_config
 
@@ -34,7 +33,7 @@ def test_both_engines_read_the_same_from_a_config(name):
 
 def test_keys_of_our_own_have_our_defaults(tiny):
     cfg, defaults = dict(leaves(load_config(tiny))), dict(leaves(native_config.get_cfg()))
-    for key in OUR_KEYS:
+    for key in native_config.KEYS["own"]:
         assert cfg[key] == defaults[key]
 
 
