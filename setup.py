@@ -16,7 +16,7 @@ setup(
     description="MoCo pretraining and its transfer to detection: from images to a Detectron2 table",
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
     package_data={
-        "moco_det": ["config/*.yaml", "dataset_doctor/*.yaml"],
+        "moco_det": ["config/*.yaml", "datasets/*.yaml"],
         "moco_det.benchmark": ["jobs/*.yaml", "report/templates/*"],
     },
     python_requires=">=3.10",

@@ -2,45 +2,38 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
 from moco_det.dataset_doctor.report import ListedImage, Problem, Report
-from moco_det.datasets import Location, read_coco
-from moco_det.datasets.densepose import dense_pose
+from moco_det.datasets import CocoDataset, DensePoseDataset, LvisDataset, read_coco
+from moco_det.datasets.coco import dense_pose
 
 
-def check_coco(location: Location, report: Report, masks: bool) -> list[ListedImage]:
+def check_coco(files: CocoDataset, report: Report, masks: bool) -> list[ListedImage]:
     """Report what is wrong with the annotation file; return the images that it lists.
 
     `masks`: every object needs one.
     """
-    image_dir = Path(location.second).expanduser()
-    if report.lacks((location.first, image_dir)):
-        return []
     try:
-        content = read_coco(location.first)
+        content = read_coco(files.json_file)
     except UserError as error:
         report.problem("annotation", error)
         return []
-    images = _check_images(content["images"], location, report)
+    images = _check_images(content["images"], files, report)
     report.objects = len(content["annotations"])
     _check_ids(content["annotations"], report)
-    if location.kind == "densepose":
+    if isinstance(files, DensePoseDataset):
         _check_dense_poses(content["annotations"], report)
     _check_annotations(content, images, report, masks)
-    return [
-        ListedImage(_path(image, image_dir, location.kind), _size(image))
-        for image in images.values()
-    ]
+    return [ListedImage(files.image_path(image), _size(image)) for image in images.values()]
 
 
-def _check_images(entries: list[dict], location: Location, report: Report) -> dict[Any, dict]:
+def _check_images(entries: list[dict], files: CocoDataset, report: Report) -> dict[Any, dict]:
     """Image id -> entry; an entry without an id or a file name, or a second one, is a problem."""
-    name = "coco_url" if location.kind == "lvis" else "file_name"
+    name = "coco_url" if isinstance(files, LvisDataset) else "file_name"
     report.images = len(entries)
     images = {}
     for entry in entries:
@@ -52,16 +45,8 @@ def _check_images(entries: list[dict], location: Location, report: Report) -> di
         else:
             images[entry["id"]] = entry
     if not entries:
-        report.problem("list", f"{location.first} lists no image")
+        report.problem("list", f"{files.json_file} lists no image")
     return images
-
-
-def _path(image: dict, image_dir: Path, kind: str) -> Path:
-    """LVIS: by the URL, below a folder that holds train2017 and val2017, or in one of these."""
-    if kind != "lvis":
-        return image_dir / image["file_name"]
-    folder, name = image["coco_url"].split("/")[-2:]
-    return (image_dir / folder if (image_dir / folder).is_dir() else image_dir) / name
 
 
 def _size(image: dict) -> tuple[int, int] | None:

@@ -10,23 +10,21 @@ from PIL import Image
 from moco_det.common.errors import UserError
 from moco_det.config.checks import check_dataset
 from moco_det.dataset_doctor.coco import check_coco
-from moco_det.dataset_doctor.folders import (
-    check_cityscapes,
-    check_semantic_cityscapes,
-    check_semantic_voc,
-    check_voc,
-    evenly_spaced,
-)
-from moco_det.dataset_doctor.official import OFFICIAL, Official
+from moco_det.dataset_doctor.folders import check_label_maps, check_voc, evenly_spaced
 from moco_det.dataset_doctor.report import ListedImage, Problem, Report
-from moco_det.datasets import Dataset, Location, get_dataset, locate
+from moco_det.datasets import (
+    BUILT_IN,
+    KINDS,
+    BuiltIn,
+    CocoDataset,
+    Dataset,
+    Location,
+    VocDataset,
+    get_dataset,
+    locate,
+)
 from moco_det.densepose import body
 
-_LABEL_MAPS = {
-    "voc_sem_seg": check_semantic_voc,
-    "cityscapes_sem_seg": check_semantic_cityscapes,
-    "cityscapes": check_cityscapes,
-}
 _EXIF_ORIENTATION = 0x0112
 _ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
@@ -45,7 +43,7 @@ def examine(cfg, limit: int | None) -> list[Report]:
     names = tuple(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set")
-    reports = [Report(name, OFFICIAL.get(name)) for name in names]
+    reports = [Report(name, BUILT_IN.get(name)) for name in names]
     datasets = [_examine_one(cfg, report, limit) for report in reports]
     _compare_classes(reports, datasets)
     return reports
@@ -70,11 +68,17 @@ def _examine_one(cfg, report: Report, limit: int | None) -> Dataset | None:
 
 def check_files(cfg, location: Location, report: Report, limit: int | None) -> list[ListedImage]:
     """Check the layout and the annotations; return the images that these list."""
-    if location.kind == "voc":
-        return check_voc(location, report)
-    if location.kind in _LABEL_MAPS:
-        return _LABEL_MAPS[location.kind](location, report, limit)
-    return check_coco(location, report, masks=cfg.MODEL.MASK_ON)
+    kind, second = KINDS[location.kind], location.second
+    is_coco = issubclass(kind, CocoDataset)
+    parts = (Path(second).expanduser(), ()) if is_coco else (second,)
+    files = kind(report.name, (), location.first, *parts)  # its classes are not known yet
+    if report.lacks(files.required):
+        return []
+    if is_coco:
+        return check_coco(files, report, masks=cfg.MODEL.MASK_ON)
+    if isinstance(files, VocDataset):
+        return check_voc(files, report)
+    return check_label_maps(files, report, limit)
 
 
 def _check_images(images: Sequence[ListedImage], report: Report, limit: int | None) -> None:
@@ -127,7 +131,7 @@ def _check_body_files(cfg, report: Report) -> None:
         report.problem("files", f"{path} does not exist: download {body.SITE}{path.name}")
 
 
-def _check_counts(official: Official, report: Report) -> None:
+def _check_counts(official: BuiltIn, report: Report) -> None:
     """Compare the counts with the official ones; known flaws of the official file are excused."""
     for found, wanted, what in (
         (report.images, official.images, "images"),

@@ -6,24 +6,22 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
 from moco_det.common.errors import UserError
 from moco_det.dataset_doctor.report import ListedImage, Report
 from moco_det.datasets import (
     VOC_CLASSES,
-    CityscapesDataset,
-    Location,
+    SemanticCityscapesDataset,
+    SemanticDataset,
     SemanticVocDataset,
     VocDataset,
     read_labels,
 )
-from moco_det.datasets.cityscapes import LAST_LABEL, files_by_city, read_instance_ids
-from moco_det.datasets.semantic import CITYSCAPES_LABEL_IDS, SEMANTIC_VOC_CLASSES
+from moco_det.datasets.cityscapes import IMAGE, LAST_LABEL, CityscapesDataset, read_instance_ids
+from moco_det.datasets.dataset import image_size
+from moco_det.datasets.voc import voc_size
 
-_IMAGE = "_leftImg8bit.png"
-_INSTANCE_IDS = "_gtFine_instanceIds.png"
-_LABEL_IDS = ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png")
+LabelMaps = CityscapesDataset | SemanticCityscapesDataset | SemanticVocDataset
 
 
 def evenly_spaced(items: Sequence, limit: int | None) -> list:
@@ -35,13 +33,10 @@ def evenly_spaced(items: Sequence, limit: int | None) -> list:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def check_voc(location: Location, report: Report) -> list[ListedImage]:
+def check_voc(files: VocDataset, report: Report) -> list[ListedImage]:
     """Report what is wrong with the split list and the XML files; return the images listed."""
-    files = VocDataset(report.name, (), location.first, location.second)
-    if report.lacks((files.image_dir, files.annotation_dir, files.split_file)):
-        return []
-    ids = _read_list(files.split_file, report)
-    path_of = {path.stem: path for path in sorted(files.image_dir.iterdir(), reverse=True)}
+    ids = _listed(files, report)
+    path_of = files.image_files()
     report.images, report.objects = len(ids), 0
     images = []
     for image_id in ids:
@@ -51,15 +46,14 @@ def check_voc(location: Location, report: Report) -> list[ListedImage]:
     return images
 
 
-def _read_list(split_file: Path, report: Report) -> list[str]:
+def _listed(files: VocDataset | SemanticVocDataset, report: Report) -> list[str]:
     """The ids of a split list; one that is listed twice is a problem."""
-    lines = [line for line in split_file.read_text().splitlines() if line.strip()]
-    ids = [Path(line.split()[0]).stem for line in lines]
+    ids = files.image_ids()
     for image_id, times in Counter(ids).items():
         if times > 1:
-            report.problem("list", f"{split_file} lists {image_id} {times} times")
+            report.problem("list", f"{files.split_file} lists {image_id} {times} times")
     if not ids:
-        report.problem("list", f"{split_file} lists no image")
+        report.problem("list", f"{files.split_file} lists no image")
     return ids
 
 
@@ -70,19 +64,10 @@ def _check_annotation(path: Path, report: Report) -> tuple[int, int] | None:
     except (OSError, ElementTree.ParseError) as error:
         report.problem("annotation", f"{path} cannot be read: {error}")
         return None
-    size = _size(tree)
     for node in tree.findall("object"):
         report.objects += 1
         _check_object(node, path, report)
-    return size
-
-
-def _size(tree: ElementTree.ElementTree) -> tuple[int, int] | None:
-    try:
-        size = int(tree.findtext("size/height")), int(tree.findtext("size/width"))
-    except (TypeError, ValueError):
-        return None
-    return size if min(size) > 0 else None
+    return voc_size(tree)
 
 
 def _check_object(node: ElementTree.Element, path: Path, report: Report) -> None:
@@ -102,83 +87,56 @@ def _check_object(node: ElementTree.Element, path: Path, report: Report) -> None
         report.problem("area", f"{path}: {name!r} has a box of zero area, ({shown})")
 
 
-def check_semantic_voc(location: Location, report: Report, limit: int | None) -> list[ListedImage]:
-    """Report what is wrong with the split list and, of at most `limit` images, the label maps."""
-    files = SemanticVocDataset(report.name, (), location.first, location.second)
-    if report.lacks((files.image_dir, files.label_dir, files.split_file)):
-        return []
-    ids = _read_list(files.split_file, report)
-    report.images = len(ids)
-    pairs = [(files.image_dir / f"{i}.jpg", files.label_dir / f"{i}.png") for i in ids]
-    for _, labels in pairs:
-        if not labels.is_file():
-            report.problem("labels", f"{labels} does not exist")
-    return _check_maps(pairs, report, limit, len(SEMANTIC_VOC_CLASSES))
-
-
-def check_semantic_cityscapes(
-    location: Location, report: Report, limit: int | None
-) -> list[ListedImage]:
-    """The same for Cityscapes' trainIds, or where an image has none, labelIds."""
-    pairs = _cityscapes_pairs(location, report, _LABEL_IDS)
-    return _check_maps(pairs, report, limit, len(CITYSCAPES_LABEL_IDS))
-
-
-def check_cityscapes(location: Location, report: Report, limit: int | None) -> list[ListedImage]:
-    """The same for Cityscapes' maps of instances."""
-    pairs = _cityscapes_pairs(location, report, (_INSTANCE_IDS,))
-    present = [pair for pair in pairs if pair[1].is_file()]
-    for image, labels in evenly_spaced(present, limit):
-        for text in _instance_problems(image, labels):
+def check_label_maps(files: LabelMaps, report: Report, limit: int | None) -> list[ListedImage]:
+    """Report what is wrong with the list of images and, of at most `limit` of them, the maps."""
+    if isinstance(files, SemanticVocDataset):
+        pairs = _voc_pairs(files, report)
+    else:
+        pairs = _cityscapes_pairs(files, report)
+    problems = _semantic_problems if isinstance(files, SemanticDataset) else _instance_problems
+    present = [pair for pair in pairs if pair[1] and pair[1].is_file()]
+    for pair in evenly_spaced(present, limit):
+        for text in problems(*pair, len(files.all_classes)):
             report.problem("labels", text)
     return [ListedImage(image) for image, _ in pairs]
 
 
+def _voc_pairs(files: SemanticVocDataset, report: Report) -> list[tuple[Path, Path]]:
+    """(image, label map) of the split list; a missing map is a problem."""
+    pairs = [files.paths(image_id) for image_id in _listed(files, report)]
+    report.images = len(pairs)
+    for _, labels in pairs:
+        if not labels.is_file():
+            report.problem("labels", f"{labels} does not exist")
+    return pairs
+
+
 def _cityscapes_pairs(
-    location: Location, report: Report, endings: tuple[str, ...]
-) -> list[tuple[Path, Path]]:
-    """(image, label map) wherever at least one of the two exists.
-
-    The map has the first of `endings` for which there is a file. A missing map is a problem.
-    """
-    files = CityscapesDataset(report.name, (), location.first, location.second)
-    if report.lacks((files.image_dir, files.label_dir)):
-        return []
-    images = files_by_city(files.image_dir, _IMAGE)
-    maps = {}
-    for ending in reversed(endings):
-        maps |= files_by_city(files.label_dir, ending)
+    files: CityscapesDataset | SemanticCityscapesDataset, report: Report
+) -> list[tuple[Path, Path | None]]:
+    """(image, label map) wherever at least one of the two exists; a missing map is a problem."""
+    images, maps = files.files()
     report.images = len(images)
-    if not images and not maps:
-        report.problem("list", f"{files.image_dir} holds no CITY/*{_IMAGE}")
-    for image_id in sorted(images.keys() - maps.keys()):
-        expected = " or ".join(f"{files.label_dir / image_id}{ending}" for ending in endings)
-        report.problem("labels", f"{expected} does not exist")
-    return [
-        (
-            images.get(image_id, Path(f"{files.image_dir / image_id}{_IMAGE}")),
-            maps.get(image_id, Path(f"{files.label_dir / image_id}{endings[-1]}")),
-        )
-        for image_id in sorted(images.keys() | maps.keys())
-    ]
+    stems = sorted(images.keys() | maps.keys())
+    if not stems:
+        report.problem("list", f"{files.image_dir} holds no CITY/*{IMAGE}")
+    for stem in stems:
+        if stem not in maps:
+            report.problem("labels", f"{files.label_paths(stem)} does not exist")
+    return [(files.image_path(stem), maps.get(stem)) for stem in stems]
 
 
-def _check_maps(
-    pairs: list[tuple[Path, Path]], report: Report, limit: int | None, num_classes: int
-) -> list[ListedImage]:
-    present = [pair for pair in pairs if pair[1].is_file()]
-    for image, labels in evenly_spaced(present, limit):
-        record = {"file_name": str(image), "sem_seg_file_name": str(labels)}
-        size = _header_size(image)
-        record |= dict(zip(("height", "width"), size, strict=True)) if size else {}
-        try:
-            read_labels(record, num_classes)
-        except UserError as error:
-            report.problem("labels", error)
-    return [ListedImage(image) for image, _ in pairs]
+def _semantic_problems(image: Path, labels: Path, num_classes: int) -> Iterator[str]:
+    record = {"file_name": str(image), "sem_seg_file_name": str(labels)}
+    size = _header_size(image)
+    record |= dict(zip(("height", "width"), size, strict=True)) if size else {}
+    try:
+        read_labels(record, num_classes)
+    except UserError as error:
+        yield str(error)
 
 
-def _instance_problems(image: Path, labels: Path) -> Iterator[str]:
+def _instance_problems(image: Path, labels: Path, num_classes: int) -> Iterator[str]:
     try:
         numbers = read_instance_ids(labels)
     except UserError as error:
@@ -197,7 +155,6 @@ def _instance_problems(image: Path, labels: Path) -> Iterator[str]:
 def _header_size(path: Path) -> tuple[int, int] | None:
     """(height, width); None where there is no image, which is reported elsewhere."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError:
+        return image_size(path)
+    except UserError:
         return None

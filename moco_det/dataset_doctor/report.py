@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from moco_det.dataset_doctor.official import Official, remedy
+from moco_det.datasets import BuiltIn, data_root
 
 
 class ListedImage(NamedTuple):
@@ -36,7 +36,7 @@ class Report:
     """
 
     name: str
-    official: Official | None = None
+    official: BuiltIn | None = None
     images: int | None = None
     objects: int | None = None
     classes: int | None = None
@@ -46,8 +46,18 @@ class Report:
 
     @property
     def remedy(self) -> str:
-        """What to download and where to put it; "" for a user's own data."""
-        return remedy(self.official) if self.official else ""
+        """What to download from whom, and where to put it; "" for a user's own data."""
+        if self.official is None:
+            return ""
+        root = data_root()
+        parts = (
+            f"{', '.join(source.files)} from {source.site}: {source.placing.format(root=root)}"
+            for source in self.official.sources
+        )
+        return (
+            f"download {'; '.join(parts)}. {root} is the data root; DETECTRON2_DATASETS names "
+            "another"
+        )
 
     def problem(self, check: str, text: object) -> None:
         self.problems.append(Problem(check, str(text)))

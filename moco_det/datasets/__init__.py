@@ -1,15 +1,15 @@
 """Data sets by name, as lists of Detectron2's standard records.
 
-What reads annotations belongs here, one module for each format; what scores predictions does not
-(`moco_det.evaluation`), nor what turns records into a model's input (`moco_det.native.data`). Start
-with `get_dataset` below and `dataset.py`, which says what a data set is.
+What reads annotations belongs here, one module for each family of formats; what scores predictions
+does not (`moco_det.evaluation`), nor what turns records into a model's input
+(`moco_det.native.data`). Start with `get_dataset` below and `dataset.py`, which says what a data
+set is; `built_in.yaml` lists those that have a name.
 
 Names of Detectron2, below $DETECTRON2_DATASETS (default `datasets/`), in its layout:
     voc_2007_trainval          VOC2007/{JPEGImages,Annotations,ImageSets/Main/trainval.txt}
     coco_2017_train            coco/annotations/instances_train2017.json, coco/train2017/
     keypoints_coco_2017_train  coco/annotations/person_keypoints_train2017.json, coco/train2017/
-    densepose_coco_2014_train  coco/annotations/densepose_train2014.json, coco/train2014/, see
-                               `datasets.densepose`
+    densepose_coco_2014_train  coco/annotations/densepose_train2014.json, coco/train2014/
     lvis_v0.5_train            lvis/lvis_v0.5_train.json, coco/train2017/
     cityscapes_fine_instance_seg_train
                                cityscapes/{leftImg8bit,gtFine}/train/, see `datasets.cityscapes`
@@ -30,10 +30,14 @@ from pathlib import Path
 
 from moco_det.common.errors import UserError
 from moco_det.datasets.cityscapes import CityscapesDataset
-from moco_det.datasets.coco import CocoDataset, read_coco
-from moco_det.datasets.dataset import Dataset, Record
-from moco_det.datasets.densepose import DensePoseDataset
-from moco_det.datasets.lvis import LvisDataset, refuse_other_versions
+from moco_det.datasets.coco import (
+    CocoDataset,
+    DensePoseDataset,
+    LvisDataset,
+    read_coco,
+    refuse_other_versions,
+)
+from moco_det.datasets.dataset import BUILT_IN, BuiltIn, Dataset, Record
 from moco_det.datasets.semantic import (
     SemanticCityscapesDataset,
     SemanticDataset,
@@ -43,8 +47,10 @@ from moco_det.datasets.semantic import (
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
 
 __all__ = [
+    "BUILT_IN",
     "KINDS",
     "VOC_CLASSES",
+    "BuiltIn",
     "CityscapesDataset",
     "CocoDataset",
     "Dataset",
@@ -108,22 +114,20 @@ def locate(name: str) -> Location:
     Raises:
         UserError: an unknown name.
     """
-    for kind, dataset in KINDS.items():
-        if name in dataset.builtin:
-            root = data_root()
-            first, second = dataset.builtin[name]
-            if dataset.form.endswith(":IMAGE_DIR"):
-                second = str(root / second)
-            return Location(kind, root / first, second, root)
     refuse_other_versions(name)
-    kind, _, parts = name.partition(":")
+    built_in = BUILT_IN.get(name)
+    kind, _, parts = (built_in.location if built_in else name).partition(":")
     first, _, second = parts.rpartition(":")
+    if built_in:
+        root = data_root()
+        if KINDS[kind].form.endswith(":IMAGE_DIR"):
+            second = str(root / second)
+        return Location(kind, root / first, second, root)
     if kind in KINDS and first and second:
         return Location(kind, Path(first).expanduser(), second)
     *others, last = (f"{kind}:{dataset.form}" for kind, dataset in KINDS.items())
     forms = f"{', '.join(others)} or {last}"
     if ":" in name:
         raise UserError(f"dataset {name!r}: a data set of one's own is written {forms}")
-    names = [known for dataset in KINDS.values() for known in dataset.builtin]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
     raise UserError(f"no dataset {name!r}: the nearest name is {nearest}; own data: {forms}")

@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.dataset import Dataset, Record, require
+from moco_det.datasets.dataset import Dataset, Record, read_label_map, require
 
 # Class -> labelId, in the order of the trainIds (cityscapesscripts.helpers.labels), which is
 # Detectron2's. Caravan and trailer, 29 and 30, are not evaluated.
@@ -44,23 +43,29 @@ LABEL_IDS = {
 _CLASS_OF = {label: index for index, label in enumerate(LABEL_IDS.values())}
 LAST_LABEL = 33
 
-_IMAGE, _INSTANCE_IDS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
+IMAGE = "_leftImg8bit.png"
 
 
 class CityscapesLayout:
     """A split of Cityscapes' folders, for a `Dataset` with the fields `root` and `split`.
 
-    `all_classes` are those of every data set of the kind.
+    `all_classes` are those of every data set of the kind, `label_endings` the ends of its maps'
+    names, the one that is preferred first.
     """
 
     form: ClassVar[str] = "ROOT:SPLIT"
     all_classes: ClassVar[tuple[str, ...]]
+    label_endings: ClassVar[tuple[str, ...]]
 
     @classmethod
     def open(cls, name: str, first: Path, second: str, data_root: Path | None = None) -> Dataset:
         dataset = cls(name, cls.all_classes, first, second)
-        require(name, (dataset.image_dir, dataset.label_dir), data_root)
+        require(name, dataset.required, data_root)
         return dataset
+
+    @property
+    def required(self) -> tuple[Path, ...]:
+        return self.image_dir, self.label_dir
 
     @property
     def image_dir(self) -> Path:
@@ -70,21 +75,65 @@ class CityscapesLayout:
     def label_dir(self) -> Path:
         return self.root / "gtFine" / self.split
 
+    def files(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """ "CITY/ID" -> the image, and "CITY/ID" -> its label map."""
+        maps = {}
+        for ending in reversed(self.label_endings):
+            maps |= _by_city(self.label_dir, ending)
+        return _by_city(self.image_dir, IMAGE), maps
+
+    def image_path(self, stem: str) -> Path:
+        """Where the image "CITY/ID" belongs."""
+        return Path(f"{self.image_dir / stem}{IMAGE}")
+
+    def label_paths(self, stem: str) -> str:
+        """Where the label map of the image "CITY/ID" may be."""
+        paths = (f"{self.label_dir / stem}{ending}" for ending in self.label_endings)
+        return " or ".join(paths)
+
+    def pairs(self) -> list[tuple[str, Path, Path]]:
+        """(image id, image, label map), sorted by image id, "CITY_SEQUENCE_FRAME".
+
+        Raises:
+            UserError: an image without a label map, or the reverse; none at all.
+        """
+        images, maps = self.files()
+        if not images and not maps:
+            raise UserError(
+                f"dataset {self.name}: no CITY/*{self.label_endings[-1]} in {self.label_dir}"
+            )
+        for found, others, expected, what in (
+            (images, maps, self.label_paths, "images have no label map"),
+            (maps, images, self.image_path, "label maps have no image"),
+        ):
+            alone = sorted(found.keys() - others.keys())
+            if alone:
+                raise UserError(
+                    f"dataset {self.name}: {len(alone)} {what}, the first is {found[alone[0]]}: "
+                    f"expected {expected(alone[0])}"
+                )
+        pairs = [(Path(stem).name, image, maps[stem]) for stem, image in images.items()]
+        return sorted(pairs)
+
+
+def _by_city(folder: Path, ending: str) -> dict[str, Path]:
+    """ "CITY/ID" -> the file FOLDER/CITY/ID + ending."""
+    paths = folder.glob(f"*/*{ending}")
+    return {str(path.relative_to(folder)).removesuffix(ending): path for path in paths}
+
 
 @dataclass(frozen=True)
 class CityscapesDataset(CityscapesLayout, Dataset):
     """Instances of a split of Cityscapes' layout."""
 
     evaluator: ClassVar[str] = "cityscapes"
-    builtin: ClassVar[dict[str, tuple[str, str]]] = {
-        f"cityscapes_fine_instance_seg_{split}": ("cityscapes", split) for split in ("train", "val")
-    }
     all_classes: ClassVar[tuple[str, ...]] = tuple(LABEL_IDS)
+    label_endings: ClassVar[tuple[str, ...]] = ("_gtFine_instanceIds.png",)
     root: Path
     split: str
 
     def records(self) -> list[Record]:
-        """As in `Dataset`, sorted by image id, "CITY_SEQUENCE_FRAME".
+        """As in `Dataset`, sorted by image id.
 
         An annotation also has "segmentation", a compressed RLE. The 2,975 maps of the training set
         are two to four minutes' work of one core, so several threads read them, and a process reads
@@ -94,53 +143,19 @@ class CityscapesDataset(CityscapesLayout, Dataset):
             UserError: an image without a map, or the reverse; a map that cannot be read or is
                 none; no image at all.
         """
-        maps = self.instance_files()
-        images = _by_id(self.image_dir, _IMAGE)
-        self._check_pairs(images, maps)
+        pairs = self.pairs()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            contents = threads.map(_read, maps.values())
+            contents = threads.map(_read, (path for _, _, path in pairs))
             return [
                 {
-                    "file_name": str(images[image_id]),
+                    "file_name": str(image),
                     "image_id": image_id,
                     "height": content[0],
                     "width": content[1],
                     "annotations": [_annotation(*found, content[:2]) for found in content[2]],
                 }
-                for image_id, content in zip(maps, contents, strict=True)
+                for (image_id, image, _), content in zip(pairs, contents, strict=True)
             ]
-
-    def instance_files(self) -> dict[str, Path]:
-        """Image id -> its map, sorted; `UserError` if there is none."""
-        maps = _by_id(self.label_dir, _INSTANCE_IDS)
-        if not maps:
-            raise UserError(f"dataset {self.name}: no CITY/*{_INSTANCE_IDS} in {self.label_dir}")
-        return maps
-
-    def _check_pairs(self, images: dict[str, Path], maps: dict[str, Path]) -> None:
-        for first, second, ending, folder in (
-            (images, maps, _INSTANCE_IDS, self.label_dir),
-            (maps, images, _IMAGE, self.image_dir),
-        ):
-            alone = sorted(first.keys() - second.keys())
-            if alone:
-                expected = folder / first[alone[0]].parent.name / f"{alone[0]}{ending}"
-                raise UserError(
-                    f"dataset {self.name}: {first[alone[0]]} needs {expected}, which does not "
-                    f"exist ({len(alone)} images lack it)"
-                )
-
-
-def files_by_city(folder: Path, ending: str) -> dict[str, Path]:
-    """ "CITY/ID" -> the file FOLDER/CITY/ID + ending."""
-    paths = folder.glob(f"*/*{ending}")
-    return {str(path.relative_to(folder)).removesuffix(ending): path for path in paths}
-
-
-def _by_id(folder: Path, ending: str) -> dict[str, Path]:
-    """Image id -> its file, sorted."""
-    paths = {Path(name).name: path for name, path in files_by_city(folder, ending).items()}
-    return dict(sorted(paths.items()))
 
 
 _Object = tuple[int, int, bytes]  # number in the map, class, run lengths
@@ -189,11 +204,7 @@ def _parse(path: Path, state: tuple[int, int]) -> tuple[int, int, tuple[_Object,
 
 def read_instance_ids(path: Path) -> np.ndarray:
     """The map as int64 (H, W)."""
-    try:
-        with Image.open(path) as image:
-            mode, numbers = image.mode, np.array(image)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"cannot read the label map {path}: {error}") from error
+    mode, numbers = read_label_map(path)
     if not mode.startswith("I"):
         raise UserError(
             f"{path} is of Pillow's mode {mode}: a map of instances has one channel of 16 bits"

@@ -1,20 +1,54 @@
 """What a data set is: a name, classes, and Detectron2's standard records.
 
 A user's own data set is named KIND:FIRST:SECOND, such as voc:ROOT:SPLIT. A built-in one is the same
-thing below the data root, under Detectron2's name. So each kind is a subclass of `Dataset` that
-says what its two parts are (`form`), which names are built in, and how a data set is opened.
+thing below the data root, under Detectron2's name (`BUILT_IN`). So each kind is a subclass of
+`Dataset` that says what its two parts are (`form`) and how a data set is opened.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import yaml
 from PIL import Image, UnidentifiedImageError
 
 from moco_det.common.errors import UserError
 
 Record = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """Files that somebody hands out; the head of built_in.yaml says what the fields are."""
+
+    site: str
+    files: list[str]
+    placing: str
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """What is known of a built-in data set; the head of built_in.yaml says what the fields are."""
+
+    location: str
+    sources: list[Source]
+    images: int | None = None
+    objects: int | None = None
+    flaws: int = 0
+    repeats: bool = False
+
+
+def _read_built_in() -> dict[str, BuiltIn]:
+    content = yaml.safe_load((Path(__file__).parent / "built_in.yaml").read_text())
+    sources = {name: Source(**source) for name, source in content["sources"].items()}
+    return {
+        name: BuiltIn(**{**entry, "sources": [sources[key] for key in entry["sources"]]})
+        for name, entry in content["names"].items()
+    }
+
+
+BUILT_IN = _read_built_in()
 
 
 @dataclass(frozen=True)
@@ -27,7 +61,6 @@ class Dataset:
 
     evaluator: ClassVar[str]
     form: ClassVar[str]  # the two parts of a user's own name, such as "ROOT:SPLIT"
-    builtin: ClassVar[dict[str, tuple[str, str]]]  # name -> the two parts, below the data root
     name: str
     classes: tuple[str, ...]
     keypoint_names: tuple[str, ...] = field(default=(), kw_only=True)
@@ -42,6 +75,11 @@ class Dataset:
         Raises:
             UserError: a file or folder is missing or is not of this kind.
         """
+        raise NotImplementedError
+
+    @property
+    def required(self) -> tuple[Path, ...]:
+        """The files and folders without which there is no such data set."""
         raise NotImplementedError
 
     @property
@@ -79,3 +117,12 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.height, image.width
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
+    """(Pillow's mode, pixels) of a label map, whole; `UserError` where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode, np.array(image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        raise UserError(f"cannot read the label map {path}: {error}") from error

@@ -26,21 +26,27 @@ Cityscapes, or `cityscapes_sem_seg:ROOT:SPLIT` in a folder of its layout:
         cityscapes/gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or ..._labelIds.png
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.cityscapes import CityscapesLayout, files_by_city
-from moco_det.datasets.dataset import Dataset, Record, image_size, require
+from moco_det.datasets.cityscapes import CityscapesLayout
+from moco_det.datasets.dataset import (
+    BUILT_IN,
+    Dataset,
+    Record,
+    image_size,
+    read_label_map,
+    require,
+)
 from moco_det.datasets.voc import VOC_CLASSES
 
 IGNORED = 255  # in a label map: void, or a class that the benchmark does not have
-TRAIN_AUG_IMAGES = 10582
+_TRAIN_AUG = "voc_2012_sem_seg_train_aug"
 
 SEMANTIC_VOC_CLASSES = ("background", *VOC_CLASSES)
 
@@ -57,19 +63,19 @@ CITYSCAPES_LABEL_IDS = {
 _TRAIN_ID_OF = np.full(256, IGNORED, dtype=np.uint8)
 _TRAIN_ID_OF[list(CITYSCAPES_LABEL_IDS)] = range(len(CITYSCAPES_LABEL_IDS))
 
-_IMAGE, _TRAIN_IDS, _LABEL_IDS = (
-    "_leftImg8bit.png",
-    "_gtFine_labelTrainIds.png",
-    "_gtFine_labelIds.png",
-)
+_LABEL_IDS = "_gtFine_labelIds.png"
 
 
 @dataclass(frozen=True)
 class SemanticDataset(Dataset):
-    """Images with label maps; `root` and `split` say where, the subclasses in which layout."""
+    """Images with label maps; `root` and `split` say where, the subclasses in which layout.
+
+    `all_classes` are those of every data set of the kind.
+    """
 
     evaluator: ClassVar[str] = "sem_seg"
     form: ClassVar[str] = "ROOT:SPLIT"
+    all_classes: ClassVar[tuple[str, ...]]
     root: Path
     split: str
 
@@ -82,7 +88,7 @@ class SemanticDataset(Dataset):
             UserError: an image without a label map, or the reverse; no image at all.
         """
         records = []
-        for image_id, image, labels in self._pairs():
+        for image_id, image, labels in self.pairs():
             height, width = image_size(image)
             records.append(
                 {
@@ -97,30 +103,24 @@ class SemanticDataset(Dataset):
             raise UserError(f"dataset {self.name}: no image in {self.root}, split {self.split}")
         return records
 
-    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
+    def pairs(self) -> Iterable[tuple[str, Path, Path]]:
         """(image id, image, label map), both of which exist, always in the same order."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SemanticVocDataset(SemanticDataset):
-    """VOC's layout. `size`: how many images the list is to have; None for any number."""
+    """VOC's layout."""
 
-    builtin: ClassVar[dict[str, tuple[str, str]]] = {
-        f"voc_2012_sem_seg_{split}": ("VOC2012", split)
-        for split in ("train", "val", "trainval", "train_aug")
-    }
-    size: int | None = None
+    all_classes: ClassVar[tuple[str, ...]] = SEMANTIC_VOC_CLASSES
 
     @classmethod
     def open(
         cls, name: str, first: Path, second: str, data_root: Path | None = None
     ) -> "SemanticVocDataset":
-        published = data_root is not None and second == "train_aug"
-        size = TRAIN_AUG_IMAGES if published else None
-        dataset = cls(name, SEMANTIC_VOC_CLASSES, first, second, size)
+        dataset = cls(name, cls.all_classes, first, second)
         try:
-            require(name, (dataset.image_dir, dataset.split_file, dataset.label_dir), data_root)
+            require(name, dataset.required, data_root)
         except UserError as error:
             if not second.endswith("_aug"):
                 raise
@@ -129,6 +129,10 @@ class SemanticVocDataset(SemanticDataset):
                 "SBD (Hariharan et al., 2011); moco_det/datasets/semantic.py says what goes where"
             ) from error
         return dataset
+
+    @property
+    def required(self) -> tuple[Path, ...]:
+        return self.image_dir, self.split_file, self.label_dir
 
     @property
     def image_dir(self) -> Path:
@@ -143,17 +147,25 @@ class SemanticVocDataset(SemanticDataset):
         augmented = self.split.endswith("_aug")
         return self.root / ("SegmentationClassAug" if augmented else "SegmentationClass")
 
-    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
+    def image_ids(self) -> list[str]:
+        """Those of the split file: a line is an id, or in some lists of train_aug two paths."""
         lines = self.split_file.read_text().splitlines()
-        image_ids = [_image_id(line) for line in lines if line.strip()]
-        if self.size not in (None, len(image_ids)):
+        return [Path(line.split()[0]).stem for line in lines if line.strip()]
+
+    def paths(self, image_id: str) -> tuple[Path, Path]:
+        """Where an image and its label map belong."""
+        return self.image_dir / f"{image_id}.jpg", self.label_dir / f"{image_id}.png"
+
+    def pairs(self) -> Iterator[tuple[str, Path, Path]]:
+        image_ids = self.image_ids()
+        published = BUILT_IN[_TRAIN_AUG].images
+        if self.name == _TRAIN_AUG and len(image_ids) != published:
             raise UserError(
                 f"dataset {self.name}: {self.split_file} lists {len(image_ids)} images, the "
-                f"published list {self.size}; name a list of your own voc_sem_seg:ROOT:SPLIT"
+                f"published list {published}; name a list of your own voc_sem_seg:ROOT:SPLIT"
             )
         for image_id in image_ids:
-            image = self.image_dir / f"{image_id}.jpg"
-            labels = self.label_dir / f"{image_id}.png"
+            image, labels = self.paths(image_id)
             for path in (image, labels):
                 if not path.is_file():
                     raise UserError(
@@ -163,39 +175,12 @@ class SemanticVocDataset(SemanticDataset):
             yield image_id, image, labels
 
 
-def _image_id(line: str) -> str:
-    """Of a split file's line: an id, or the two paths that some lists of train_aug hold."""
-    return Path(line.split()[0]).stem
-
-
 @dataclass(frozen=True)
 class SemanticCityscapesDataset(CityscapesLayout, SemanticDataset):
     """Cityscapes' layout, with trainIds, or where an image has none, labelIds."""
 
-    builtin: ClassVar[dict[str, tuple[str, str]]] = {
-        f"cityscapes_fine_sem_seg_{split}": ("cityscapes", split) for split in ("train", "val")
-    }
     all_classes: ClassVar[tuple[str, ...]] = tuple(CITYSCAPES_LABEL_IDS.values())
-
-    def _pairs(self) -> Iterator[tuple[str, Path, Path]]:
-        images = files_by_city(self.image_dir, _IMAGE)
-        labels = files_by_city(self.label_dir, _LABEL_IDS)
-        labels |= files_by_city(self.label_dir, _TRAIN_IDS)
-        bare = sorted(images.keys() - labels.keys())
-        if bare:
-            raise UserError(
-                f"dataset {self.name}: {len(bare)} images have no label map, the first is "
-                f"{images[bare[0]]}: expected {self.label_dir / bare[0]}{_LABEL_IDS} (or "
-                f"{_TRAIN_IDS.removeprefix('_gtFine_')})"
-            )
-        lost = sorted(labels.keys() - images.keys())
-        if lost:
-            raise UserError(
-                f"dataset {self.name}: {len(lost)} label maps have no image, the first is "
-                f"{labels[lost[0]]}: expected {self.image_dir / lost[0]}{_IMAGE}"
-            )
-        for stem, image in sorted(images.items()):
-            yield Path(stem).name, image, labels[stem]
+    label_endings: ClassVar[tuple[str, ...]] = ("_gtFine_labelTrainIds.png", _LABEL_IDS)
 
 
 def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
@@ -212,11 +197,7 @@ def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
             or has a label that is not a class.
     """
     path = record["sem_seg_file_name"]
-    try:
-        with Image.open(path) as image:
-            mode, labels = image.mode, np.array(image)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"cannot read the label map {path}: {error}") from error
+    mode, labels = read_label_map(path)
     if mode not in ("L", "P"):
         raise UserError(
             f"label map {path} is of Pillow's mode {mode}: it needs one channel of 8 bits (mode L "

@@ -23,11 +23,6 @@ class VocDataset(Dataset):
 
     evaluator: ClassVar[str] = "voc"
     form: ClassVar[str] = "ROOT:SPLIT"
-    builtin: ClassVar[dict[str, tuple[str, str]]] = {
-        f"voc_{year}_{split}": (f"VOC{year}", split)
-        for year in (2007, 2012)
-        for split in ("train", "val", "trainval", "test")
-    }
     root: Path
     split: str
     eleven_point: bool = False
@@ -37,9 +32,13 @@ class VocDataset(Dataset):
         cls, name: str, first: Path, second: str, data_root: Path | None = None
     ) -> "VocDataset":
         dataset = cls(name, VOC_CLASSES, first, second, name.startswith("voc_2007_"))
-        require(name, (dataset.image_dir, dataset.annotation_dir, dataset.split_file), data_root)
+        require(name, dataset.required, data_root)
         own = data_root is None
         return replace(dataset, classes=_classes_in(dataset.annotation_dir)) if own else dataset
+
+    @property
+    def required(self) -> tuple[Path, ...]:
+        return self.image_dir, self.annotation_dir, self.split_file
 
     @property
     def image_dir(self) -> Path:
@@ -59,12 +58,15 @@ class VocDataset(Dataset):
         As in Detectron2, the image id is the file's stem, difficult objects are kept, and the
         1-based inclusive pixels of the file become continuous by subtracting 1 from xmin and ymin.
         """
-        # An image may have any extension. Reversed: a .jpg wins over a .png of the same stem.
-        folder = sorted(self.image_dir.iterdir(), reverse=True)
-        image_of = {path.stem: path for path in folder}
-        return [self._record(image_id, image_of) for image_id in self._image_ids()]
+        image_of = self.image_files()
+        return [self._record(image_id, image_of) for image_id in self.image_ids()]
 
-    def _image_ids(self) -> list[str]:
+    def image_files(self) -> dict[str, Path]:
+        """Image id -> its file, of any extension; a .jpg wins over a .png of the same stem."""
+        return {path.stem: path for path in sorted(self.image_dir.iterdir(), reverse=True)}
+
+    def image_ids(self) -> list[str]:
+        """Those of the split file, the first word of each line."""
         lines = self.split_file.read_text().splitlines()
         return [line.split()[0] for line in lines if line.strip()]
 
@@ -89,7 +91,7 @@ class VocDataset(Dataset):
                     "difficult": difficult,
                 }
             )
-        height, width = _voc_size(tree) or image_size(image_of[image_id])
+        height, width = voc_size(tree) or image_size(image_of[image_id])
         return {
             "file_name": str(image_of[image_id]),
             "image_id": image_id,
@@ -134,7 +136,7 @@ def _voc_objects(
     return objects
 
 
-def _voc_size(tree: ElementTree.ElementTree) -> tuple[int, int] | None:
+def voc_size(tree: ElementTree.ElementTree) -> tuple[int, int] | None:
     """(height, width), or None where the annotation does not give them."""
     try:
         size = int(tree.findtext("size/height")), int(tree.findtext("size/width"))

@@ -84,7 +84,7 @@ def has_points(annotation: Mapping[str, Any]) -> bool:
 
 
 def read_points(annotation: Mapping[str, Any]) -> DensePosePoints:
-    """The dense pose of an object that `has_points`; see `moco_det.datasets.densepose`.
+    """The dense pose of an object that `has_points`; see `moco_det.datasets.coco.dense_pose`.
 
     Raises:
         UserError: a broken mask.

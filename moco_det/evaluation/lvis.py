@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from moco_det.common.errors import import_optional
-from moco_det.datasets.lvis import LvisDataset
+from moco_det.datasets import LvisDataset
 from moco_det.evaluation.coco import as_results
 from moco_det.evaluation.official import old_numpy
 from moco_det.evaluation.predictions import check_images, check_mask_sizes, tasks_of

@@ -89,13 +89,14 @@ def test_what_lacks_its_counterpart_is_named(root):
     dataset = get_dataset(f"cityscapes:{root}:train")
     other = root / "leftImg8bit" / "train" / "aachen" / "aachen_000001_000019_leftImg8bit.png"
     other.touch()
-    message = f"{other} needs .*gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png"
+    expected = "gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png"
+    message = f"1 images have no label map, the first is {other}: expected .*{expected}"
     with pytest.raises(UserError, match=message):
         dataset.records()
     other.unlink()
     photograph = other.with_name(f"{IMAGE}_leftImg8bit.png")
     photograph.unlink()
-    with pytest.raises(UserError, match=f"instanceIds.png needs {photograph}, .*1 images lack it"):
+    with pytest.raises(UserError, match=f"1 label maps .*instanceIds.png: expected {photograph}"):
         dataset.records()
     next(root.glob("gtFine/*/*/*.png")).unlink()
     with pytest.raises(UserError, match=r"no CITY/\*_gtFine_instanceIds.png in .*gtFine/train"):

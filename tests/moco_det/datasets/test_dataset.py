@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import KINDS, Dataset
+from moco_det.datasets import BUILT_IN, KINDS, Dataset
 from moco_det.datasets.dataset import image_size, require
 
 
@@ -40,8 +40,8 @@ def test_size_is_height_and_width(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_says_what_its_names_are(kind):
-    """Of built-in names no two kinds have one in common, and all have the two parts of the form."""
+    """Built-in ones have a kind and the two parts of its form, too."""
     assert len(KINDS[kind].form.split(":")) == 2
-    for name, parts in KINDS[kind].builtin.items():
-        assert len(parts) == 2
-        assert [k for k in KINDS.values() if name in k.builtin] == [KINDS[kind]]
+    locations = [built_in.location.split(":") for built_in in BUILT_IN.values()]
+    assert {len(parts) for parts in locations} == {3}
+    assert kind in {parts[0] for parts in locations} <= KINDS.keys()
