@@ -13,10 +13,9 @@ from tabulate import tabulate
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import Dataset
-from moco_det.evaluation.cityscapes import evaluate_cityscapes
 from moco_det.evaluation.coco import evaluate_coco
 from moco_det.evaluation.densepose import evaluate_densepose
-from moco_det.evaluation.lvis import evaluate_lvis
+from moco_det.evaluation.official import evaluate_cityscapes, evaluate_lvis
 from moco_det.evaluation.predictions import checked
 from moco_det.evaluation.semantic import evaluate_semantic
 from moco_det.evaluation.voc import evaluate_voc

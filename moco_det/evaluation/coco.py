@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, read_coco
 from moco_det.datasets.dataset import image_size
-from moco_det.evaluation.predictions import check_images, check_mask_sizes, tasks_of
+from moco_det.evaluation.predictions import check_masks, tasks_of
 
 # COCOeval.stats, in its order. Precision has Detectron2's names; AR1, AR10 and AR100 are recall
 # with that many detections per image.
@@ -56,9 +56,7 @@ def evaluate_coco(
     tasks = tasks_of(predictions)
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = load_ground_truth(dataset)
-        sizes = {i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()}
-        check_images(predictions, sizes)
-        check_mask_sizes(predictions, sizes)
+        check_masks(predictions, image_sizes(ground_truth))
         if "segm" in tasks:
             _require_masks(ground_truth, dataset)
         if "keypoints" in tasks:
@@ -91,17 +89,17 @@ def scored(run: COCOeval, dataset: CocoDataset, names: Sequence[str]) -> dict[st
     run.evaluate()
     run.accumulate()
     run.summarize()
-    results = {name: _percent(value) for name, value in zip(names, run.stats, strict=True)}
+    results = {name: percent(value) for name, value in zip(names, run.stats, strict=True)}
     # (IoU thresholds, recalls, categories in the order of their ids, areas, detections per image)
     precision = run.eval["precision"][:, :, :, 0, -1]
     for index, name in enumerate(dataset.classes):
         known = precision[:, :, index]
         known = known[known > -1]
-        results[f"AP-{name}"] = _percent(known.mean() if known.size else -1)
+        results[f"AP-{name}"] = percent(known.mean() if known.size else -1)
     return results
 
 
-def _percent(value: float) -> float:
+def percent(value: float) -> float:
     """The tool marks a metric without ground truth with -1."""
     return float(100 * value) if value >= 0 else float("nan")
 
@@ -182,6 +180,11 @@ def _check_keypoint_counts(
                 f"image {prediction['image_id']}: {found.shape[1]} keypoints were predicted where "
                 f"{dataset.json_file} has {annotated}: set MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
             )
+
+
+def image_sizes(ground_truth: Any) -> dict[int, tuple[int, int]]:
+    """Image id -> (height, width), of an annotation file as COCO's or LVIS' tool holds it."""
+    return {i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()}
 
 
 def load_results(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:

@@ -22,10 +22,12 @@ from moco_det.evaluation.coco import (
     KEYPOINT_METRICS,
     as_results,
     evaluate_coco,
+    image_sizes,
     load_ground_truth,
     load_results,
     scored,
 )
+from moco_det.evaluation.predictions import have
 
 # In Detectron2's names.
 _MEASURES: dict[str, Callable[[Pairs], np.ndarray]] = {
@@ -57,10 +59,7 @@ def evaluate_densepose(
         ValueError: predictions for other images, or with charts that do not exist.
     """
     results = evaluate_coco(dataset, predictions)
-    having = sum("densepose" in prediction for prediction in predictions)
-    if 0 < having < len(predictions):
-        raise ValueError(f"{having} of {len(predictions)} predictions have densepose")
-    if not having:
+    if not have(predictions, "densepose"):
         return results
     geodesics = read_geodesics()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -105,9 +104,7 @@ class _Similarities:
     """The pairs of each image, computed once for all measures: unpacking surfaces takes time."""
 
     def __init__(self, ground_truth: COCO, geodesics: Geodesics):
-        self._sizes = {
-            i: (image["height"], image["width"]) for i, image in ground_truth.imgs.items()
-        }
+        self._sizes = image_sizes(ground_truth)
         self._geodesics = geodesics
         self._known: dict[tuple, Pairs] = {}
 

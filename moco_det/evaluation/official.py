@@ -1,16 +1,35 @@
-"""The official tools of LVIS and Cityscapes, which are optional and older than today's NumPy.
+"""LVIS's and Cityscapes' metrics, computed by the official tools, which are optional packages.
 
-`lvis` calls np.float, which left NumPy with 1.24, and cityscapesscripts np.in1d, which left it with
-2.4; both stop with an AttributeError. `old_numpy` puts a stand-in that has these names in the place
-of `np` in the one module that asks for them, while a call runs; NumPy itself is not touched, and
-nothing stays changed. What the names do is what they did, so the metrics are the official ones.
+Both tools are older than today's NumPy: `lvis` calls np.float, which left NumPy with 1.24, and
+cityscapesscripts np.in1d, which left it with 2.4; they stop with an AttributeError. `old_numpy`
+puts a stand-in that has these names in the place of `np` in the one module that asks for them,
+while a call runs; NumPy itself is not touched, and nothing stays changed. What the names do is what
+they did, so the metrics are the official ones.
 """
 
 import contextlib
+import copy
+import logging
+import tempfile
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from moco_det.common.errors import UserError, import_optional
+from moco_det.datasets import CityscapesDataset, LvisDataset
+from moco_det.datasets.cityscapes import LABEL_IDS
+from moco_det.evaluation.coco import as_results, image_sizes, percent
+from moco_det.evaluation.predictions import check_masks, tasks_of
+
+DETECTIONS_PER_IMAGE = 300  # LVIS's rule, where COCO has 100
+_LVIS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+_CITYSCAPES_TOOL = "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling"
 
 
 class _OldNumPy:
@@ -34,3 +53,139 @@ def old_numpy(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         module.np = np
+
+
+# -- LVIS ------------------------------------------------------------------------------------------
+
+
+def evaluate_lvis(
+    dataset: LvisDataset, predictions: list[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """For each task of the predictions, "bbox" and "segm", LVIS's nine precisions in percent.
+
+    APr, APc and APf are of the classes in under 10, 10 to 99, and 100 or more training images. NaN
+    where there is no ground truth (Detectron2: -100); no detections at all is AP 0 (there: NaN). A
+    detection counts in an image only if its class is known to be there or not to be there; one that
+    matches nothing is passed over where the class is not annotated exhaustively. Keypoints, which
+    LVIS does not have, are not scored.
+
+    Args:
+        dataset: whose annotation file is the ground truth; all its images count.
+        predictions: as checked by `moco_det.evaluation.evaluate`.
+
+    Raises:
+        UserError: the package `lvis` is not installed.
+        ValueError: predictions for other images.
+    """
+    tool = _lvis()
+    ground_truth = tool.LVIS(str(dataset.json_file))
+    check_masks(predictions, image_sizes(ground_truth))
+    tasks = [task for task in tasks_of(predictions) if task in ("bbox", "segm")]
+    return {task: _lvis_metrics(tool, ground_truth, dataset, predictions, task) for task in tasks}
+
+
+def _lvis() -> ModuleType:
+    """The package `lvis`, kept from setting up logging for the whole program as it is imported."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    tool = import_optional("lvis", "this data set's metric", "lvis")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("lvis").setLevel(logging.ERROR)  # it warns of results given as a list
+    return tool
+
+
+def _lvis_metrics(
+    tool: ModuleType,
+    ground_truth,
+    dataset: LvisDataset,
+    predictions: list[dict[str, Any]],
+    task: str,
+) -> dict[str, float]:
+    results = [r for p in predictions for r in as_results(p, dataset.category_ids, task)]
+    found = tool.LVISResults(
+        ground_truth, results or [_nothing(ground_truth)], DETECTIONS_PER_IMAGE
+    )
+    run = tool.LVISEval(ground_truth, found, task)
+    with old_numpy(tool.eval):
+        run.run()
+    return {name: percent(run.results[name]) for name in _LVIS_METRICS}
+
+
+def _nothing(ground_truth) -> dict[str, Any]:
+    """The tool fails on an empty list, and passes over a detection of a category that is none."""
+    image_id = next(iter(ground_truth.imgs))
+    return {"image_id": image_id, "category_id": 0, "bbox": [0, 0, 1, 1], "score": 0.0}
+
+
+# -- Cityscapes ------------------------------------------------------------------------------------
+
+
+def evaluate_cityscapes(
+    dataset: CityscapesDataset, predictions: list[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """{"segm": {"AP", "AP50", "AP-<class>"}} in percent, NaN where there is no ground truth.
+
+    Cityscapes scores masks only. AP is the mean over the overlaps .50:.05:.95 and the classes.
+
+    The steps are the tool's own, called one by one: its one function for all of them also writes
+    `matches.json` to the working directory (and fails in it at integers of today's NumPy), keeps
+    the ground truth of a former call in a file, and takes its settings from environment variables
+    and a global object, of which this is a copy.
+
+    Args:
+        dataset: whose maps are the ground truth; all images of the split count.
+        predictions: as checked by `moco_det.evaluation.evaluate`.
+
+    Raises:
+        UserError: the package is not installed; there are boxes but no masks.
+        ValueError: predictions for other images.
+    """
+    tool = import_optional(_CITYSCAPES_TOOL, "this data set's metric", "cityscapesscripts")
+    sizes = {r["image_id"]: (r["height"], r["width"]) for r in dataset.records()}
+    check_masks(predictions, sizes)
+    if any("segmentations" not in prediction for prediction in predictions):
+        raise UserError(
+            f"dataset {dataset.name}: Cityscapes scores masks, and none were predicted: set "
+            "MODEL.MASK_ON True"
+        )
+    with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
+        averages = _cityscapes_averages(tool, dataset, predictions, Path(folder))
+    results = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
+    results |= {f"AP-{name}": averages["classes"][name]["ap"] for name in dataset.classes}
+    return {"segm": {name: float(100 * value) for name, value in results.items()}}
+
+
+def _cityscapes_averages(
+    tool: ModuleType, dataset: CityscapesDataset, predictions: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """The tool's averages, from files that are written to `folder`."""
+    prediction_of = {prediction["image_id"]: prediction for prediction in predictions}
+    maps = {image_id: str(path) for image_id, _, path in dataset.pairs()}
+    lists = [str(_write(folder, name, prediction_of.get(name), dataset.classes)) for name in maps]
+    args = copy.copy(tool.args)
+    args.predictionPath = str(folder)
+    args.quiet = True
+    tool.setInstanceLabels(args)
+    with old_numpy(tool), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # no ground truth
+        instances = tool.instances2dict(list(maps.values()))
+        matches = tool.matchGtWithPreds(lists, list(maps.values()), instances, args)
+        return tool.computeAverages(tool.evaluateMatches(matches, args), args)
+
+
+def _write(
+    folder: Path, image_id: str, prediction: dict[str, Any] | None, classes: tuple[str, ...]
+) -> Path:
+    """The tool's list of an image's detections, "mask file, labelId, score", beside their masks."""
+    path = folder / f"{image_id}.txt"
+    lines = []
+    if prediction is not None:
+        columns = (prediction["segmentations"], prediction["classes"], prediction["scores"])
+        for index, (shape, label, score) in enumerate(zip(*columns, strict=True)):
+            name = f"{image_id}_{index}.png"
+            mask = Image.fromarray(coco_mask.decode(shape).astype(bool))
+            mask.save(folder / name, compress_level=1)
+            lines.append(f"{name} {LABEL_IDS[classes[int(label)]]} {float(score)!r}\n")
+    path.write_text("".join(lines))
+    return path

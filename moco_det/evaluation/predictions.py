@@ -208,13 +208,16 @@ def tasks_of(predictions: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         ValueError: some have them and some do not.
     """
     tasks = ["bbox"]
-    for field, task in _TASK_OF.items():
-        having = sum(field in prediction for prediction in predictions)
-        if 0 < having < len(predictions):
-            raise ValueError(f"{having} of {len(predictions)} predictions have {field}")
-        if having:
-            tasks.append(task)
+    tasks += [task for field, task in _TASK_OF.items() if have(predictions, field)]
     return tuple(tasks)
+
+
+def have(predictions: Sequence[dict[str, Any]], field: str) -> bool:
+    """Whether all predictions have the field, or none; ValueError where only some have it."""
+    having = sum(field in prediction for prediction in predictions)
+    if 0 < having < len(predictions):
+        raise ValueError(f"{having} of {len(predictions)} predictions have {field}")
+    return having > 0
 
 
 def check_images(predictions: Sequence[dict[str, Any]], image_ids: Collection[int | str]) -> None:
@@ -225,16 +228,20 @@ def check_images(predictions: Sequence[dict[str, Any]], image_ids: Collection[in
         raise ValueError(f"predictions for images that are not in the data set: {shown}")
 
 
-def check_mask_sizes(
+def check_masks(
     predictions: Sequence[dict[str, Any]], sizes: Mapping[int | str, tuple[int, int]]
 ) -> None:
-    """Check that masks are of their images' size; `sizes` are (height, width) by image id.
+    """`check_images`, and whether masks are of their images' size.
 
     The COCO API would count a mask of another size as one that overlaps nothing.
 
+    Args:
+        sizes: (height, width) by image id.
+
     Raises:
-        ValueError: names the image and both sizes.
+        ValueError: names the images, or the image and both sizes.
     """
+    check_images(predictions, sizes)
     for prediction in predictions:
         size = sizes[prediction["image_id"]]
         for shape in prediction.get("segmentations", ()):

@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from moco_det.datasets.semantic import IGNORED, SemanticDataset, read_labels
+from moco_det.evaluation.predictions import check_images
 
 
 def evaluate_semantic(
@@ -28,25 +29,22 @@ def evaluate_semantic(
             image, with one compressed RLE in the original image for each class that was found.
 
     Raises:
-        ValueError: two predictions of one image, one of an image that is not in the data set, or
-            one that `label_map` refuses.
+        ValueError: a prediction of an image that is not in the data set, or one that `label_map`
+            refuses.
         UserError: a label map that cannot be read.
     """
     segments_of = {found["image_id"]: found["sem_seg"] for found in predictions}
-    if len(segments_of) < len(predictions):
-        raise ValueError(f"{len(predictions)} predictions for {len(segments_of)} images")
     count = len(dataset.classes)
     confusion = np.zeros((count + 1, count + 1), dtype=np.int64)
-    for record in dataset.records():
+    records = dataset.records()
+    check_images(predictions, [record["image_id"] for record in records])
+    for record in records:
         target = read_labels(record, count)
         try:
-            found = label_map(segments_of.pop(record["image_id"], ()), target.shape, count)
+            found = label_map(segments_of.get(record["image_id"], ()), target.shape, count)
         except ValueError as error:
             raise ValueError(f"image {record['image_id']}: {error}") from error
         confusion += confusion_matrix(found, target, count)
-    if segments_of:
-        shown = sorted(segments_of, key=str)[:10]
-        raise ValueError(f"predictions for images that are not in the data set: {shown}")
     return semantic_metrics(confusion, dataset.classes)
 
 

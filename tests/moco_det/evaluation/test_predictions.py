@@ -12,7 +12,7 @@ from moco_det.common.errors import UserError
 from moco_det.densepose.points import decode_iuv, encode_iuv
 from moco_det.evaluation.predictions import (
     check_images,
-    check_mask_sizes,
+    check_masks,
     checked,
     encode_masks,
     prediction_record,
@@ -110,11 +110,11 @@ def test_images_and_sizes():
     with pytest.raises(ValueError, match=r"not in the data set: \[3\]"):
         check_images([detections()], {"3", 4})
     found = [detections(segmentations=[runs(RING)])]
-    check_mask_sizes(found, {3: (4, 5)})
+    check_masks(found, {3: (4, 5)})
     with pytest.raises(
         ValueError, match=r"image 3: a mask is of size \[4, 5\], the image of \[5, 4\]"
     ):
-        check_mask_sizes(found, {3: (5, 4)})
+        check_masks(found, {3: (5, 4)})
 
 
 def test_record_of_detections(tmp_path):

@@ -47,7 +47,7 @@ def by_hand(monkeypatch, dataset, predictions, folder):
             label = labels[dataset.classes[int(found["classes"][index])]]
             lines.append(f"{name} {label} {float(found['scores'][index])}\n")
         (folder / f"{found['image_id']}_prediction.txt").write_text("".join(lines))
-    truth = [str(path) for path in dataset.instance_files().values()]
+    truth = [str(path) for _, _, path in dataset.pairs()]
     with monkeypatch.context() as patched:
         patched.setattr(np, "in1d", np.isin, raising=False)  # which NumPy has lost
         patched.setattr(tool, "writeDict2JSON", lambda *_: None)  # cannot write NumPy's integers
@@ -175,7 +175,7 @@ def test_a_changed_ground_truth_is_seen(recorded):
     """The script by itself would go on with the ground truth of its first call."""
     dataset, predictions = recorded
     before = evaluate(dataset, predictions)["segm"]["AP-car"]
-    for path in dataset.instance_files().values():
+    for _, _, path in dataset.pairs():
         numbers = np.array(Image.open(path))
         Image.fromarray(np.where(numbers // 1000 == 26, 7, numbers).astype(np.uint16)).save(path)
     after = evaluate(dataset, predictions)["segm"]["AP-car"]
