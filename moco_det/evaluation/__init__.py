@@ -1,7 +1,8 @@
 """Predictions to metrics: one call for every data set, one table for every metric.
 
-What scores predictions belongs here, one module for each data set's rules; neither engine is
-imported. Reading annotations is `moco_det.datasets`' work. Start with `evaluate` below, and with
+What scores predictions belongs here, a module for each data set's rules (those of LVIS and
+Cityscapes, which their own tools compute, are in `official.py`); neither engine is imported.
+Reading annotations is `moco_det.datasets`' work. Start with `evaluate` below, and with
 `predictions.py` for what an engine hands over.
 """
 

@@ -6,7 +6,9 @@ from examined import doctor, problems
 from PIL import Image
 from tiny_voc import write_tiny_voc
 
+from moco_det.common.errors import UserError
 from moco_det.dataset_doctor.folders import evenly_spaced
+from moco_det.datasets import get_dataset
 
 
 @pytest.fixture
@@ -60,6 +62,24 @@ def test_all_that_is_wrong_with_a_voc_set_is_found(voc):
     assert {check for check, _ in found} == {
         *("image", "size", "area", "annotation", "list", "classes")
     }
+
+
+def test_the_split_list_is_read_as_in_training(voc):
+    """An id may have dots; an id with an extension is not that of an image."""
+    for folder, ending in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        path = voc / folder / f"000.{ending}"
+        path.rename(path.with_name(f"IMG_jpg.rf.fe2a.{ending}"))
+    split = voc / "ImageSets/Main/train.txt"
+    split.write_text("IMG_jpg.rf.fe2a 1\n001\n")
+    name = f"voc:{voc}:train"
+    (report,) = doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 2).values()
+    assert report.problems == []
+    assert len(get_dataset(name).records()) == report.images == 2
+    split.write_text("001.jpg\n")
+    (report,) = doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 2).values()
+    assert any("001.jpg.xml cannot be read" in text for _, text in problems(report))
+    with pytest.raises(UserError, match="no image 001.jpg"):
+        get_dataset(name).records()
 
 
 def test_evenly_spaced_takes_the_ends():
