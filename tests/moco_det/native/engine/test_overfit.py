@@ -29,7 +29,10 @@ def test_it_learns_a_photograph_by_heart(shared_data, tmp_path, repository):
             *("MODEL.MASK_ON", "True", "SEED", "1", "OUTPUT_DIR", str(tmp_path / "output")),
             *("DATASETS.TRAIN", name, "DATASETS.TEST", name, "DATALOADER.NUM_WORKERS", "0"),
             *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"),
-            *("SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "160", "SOLVER.STEPS", "(130,)"),
+            *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "64", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"),
+            *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "64", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "64"),
+            # Box and keypoint AP were 100 and mask AP at least 80 over four seeds.
+            *("SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(80,)"),
         ],
     )
     results = train(cfg)
