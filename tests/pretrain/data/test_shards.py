@@ -1,11 +1,13 @@
 """Tar shards: what is read, in which order, and what a killed run loses or repeats: nothing."""
 
+import contextlib
 import itertools
 import json
 import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -262,11 +264,13 @@ def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repos
     assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 5
 
 
-def start_pair(tmp_path, name: str, runs: list[list[str]]) -> list[Command]:
+@contextlib.contextmanager
+def start_pair(tmp_path, name: str, runs: list[list[str]]) -> Iterator[list[Command]]:
     """Two gloo processes, each the leader of a group that its loading workers belong to."""
-    store = tmp_path / f"store_{name}"
+    arguments = (tmp_path / f"store_{name}", json.dumps(runs))
     script = "tests/support/recorded_run.py"
-    return [Command(script, rank, store, json.dumps(runs)) for rank in (0, 1)]
+    with Command(script, 0, *arguments) as first, Command(script, 1, *arguments) as second:
+        yield [first, second]
 
 
 def seen(output, rank: int) -> list[tuple[int, list[int]]]:
@@ -283,21 +287,21 @@ def test_a_killed_run_neither_loses_nor_repeats_a_sample(pattern, tmp_path):
     flags += ["--save-steps", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs = [[*flags, "--output", str(output)] for output in (whole, killed)]
-    pair = start_pair(tmp_path, "first", runs)
     rng = np.random.default_rng()
     wanted = int(rng.integers(5, steps - 3))
-    while len(seen(killed, 0)) < wanted:
-        assert all(process.poll() is None for process in pair)
-        time.sleep(0.01)
-    time.sleep(float(rng.uniform(0, 0.2)))
-    for process in pair:
-        process.kill()
-        process.wait()
+    with start_pair(tmp_path, "first", runs) as pair:
+        while len(seen(killed, 0)) < wanted:
+            assert all(process.poll() is None for process in pair)
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.2)))
+        for process in pair:
+            process.kill()
+            process.wait()
     stopped_at = torch.load(killed / LAST, weights_only=True)["step"]
     before = [seen(killed, rank) for rank in (0, 1)]
 
-    pair = start_pair(tmp_path, "second", [[*runs[1], "--resume", "auto"]])
-    assert [process.wait(timeout=300) for process in pair] == [0, 0]
+    with start_pair(tmp_path, "second", [[*runs[1], "--resume", "auto"]]) as pair:
+        assert [process.wait() for process in pair] == [0, 0]
     for rank in (0, 1):
         expected = seen(whole, rank)
         assert [step for step, _ in expected] == list(range(steps))

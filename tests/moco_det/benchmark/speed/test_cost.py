@@ -36,6 +36,7 @@ def test_ratios_need_both_mechanisms():
     assert ratios(costs | {("end-to-end", 16): None}) == [line]
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_a_step_of_two_processes():
     """Through the collectives that several GPUs would use."""
     found = measure(Setting("end-to-end", 8, processes=2, **TINY), steps=1)
@@ -43,6 +44,7 @@ def test_a_step_of_two_processes():
     assert 0 < found.seconds < 600
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_what_does_not_fit_is_none():
     """Views of 2^57 bytes fit no machine; the allocator says so before anything is touched."""
     assert measure(Setting("moco", 4, arch="resnet18", image_size=2**27), steps=1) is None

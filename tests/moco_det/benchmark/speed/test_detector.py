@@ -35,6 +35,7 @@ def test_steps_train_and_infer_with_the_weights_given(task, monkeypatch):
         assert torch.equal(parameter, weights[name]), name  # so that the work stays the same
 
 
+@pytest.mark.usefixtures("forked_launches")
 def test_memory_of_a_process_of_its_own(task):
     peak = peak_memory("native", task, task.weights(), "none")
     assert 2**27 < peak < 2**34  # torch alone takes more than the one, nothing here the other
