@@ -4,6 +4,7 @@ What lies deeper gets explicit arguments: an `argparse.Namespace` is passed to c
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -23,14 +24,8 @@ from pretrain.engine.trainer import RunSettings
 from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
 
-# The papers' values of fine-tuning where they give one (lr of A.7, steps of A.6); "the typical
-# ResNet implementation in PyTorch" has momentum 0.9 and weight decay 1e-4 on all parameters.
-FINETUNING = {
-    "lr": 0.03,
-    "schedule": [70, 90],
-    "weight_decay": 1e-4,
-    "output": "output/finetune",
-}
+SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
+TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size"]
 
 
 # -- pretrain/main.py -----------------------------------------------------------------------------
@@ -45,9 +40,8 @@ def pretraining_parser() -> argparse.ArgumentParser:
     )
     add_training_flags(parser)
     add_moco_flags(parser)
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("beyond the official code").add_argument
-    add("--small-stem", action=switch, default=False, help="3x3 stem for 32-pixel images")
+    add("--small-stem", action=SWITCH, default=False, help="3x3 stem for 32-pixel images")
     add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
     add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
     add("--keep", default=2, type=int, help="epoch checkpoints to keep")
@@ -63,22 +57,21 @@ def pretraining_parser() -> argparse.ArgumentParser:
 
 def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     """The official code's flags of the algorithm, and those of the papers' ablations."""
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("MoCo").add_argument
     add("--moco-dim", default=128, type=int, help="feature dimension")
     add("--moco-k", default=65536, type=int, help="keys in the queue, or drawn from the bank")
     add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
     add("--moco-t", default=0.07, type=float, help="temperature")
-    add("--mlp", action=switch, default=False, help="v2: MLP head")
-    add("--aug-plus", action=switch, default=False, help="v2: augmentation with blur")
-    add("--cos", action=switch, default=False, help="v2: cosine schedule")
+    add("--mlp", action=SWITCH, default=False, help="v2: MLP head")
+    add("--aug-plus", action=SWITCH, default=False, help="v2: augmentation with blur")
+    add("--cos", action=SWITCH, default=False, help="v2: cosine schedule")
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
 
     add = parser.add_argument_group("ablations of the papers").add_argument
     add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
     add("--loss", default="infonce", choices=LOSSES)
-    add("--shuffle-bn", action=switch, default=True, help="encode keys in shuffled order")
+    add("--shuffle-bn", action=SWITCH, default=True, help="encode keys in shuffled order")
     add("--bank-momentum", default=0.5, type=float, help="of the memory bank's rows, in [0, 1)")
     add("--color-strength", default=0.5, type=float,
         help="of the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
@@ -90,16 +83,11 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
 def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     """Flags over recipe over defaults, checked. Raises UserError."""
     args = _parse(pretraining_parser(), argv)
-    counts = ["epochs", "batch_size", "print_freq", "moco_dim", "moco_k", "image_size", "keep"]
-    counts.append("shuffle_buffer")
-    optional = ("iterations", "lr_decay_every", "samples_per_epoch")
-    _check_counts(args, counts + [name for name in optional if getattr(args, name) is not None])
-    for name in ("moco_m", "bank_momentum"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be in [0, 1)")
-    for name in ("moco_t", "lr_decay"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer"]
+    counts += ["iterations", "lr_decay_every", "samples_per_epoch"]
+    _check(args, TRAINING_COUNTS + counts, lambda count: count >= 1, "at least 1")
+    _check(args, ["moco_m", "bank_momentum"], lambda value: 0 <= value < 1, "in [0, 1)")
+    _check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
     if args.cos and args.lr_decay_every:
         raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
     if args.color_strength != 0.5 and not args.aug_plus:
@@ -110,18 +98,15 @@ def parse_pretraining(argv: list[str]) -> argparse.Namespace:
 
 def _check_shards(args: argparse.Namespace) -> None:
     """Raises UserError where the flags do not go with the kind of DATA."""
-    if not is_shards(args.data):
-        if args.samples_per_epoch:
-            raise UserError(
-                "--samples-per-epoch belongs to tar shards: a folder's images are counted"
-            )
-        return
-    if args.mechanism == "memory-bank":
+    shards = is_shards(args.data)
+    if args.samples_per_epoch and not shards:
+        raise UserError("--samples-per-epoch belongs to tar shards: a folder's images are counted")
+    if shards and args.mechanism == "memory-bank":
         raise UserError(
             "--mechanism memory-bank keeps a feature for every place in a folder; the samples "
             "of tar shards have no such places: pass a folder of images as DATA"
         )
-    if not (args.samples_per_epoch or args.iterations):
+    if shards and not (args.samples_per_epoch or args.iterations):
         raise UserError(
             "tar shards do not tell how many samples they hold: pass --samples-per-epoch N "
             "(1281167 for ImageNet) with --epochs, or the length of the run as --iterations N"
@@ -161,12 +146,14 @@ def linear_parser() -> argparse.ArgumentParser:
 
 def parse_linear(argv: list[str]) -> argparse.Namespace:
     """Flags over recipe over the protocol's defaults, checked. Raises UserError."""
-    args = _parse(linear_parser(), argv)
+    parser = linear_parser()
+    args = _parse(parser, argv)
     if args.finetune:
-        parser = linear_parser()
-        parser.set_defaults(**FINETUNING)
+        # The papers' values where they give one (lr of A.7, steps of A.6); "the typical ResNet
+        # implementation in PyTorch" has momentum 0.9 and weight decay 1e-4 on all parameters.
+        parser.set_defaults(output="output/finetune", lr=0.03, schedule=[70, 90], weight_decay=1e-4)
         args = _parse(parser, argv)
-    _check_counts(args, ("epochs", "batch_size", "print_freq", "image_size", "eval_every"))
+    _check(args, [*TRAINING_COUNTS, "eval_every"], lambda count: count >= 1, "at least 1")
     if args.finetune and args.cache_features:
         raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
     if args.bn_groups and not args.finetune:
@@ -200,8 +187,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
     args = knn_parser().parse_args(argv)
     if args.k < 1 or args.image_size < 1:
         raise UserError("--neighbours and --image-size must be at least 1")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be above 0")
+    _check(args, ["temperature"], lambda value: value > 0, "above 0")
     return args
 
 
@@ -221,7 +207,13 @@ def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
     add("--image-size", default=224, type=int, help="side of a view in pixels")
-    add_launch_flags(parser)
+    add = parser.add_argument_group("launch, as in the official code; or use torchrun").add_argument
+    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
+    add("--rank", default=-1, type=int, help="of this node, or process")
+    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
+    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
+    add("--gpu", default=None, type=int, help="the one GPU to use")
+    add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
     return parser
 
 
@@ -247,10 +239,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Flags over recipe over defaults."""
+    """Flags over recipe over defaults; the recipe is read as flags, which argparse checks."""
     args = parser.parse_args(argv)
     if args.recipe:
-        recipe = parser.parse_args([*recipe_flags(args.recipe, parser), "--", args.data])
+        flags = as_flags(read_yaml(args.recipe, "--recipe"), parser, f"--recipe {args.recipe}")
+        recipe = parser.parse_args([*flags, "--", args.data])
         parser.set_defaults(**vars(recipe))
         args = parser.parse_args(argv)
     return args
@@ -276,15 +269,14 @@ def run_settings(args: argparse.Namespace, seed: int) -> RunSettings:
     )
 
 
-def _check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:
+def _check(
+    args: argparse.Namespace, names: list[str], holds: Callable[[float], bool], what: str
+) -> None:
+    """Raises UserError for a flag that is given, and is not `what` `holds` for."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-
-
-def recipe_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """The recipe as command-line flags, so that argparse checks both alike. Raises UserError."""
-    return as_flags(read_yaml(path, "--recipe"), parser, f"--recipe {path}")
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {what}")
 
 
 def read_yaml(path: str | Path, what: str) -> dict:
@@ -329,18 +321,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # -- launch ---------------------------------------------------------------------------------------
 
 
-def add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `launch` reads."""
-    launching = parser.add_argument_group("launch, as in the official code; or use torchrun")
-    add = launching.add_argument
-    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
-    add("--rank", default=-1, type=int, help="of this node, or process")
-    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
-    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
-    add("--gpu", default=None, type=int, help="the one GPU to use")
-    add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
-
-
 def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> None:
     """Call `run(parse(arguments), device)` in every process that the flags or torchrun ask for.
 
@@ -360,15 +340,8 @@ def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> N
             local = torch.cuda.device_count() or 1
             nodes, node = max(args.world_size, 1), max(args.rank, 0)
             url = args.dist_url or free_local_url()
-            spawn(
-                _run_spawned,
-                (run, args),
-                processes=local,
-                first_rank=node * local,
-                world_size=nodes * local,
-                url=url,
-                backend=args.dist_backend,
-            )
+            ranks = local, node * local, nodes * local
+            spawn(_run_spawned, (run, args), *ranks, url, args.dist_backend)
         elif args.world_size > 1:
             if args.rank < 0:
                 raise UserError("--world-size above 1 needs --rank, this process's number")
@@ -380,11 +353,9 @@ def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> N
 def _join(run: Callable, args, url: str, rank: int, world_size: int, local_rank: int) -> None:
     """Become process `rank` of `world_size` and run."""
     device = _device(local_rank)
-    if world_size == 1:
+    group = process_group(url, rank, world_size, local_rank, args.dist_backend)
+    with group if world_size > 1 else contextlib.nullcontext():
         run(args, device)
-    else:
-        with process_group(url, rank, world_size, local_rank, args.dist_backend):
-            run(args, device)
 
 
 def _run_spawned(run: Callable, args) -> None:

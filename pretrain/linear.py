@@ -33,6 +33,7 @@ from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.trainer import Trainer, make_output_folder, seed_run
 from pretrain.evaluation.classification import (
+    Classification,
     FeatureBatches,
     FineTuning,
     LinearProbe,
@@ -58,13 +59,15 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     encoder = encoder.to(device, memory_format=torch.channels_last)
     features = SplitFeatures(val, args.image_size, batching, device, AMP_DTYPES[args.amp])
     if args.evaluate:
-        print_accuracy(args, encoder, features, checkpoint)
+        values = evaluate(encoder.fc, *features.compute(pooled(encoder)))
+        values["epoch"] = max(args.start_epoch, checkpoint.state["epoch"])
+        best = max(values["val_acc1"], float(checkpoint.state.get("best_acc1", 0.0)))
+        print_on_main(validation_line(args.epochs, values, best))
         return
     with StopRequest() as stop:
         make_output_folder(output)
-        build_task = build_finetuning if args.finetune else build_probe
         task = build_task(args, encoder, train, features, batching)
-        describe(args, task.batches.samples, len(classes), train, device, seed)
+        describe(args, task, train, len(classes), seed)
         Trainer(task, run_settings(args, seed), stop, checkpoint).train()
 
 
@@ -88,69 +91,40 @@ def build_encoder(
     return encoder
 
 
-def print_accuracy(
-    args: argparse.Namespace, encoder: nn.Module, val: SplitFeatures, checkpoint: Checkpoint
-) -> None:
-    """That of a run's classifier on val."""
-    loss, top1, top5 = evaluate(encoder.fc, *val.compute(pooled(encoder)))
-    epoch = max(args.start_epoch, checkpoint.state["epoch"])
-    best = max(top1, float(checkpoint.state.get("best_acc1", 0.0)))
-    print_on_main(validation_line(epoch, args.epochs, loss, top1, top5, best))
-
-
-def build_finetuning(
+def build_task(
     args: argparse.Namespace,
     encoder: nn.Module,
     train: LabelledSplit,
     val: SplitFeatures,
     batching: Loading,
-) -> FineTuning:
-    groups = choose_bn_groups(args.batch_size, world_size(), args.bn_groups, shuffled=False)
-    optimizer = build_optimizer(args, encoder, scale_gradients=args.amp == "fp16")
+) -> Classification:
+    """The protocol that the flags ask for, with its batches and the features of val."""
     batches = LabelledBatches(train, args.image_size, batching)
-    return FineTuning(encoder, optimizer, batches, val, groups, val.dtype, args.eval_every)
-
-
-def build_probe(
-    args: argparse.Namespace,
-    encoder: nn.Module,
-    train: LabelledSplit,
-    val: SplitFeatures,
-    batching: Loading,
-) -> LinearProbe:
-    # Features are fp32 and so is a classifier on them: no gradient needs scaling.
-    optimizer = build_optimizer(args, encoder.fc, scale_gradients=False)
+    trained = encoder if args.finetune else encoder.fc
+    schedule = build_schedule(args.schedule, args.epochs)
+    sgd = args.lr, args.momentum, args.weight_decay
+    # The linear protocol's features are fp32, and so is its classifier: no gradient needs scaling.
+    scaled = args.finetune and args.amp == "fp16"
+    optimizer = ScheduledSGD(trained, *sgd, schedule, scale_gradients=scaled)
+    if args.finetune:
+        groups = choose_bn_groups(args.batch_size, world_size(), args.bn_groups, shuffled=False)
+        return FineTuning(encoder, optimizer, batches, val.dtype, args.eval_every, val, groups)
     backbone = pooled(encoder)  # shares the encoder's weights
     val_features = val.compute(backbone)
     if args.cache_features:
         features = SplitFeatures(train, args.image_size, batching, val.device, val.dtype)
         batches = FeatureBatches(*features.compute(backbone), batching)
         backbone = None
-    else:
-        batches = LabelledBatches(train, args.image_size, batching)
     return LinearProbe(
-        encoder, optimizer, batches, val_features, backbone, val.dtype, args.eval_every
+        encoder, optimizer, batches, val.dtype, args.eval_every, val_features, backbone
     )
 
 
-def build_optimizer(
-    args: argparse.Namespace, model: nn.Module, scale_gradients: bool
-) -> ScheduledSGD:
-    schedule = build_schedule(args.schedule, args.epochs)
-    sgd = args.lr, args.momentum, args.weight_decay
-    return ScheduledSGD(model, *sgd, schedule, scale_gradients)
-
-
 def describe(
-    args: argparse.Namespace,
-    samples: int,
-    classes: int,
-    train: LabelledSplit,
-    device: torch.device,
-    seed: int,
+    args: argparse.Namespace, task: Classification, train: LabelledSplit, classes: int, seed: int
 ) -> None:
     """The first line of a run. Raises UserError for samples that cannot fill a batch."""
-    processes, batch_size = world_size(), args.batch_size
+    processes, batch_size, samples = world_size(), args.batch_size, task.batches.samples
     if samples < batch_size or batch_size % processes:
         raise UserError(
             f"--batch-size {batch_size} must be a multiple of the {processes} "
@@ -158,7 +132,8 @@ def describe(
         )
     print_on_main(
         f"{samples} images of {classes} classes, {samples // batch_size} steps an epoch of batches "
-        f"of {batch_size}; {processes} process(es), {device}, seed {seed}, output {args.output}"
+        f"of {batch_size}; {processes} process(es), {task.device}, seed {seed}, "
+        f"output {args.output}"
     )
 
 

@@ -102,8 +102,9 @@ class MoCoAugmentation:
         image = resized_crop(image, *draw_crop(image.shape[0], image.shape[1], rng), self.size)
         if self.aug_plus:
             if rng.random() < 0.8:
-                amount, hue = 0.8 * self.color_strength, 0.2 * self.color_strength
-                image = color_jitter(image, amount, amount, amount, hue, rng)
+                image = color_jitter(
+                    image, 0.8 * self.color_strength, 0.2 * self.color_strength, rng
+                )
             if rng.random() < 0.2:
                 image = to_grayscale(image)
             if rng.random() < 0.5:
@@ -111,28 +112,23 @@ class MoCoAugmentation:
         else:
             if rng.random() < 0.2:
                 image = to_grayscale(image)
-            image = color_jitter(image, 0.4, 0.4, 0.4, 0.4, rng)
+            image = color_jitter(image, 0.4, 0.4, rng)
         return horizontal_flip(image) if rng.random() < 0.5 else image
 
 
-def draw_crop(
-    height: int, width: int, rng: np.random.Generator, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop draws it.
+def draw_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) as torchvision's RandomResizedCrop draws it: 0.2 to 1 of the area.
 
     After ten draws that do not fit, the largest central window of an allowed ratio is taken.
     """
+    ratio = 3 / 4, 4 / 3  # of width to height
     for _ in range(10):
-        target = height * width * rng.uniform(*area)
+        target = height * width * rng.uniform(0.2, 1.0)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return (
-                int(rng.integers(height - h + 1)),
-                int(rng.integers(width - w + 1)),
-                h,
-                w,
-            )
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return top, left, h, w
     h, w = height, width
     if width / height < ratio[0]:
         h = round(width / ratio[0])
@@ -142,18 +138,18 @@ def draw_crop(
 
 
 def color_jitter(
-    image: np.ndarray,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    rng: np.random.Generator,
+    image: np.ndarray, strength: float, hue: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """torchvision's ColorJitter: four factors drawn uniformly, applied in random order."""
+    """torchvision's ColorJitter: four factors drawn uniformly, applied in random order.
+
+    Args:
+        strength: of brightness, contrast and saturation, which all the papers' settings vary alike.
+        hue: strength of the hue.
+    """
     steps = [
-        (adjust_brightness, rng.uniform(1 - brightness, 1 + brightness)),
-        (adjust_contrast, rng.uniform(1 - contrast, 1 + contrast)),
-        (adjust_saturation, rng.uniform(1 - saturation, 1 + saturation)),
+        (adjust_brightness, rng.uniform(1 - strength, 1 + strength)),
+        (adjust_contrast, rng.uniform(1 - strength, 1 + strength)),
+        (adjust_saturation, rng.uniform(1 - strength, 1 + strength)),
         (adjust_hue, rng.uniform(-hue, hue)),
     ]
     for i in rng.permutation(4):

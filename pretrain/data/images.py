@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import rank, world_size
@@ -43,7 +43,7 @@ def find_images(folder: Path) -> np.ndarray:
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
         for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
+        if is_image_file(name)
     ]
     if not paths:
         hint = f"; for its shards pass '{folder}/*.tar'" if any(folder.glob("*.tar")) else ""
@@ -62,10 +62,10 @@ def read_image(path: str) -> np.ndarray:
     Raises UnreadableImage also for a JPEG or PNG cut short, which OpenCV would fill with grey.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UnreadableImage(f"{path}: {error.strerror}") from error
-    return decode_image(data.tobytes(), path)
+    return decode_image(data, path)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -106,21 +106,18 @@ class UnreadableImages:
         self.left_out = left_out
         self.names: set[str] = set()
 
-    def add(self, names: Iterable[str], warn: bool = True) -> None:
-        """Raises UserError when there are too many."""
+    def add(self, names: Iterable[str], warn: bool = True, fatal: bool = False) -> None:
+        """Raises UserError when there are too many, or they are `fatal`: nothing else was found."""
         for name in sorted(set(names) - self.names):
             self.names.add(name)
             which = ", left out" if self.left_out else f" {len(self.names)}"
             if warn:
                 print(f"warning: unreadable image{which}: {name}", flush=True)
-        if len(self.names) > self.tolerated * self.total:
-            raise self.too_many()
-
-    def too_many(self) -> UserError:
-        return UserError(
-            f"{len(self.names)} of {self.total} images are unreadable, more than --max-unreadable "
-            f"{self.tolerated} allows; one of them: {min(self.names)}"
-        )
+        if fatal or len(self.names) > self.tolerated * self.total:
+            raise UserError(
+                f"{len(self.names)} of {self.total} images are unreadable, more than "
+                f"--max-unreadable {self.tolerated} allows; one of them: {min(self.names)}"
+            )
 
 
 class ImageViews(Dataset):
@@ -142,16 +139,12 @@ class ImageViews(Dataset):
         self.augmentations = augmentations
         self.seed = seed
 
-    @property
-    def num_views(self) -> int:
-        return len(self.augmentations)
-
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[np.ndarray], list[str]]:
-        """`num_views` views (S, S, 3), uint8, none where nothing is readable; and messages on
-        unreadable files."""
+        """Views (S, S, 3), uint8, one of each augmentation, and messages on unreadable files; no
+        views where nothing is readable."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         unreadable = []
@@ -193,8 +186,9 @@ class DistributedBatchSampler(Sampler):
     def __init__(self, samples: int, batch_size: int, rank: int, world_size: int, seed: int):
         self.samples = samples
         self.batch_size = batch_size
-        self.local = batch_size // world_size
-        self.rank = rank
+        local = batch_size // world_size
+        self.steps_per_epoch = samples // batch_size
+        self.mine = slice(rank * local, (rank + 1) * local)
         self.seed = seed
         self.start(0)
 
@@ -208,17 +202,12 @@ class DistributedBatchSampler(Sampler):
         """The indices of batch `step` of the epoch, those of all processes."""
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.batch_size
-
     def __len__(self) -> int:
         return self.steps_per_epoch - self.first_step
 
     def __iter__(self):
-        mine = slice(self.rank * self.local, (self.rank + 1) * self.local)
         for step in range(self.first_step, self.steps_per_epoch):
-            yield [(self.epoch, int(i)) for i in self.global_batch(step)[mine]]
+            yield [(self.epoch, int(i)) for i in self.global_batch(step)[self.mine]]
 
 
 class ViewBatch(NamedTuple):
@@ -264,8 +253,9 @@ class SampledBatches:
             self.samples, loading.batch_size, rank(), world_size(), self.seed
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
-        options |= {"batch_sampler": self.sampler}
-        self.loader = build_loader(dataset, loading.workers, loading.pin_memory, **options)
+        self.loader = build_loader(
+            dataset, loading.workers, loading.pin_memory, batch_sampler=self.sampler, **options
+        )
 
     def start(self, epoch: int, step: int) -> None:
         self.sampler.start(epoch, step)
@@ -294,9 +284,7 @@ class FolderSource(SampledBatches):
 
     def _batch(self, loaded: tuple[list[torch.Tensor], list[str]], step: int) -> ViewBatch:
         views, unreadable = loaded
-        self.unreadable.add(unreadable)
-        if not views:
-            raise self.unreadable.too_many()
+        self.unreadable.add(unreadable, fatal=not views)
         return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))
 
     def state(self) -> dict:

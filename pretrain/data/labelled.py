@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.transforms import functional as TF
 
 from moco_det.common.errors import UserError
 from pretrain.data.images import (
@@ -49,7 +50,7 @@ def find_splits(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
     if any((data / name).exists() for name in INATURALIST):
         return find_inaturalist(data)
     for folder in (data / "train", data / "val"):
-        if not folder.is_dir() or not class_folders(folder):
+        if not class_folders(folder):
             raise UserError(
                 f"{folder} has no class folders: DATA needs train/CLASS and val/CLASS, or "
                 f"iNaturalist 2018's {', '.join(INATURALIST)}"
@@ -59,7 +60,8 @@ def find_splits(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+    """Sorted names of the folders in `folder`; none where it is no folder itself."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
@@ -87,20 +89,19 @@ def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSpli
                 f"iNaturalist 2018 in {data} lacks {name}: download {name}.tar.gz, linked at "
                 f"{INATURALIST_HOME}, and unpack it there"
             )
-    categories, *train = read_inaturalist(data / "train2018.json")
-    _, *val = read_inaturalist(data / "val2018.json")
-    indices = {category: i for i, category in enumerate(sorted(categories))}
+    lists = {name: read_inaturalist(data / name) for name in ("train2018.json", "val2018.json")}
+    categories = sorted(lists["train2018.json"][0])
     splits = []
-    for name, (paths, labels) in (("train2018.json", train), ("val2018.json", val)):
-        unknown = set(labels) - set(indices)
+    for name, (_, paths, labels) in lists.items():
+        unknown = set(labels) - set(categories)
         if unknown:
             raise UserError(
                 f"{data / name} has categories that train2018.json does not list: "
                 f"{sorted(unknown)[:5]}"
             )
-        labels = np.array([indices[label] for label in labels])
-        splits.append(LabelledSplit(str(data / name), data, paths, labels))
-    return [str(category) for category in indices], *splits
+        indices = np.searchsorted(categories, labels)
+        splits.append(LabelledSplit(str(data / name), data, paths, indices))
+    return [str(category) for category in categories], *splits
 
 
 def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
@@ -160,14 +161,8 @@ class RandomCrops(LabelledImages):
     """
 
     def __init__(self, split: LabelledSplit, image_size: int, seed: int):
-        transform = transforms.Compose(
-            [
-                Image.fromarray,
-                transforms.RandomResizedCrop(image_size),
-                transforms.RandomHorizontalFlip(),
-                np.array,
-            ]
-        )
+        crop, flip = transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()
+        transform = transforms.Compose([Image.fromarray, crop, flip, np.array])
         super().__init__(split, image_size, transform)
         self.seed = seed
 
@@ -179,22 +174,15 @@ class RandomCrops(LabelledImages):
             return super().__getitem__(index)
 
 
-class CentreCrop:
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Short side to 256/224 of `size`, then the central `size` x `size`, by torchvision.
 
     An image whose short side is `size` already (CIFAR at 32) is not enlarged first, as is usual.
     """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.resize = transforms.Resize(round(size * 256 / 224))
-        self.crop = transforms.CenterCrop(size)
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(image)
-        if min(picture.size) != self.size:
-            picture = self.resize(picture)
-        return np.array(self.crop(picture))
+    picture = Image.fromarray(image)
+    if min(picture.size) != size:
+        picture = TF.resize(picture, round(size * 256 / 224))
+    return np.array(TF.center_crop(picture, size))
 
 
 class LabelledBatches(SampledBatches):

@@ -33,13 +33,14 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError, import_optional
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
@@ -82,37 +83,28 @@ class ShardBatch(NamedTuple):
     broken: str | None = None
 
 
-@dataclass(frozen=True)
-class Deal:
-    """What all streams of a run have in common.
-
-    Args:
-        shards: their URLs, as webdataset opens them.
-        streams: how many share the shards.
-        augmentations: one for each view.
-        buffer: samples that a stream holds back to draw from, encoded.
-    """
-
-    shards: list[str]
-    streams: int
-    augmentations: list[Augmentation]
-    seed: int
-    buffer: int
-
-
+@dataclass
 class Stream:
     """One of the readers that share the shards.
 
     Args:
+        shards: all of them, their URLs as webdataset opens them.
+        streams: how many share the shards.
         number: of this stream, from 0.
-        position: where to begin.
+        augmentations: one for each view.
+        buffer: samples that a stream holds back to draw from, encoded.
+        position: where to begin; it follows what is read.
     """
 
-    def __init__(self, deal: Deal, number: int, position: Position):
-        self.deal = deal
-        self.number = number
-        self.position = position
-        self.reading = "no shard"
+    shards: list[str]
+    streams: int
+    number: int
+    augmentations: list[Augmentation]
+    seed: int
+    buffer: int
+    position: Position
+
+    reading = "no shard"
 
     def batches(self, size: int) -> Iterator[ShardBatch]:
         """Batches of `size` images, without end. A broken shard is the last one's `broken`."""
@@ -129,7 +121,7 @@ class Stream:
         unreadable = []
         while len(unreadable) < UNREADABLE_IN_A_ROW:
             sample = next(samples)
-            rng = np.random.default_rng((self.deal.seed, *self.position, self.number))
+            rng = np.random.default_rng((self.seed, *self.position, self.number))
             extension = next(name for name in sample if not name.startswith("__"))
             place = f"{sample['__url__']}: {sample['__key__']}.{extension}"
             try:
@@ -137,7 +129,7 @@ class Stream:
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            return [augment(image, rng) for augment in self.deal.augmentations], unreadable
+            return [augment(image, rng) for augment in self.augmentations], unreadable
         return [], unreadable
 
     def samples(self) -> Iterator[dict]:
@@ -158,40 +150,31 @@ class Stream:
         All passes, one after the other, are dealt to the streams like cards: a pass begins with the
         stream that follows the one that got the last shard of the pass before it.
         """
-        shards, streams = self.deal.shards, self.deal.streams
-        order = np.random.default_rng((self.deal.seed, epoch)).permutation(len(shards))
-        first = (self.number - epoch * len(shards)) % streams
-        return [shards[i] for i in order[first::streams]]
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
+        first = (self.number - epoch * len(self.shards)) % self.streams
+        return [self.shards[i] for i in order[first :: self.streams]]
 
     def _pass(self, epoch: int) -> Iterator[dict]:
         import webdataset  # optional: `find_shards` says how to install it
 
-        buffer, seed = self.deal.buffer, f"{self.deal.seed} {epoch} {self.number}"
+        seed = f"{self.seed} {epoch} {self.number}"
         pipeline = webdataset.DataPipeline(
             webdataset.SimpleShardList(self.share(epoch)),
-            self._note_shard,
-            webdataset.tarfile_to_samples(select_files=is_image),
-            self._note_sample,
-            webdataset.shuffle(buffer, initial=buffer, seed=seed),
+            self._noted,
+            webdataset.tarfile_to_samples(select_files=is_image_file),
+            self._noted,
+            webdataset.shuffle(self.buffer, initial=self.buffer, seed=seed),
         )
         try:
             yield from pipeline
         except READ_ERRORS as error:
             raise BrokenShard(f"broken shard {self.reading}: {reason(error)}") from error
 
-    def _note_shard(self, shards: Iterator[dict]) -> Iterator[dict]:
-        for shard in shards:
-            self.reading = shard["url"]
-            yield shard
-
-    def _note_sample(self, samples: Iterator[dict]) -> Iterator[dict]:
-        for sample in samples:
-            self.reading = f"{sample['__url__']} after sample {sample['__key__']}"
-            yield sample
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    def _noted(self, items: Iterator[dict]) -> Iterator[dict]:
+        """Shards before they are opened, or samples as they are read; `reading` follows them."""
+        for item in items:
+            self.reading = item.get("url") or f"{item['__url__']} after sample {item['__key__']}"
+            yield item
 
 
 def reason(error: Exception) -> str:
@@ -201,33 +184,20 @@ def reason(error: Exception) -> str:
 
 
 class ShardStreams(IterableDataset):
-    """The streams of one process, one for each worker, which take turns.
+    """The streams of one process, one for each worker, in the order in which they take turns.
 
     Args:
-        first: the number of this process's first stream.
-        positions: where each of this process's streams begins.
-        turn: which of them begins.
         batch_size: of this process.
     """
 
-    def __init__(
-        self, deal: Deal, first: int, positions: list[Position], turn: int, batch_size: int
-    ):
-        self.deal = deal
-        self.first = first
-        self.positions = positions
-        self.turn = turn
+    def __init__(self, streams: list[Stream], batch_size: int):
+        self.streams = streams
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[ShardBatch | None]:
-        """The batches of this worker. None stands for a turn that was taken before the beginning:
-        a DataLoader begins with worker 0."""
-        info = get_worker_info()
-        worker = info.id if info else 0
-        if worker < self.turn:
-            yield None
-        stream = Stream(self.deal, self.first + worker, self.positions[worker])
-        yield from stream.batches(self.batch_size)
+    def __iter__(self) -> Iterator[ShardBatch]:
+        """The batches of this worker; a DataLoader takes turns with them, beginning with 0."""
+        worker = get_worker_info()
+        return self.streams[worker.id if worker else 0].batches(self.batch_size)
 
 
 class ShardSource:
@@ -265,7 +235,8 @@ class ShardSource:
             "seed": loading.seed,
             "shuffle_buffer": buffer,
         }
-        self.deal = Deal(shards, sum(counts), augmentations, loading.seed, buffer)
+        settings = {"augmentations": augmentations, "seed": loading.seed, "buffer": buffer}
+        self.new_stream = partial(Stream, shards, sum(counts), **settings)
         self.positions = [(0, 0)] * counts[rank()]
         self.turn = 0
         self.unreadable = UnreadableImages(self.samples, loading.max_unreadable)
@@ -280,27 +251,24 @@ class ShardSource:
         if self.batches is None:
             workers, pin_memory = self.loading.workers, self.loading.pin_memory
             self.batches = iter(build_loader(self._streams(), workers, pin_memory, batch_size=None))
-        indices = torch.arange(
-            self.loading.batch_size
-        )  # samples of a stream have none in the data set
+        # In place of indices in the data set, which samples of a stream do not have.
+        indices = torch.arange(self.loading.batch_size)
         for batch in self.batches:
-            if batch is None:
-                continue
             if batch.broken:
                 raise UserError(batch.broken)
             self.positions[self.turn] = tuple(batch.position)
             self.turn = (self.turn + 1) % len(self.positions)
-            self.unreadable.add(batch.unreadable)
-            if not batch.views:
-                raise self.unreadable.too_many()
+            self.unreadable.add(batch.unreadable, fatal=not batch.views)
             yield ViewBatch(batch.views, indices)
 
     def _streams(self) -> ShardStreams:
         first = sum(self.layout["workers"][: rank()])
-        positions = [Position(*position) for position in self.positions]
-        return ShardStreams(
-            self.deal, first, positions, self.turn, self.loading.batch_size // world_size()
-        )
+        streams = [
+            self.new_stream(number=first + worker, position=Position(*position))
+            for worker, position in enumerate(self.positions)
+        ]
+        turns = streams[self.turn :] + streams[: self.turn]
+        return ShardStreams(turns, self.loading.batch_size // world_size())
 
     def state(self) -> dict:
         """How the shards are dealt, and where every stream of every process stands. Collective."""
@@ -314,10 +282,9 @@ class ShardSource:
             mine = state["processes"][rank()]
             self.positions, self.turn = list(mine["positions"]), mine["turn"]
             return
-        begun = [
-            position for process in state.get("processes", ()) for position in process["positions"]
-        ]
-        epoch = max((epoch for epoch, _ in begun), default=-1) + 1
+        processes = state.get("processes", ())
+        begun = [epoch for process in processes for epoch, _ in process["positions"]]
+        epoch = max(begun, default=-1) + 1
         self.positions = [(epoch, 0)] * len(self.positions)
         changes = ", ".join(f"{n} {state.get(n)} -> {self.layout[n]}" for n in differs)
         print_on_main(
@@ -326,16 +293,14 @@ class ShardSource:
 
     def describe(self) -> str:
         return (
-            f"{len(self.deal.shards)} shards dealt to {self.deal.streams} stream(s), "
+            f"{self.layout['shards']} shards dealt to {sum(self.layout['workers'])} stream(s), "
             f"an epoch of {self.samples} samples"
         )
 
 
 def is_shards(data: str) -> bool:
     """Whether DATA names tar files: by a pattern, a URL, or a command after `pipe:`."""
-    if Path(data).is_dir():
-        return False
-    return bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))
+    return not Path(data).is_dir() and bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))
 
 
 def find_shards(data: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from moco_det.common.errors import UserError
 from pretrain.engine import checkpoints
 
+LOG = "metrics.jsonl"
 RECENT = 5  # records that one judgement is about
 LINEAR_RULE = 0.03 / 256  # lr over batch; 0.12 at 1024 (arXiv:1911.05722, Sec. 3.3 and 4.1)
 RISE = 0.05  # of the loss, as a share of chance
@@ -55,10 +56,9 @@ class Doctor:
         findings = []
         for rule in RULES:
             name = rule.__name__
-            text = None if name in self.reported else rule(self.course)
-            if text:
+            if name not in self.reported and (text := rule(self.course)):
                 findings.append(Finding(record["step"], name, text, rule is not filling))
-        self.reported |= {finding.condition for finding in findings}
+                self.reported.add(name)
         return findings
 
 
@@ -68,22 +68,28 @@ def examine(output: Path) -> list[Finding]:
     Raises:
         UserError: there is no log of a run.
     """
-    path = output / "metrics.jsonl"
+    path = output / LOG
     if not path.is_file():
         raise UserError(f"no {path}: name the --output folder of a run of pretrain/main.py")
     doctor = Doctor(output)
     return [finding for record in read_records(path) for finding in doctor.hear(record)]
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a log; a last line that a kill cut short is none."""
+def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
+    """The records of a log up to a step; a last line that a kill cut short is none.
+
+    Raises:
+        UserError: another line is no record.
+    """
     records = []
     for number, line in enumerate(lines := path.read_text().splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+            if record["step"] <= last_step:
+                records.append(record)
+        except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON: {error}") from error
+                raise UserError(f"{path}, line {number} is no JSON of a step: {error}") from error
     return records
 
 

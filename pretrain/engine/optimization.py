@@ -90,16 +90,9 @@ def build_schedule(
     """
     if decay_every:
         return lambda epoch, step: decay ** (step // decay_every)
-    if cosine and iterations:
-        return lambda epoch, step: cosine_decay(step / iterations)
     if cosine:
-        return lambda epoch, step: cosine_decay(epoch / epochs)
-    return lambda epoch, step: step_decay(epoch, milestones)
-
-
-def step_decay(epoch: int, milestones: list[int]) -> float:
-    """0.1 at each of the `milestones`, epochs counted from 0."""
-    return 0.1 ** sum(epoch >= milestone for milestone in milestones)
+        return lambda epoch, step: cosine_decay(step / iterations if iterations else epoch / epochs)
+    return lambda epoch, step: 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
 def cosine_decay(done: float) -> float:

@@ -1,11 +1,14 @@
 """The task of pretraining: Algorithm 1 on batches of views, with whatever mechanism gives keys."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moco_det.common.processes import broadcast_buffers, is_main, rank
+from pretrain.data.images import FolderSource
+from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import ScheduledSGD, parallelize
@@ -13,6 +16,7 @@ from pretrain.engine.trainer import Task, Trainer
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
 
 
+@dataclass(eq=False)
 class MoCoPretraining(Task):
     """Contrastive steps; a kNN accuracy and a checkpoint that is kept at the end of epochs.
 
@@ -28,33 +32,22 @@ class MoCoPretraining(Task):
         save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
     """
 
+    model: InstanceDiscrimination
+    loss: nn.Module
+    optimizer: ScheduledSGD
+    batches: FolderSource | ShardSource
+    seed: int
+    dtype: torch.dtype | None = None
+    monitor: Callable[[nn.Module], float] | None = None
+    knn_every: int = 1
+    keep: int = 2
+    save_every: int = 0
+
     measures = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
 
-    def __init__(
-        self,
-        model: InstanceDiscrimination,
-        loss: nn.Module,
-        optimizer: ScheduledSGD,
-        batches,
-        seed: int,
-        dtype: torch.dtype | None = None,
-        monitor: Callable[[nn.Module], float] | None = None,
-        knn_every: int = 1,
-        keep: int = 2,
-        save_every: int = 0,
-    ):
-        self.model = model.train()
-        self.parallel = parallelize(model)
-        self.device = model.pixel_mean.device
-        self.loss = loss
-        self.optimizer = optimizer
-        self.batches = batches
-        self.seed = seed
-        self.dtype = dtype
-        self.monitor = monitor
-        self.knn_every = knn_every
-        self.keep = keep
-        self.save_every = save_every
+    def __post_init__(self):
+        self.parallel = parallelize(self.model.train())
+        self.device = self.model.pixel_mean.device
 
     def step(self, batch, step: int) -> torch.Tensor:
         views = [view.to(self.device, non_blocking=True) for view in batch.views]

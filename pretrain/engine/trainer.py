@@ -1,5 +1,10 @@
-"""The training loop: batches in, checkpoints and metrics out. What is trained is a `Task`."""
+"""The training loop: batches in, checkpoints and metrics out. What is trained is a `Task`.
 
+A person watches its progress lines and TensorBoard; metrics.jsonl has one JSON object a line.
+"""
+
+import datetime
+import json
 import math
 import os
 import random
@@ -9,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.processes import StopRequest, from_main, is_main, print_on_main, world_size
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
-from pretrain.engine.diagnosis import Doctor
-from pretrain.engine.metrics import MetricMeter, RunLog, progress_line
+from pretrain.engine.diagnosis import LOG, Doctor, read_records
 from pretrain.engine.optimization import ScheduledSGD
 
 
@@ -154,10 +160,8 @@ class Trainer:
 
     def after_step(self) -> None:
         """What is due between two steps: a report, a checkpoint, heeding a request to stop."""
-        reporting = (
-            self.step_in_epoch % self.settings.print_freq == 0 or self.step == self.last_step
-        )
-        reporting = reporting or self.step_in_epoch == self.steps_per_epoch
+        ends = self.step == self.last_step or self.step_in_epoch == self.steps_per_epoch
+        reporting = ends or self.step_in_epoch % self.settings.print_freq == 0
         save_steps = self.settings.save_steps
         saving = save_steps and self.step % save_steps == 0
         if reporting or saving or self.step == 1:  # first: a NaN must not reach a checkpoint
@@ -243,6 +247,92 @@ class Trainer:
         self.epochs = self.epoch
         if left or self.step_in_epoch == self.steps_per_epoch:
             self.epochs += math.ceil((self.step_in_epoch + left) / self.steps_per_epoch)
+
+
+# -- what a person watches ------------------------------------------------------------------------
+
+
+class MetricMeter:
+    """Means of the named values over the steps since the last report, and where the time went."""
+
+    def __init__(self, device: torch.device, names: tuple[str, ...]):
+        self.device = device
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = torch.zeros(len(self.names), device=self.device)
+        self.steps = 0
+        self.waiting = 0.0
+        self.begun = time.perf_counter()
+
+    def add(self, values: torch.Tensor, waited: float) -> None:
+        self.sums += values
+        self.steps += 1
+        self.waiting += waited
+
+    def means(self, batch_size: int) -> dict:
+        """Averages over steps and processes, images/s of the whole run, share of time waiting."""
+        sums = self.sums / world_size()
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        values = [v / self.steps for v in sums.tolist()]  # waits for the device
+        seconds = time.perf_counter() - self.begun
+        return dict(zip(self.names, values, strict=True)) | {
+            "images_per_second": self.steps * batch_size / seconds,
+            "data_wait": self.waiting / seconds,
+            "seconds_per_step": seconds / self.steps,
+        }
+
+
+class RunLog:
+    """Writes `metrics.jsonl` and TensorBoard events under `output`; the main process only.
+
+    Args:
+        step: the step that the run resumes from, 0 for a new run; what was logged beyond it is
+            dropped, since the run is about to do it again.
+
+    Attribute `kept` holds the records that were not dropped.
+    """
+
+    def __init__(self, output: Path, step: int):
+        self.active, self.kept = is_main(), []
+        if not self.active:
+            return
+        path = output / LOG
+        if step > 0 and path.exists():
+            self.kept = read_records(path, step)
+        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        self.file.writelines(json.dumps(record) + "\n" for record in self.kept)
+        self.board = SummaryWriter(str(output), purge_step=step + 1)
+
+    def write(self, step: int, values: dict) -> None:
+        """One line; its numbers go to TensorBoard as well."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+
+def progress_line(epoch: str, left: int, values: dict) -> str:
+    """One line of at most 140 characters about a report.
+
+    Args:
+        epoch: the position in the run.
+        left: steps until its end.
+        values: what was logged; "chance_loss" and names that end in "_fill" are optional.
+    """
+    chance = f" (chance {values['chance_loss']:.2f})" if "chance_loss" in values else ""
+    fills = (name for name in values if name.endswith("_fill"))
+    fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
+    eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
+    return (
+        f"epoch {epoch}  loss {values['loss']:.4f}{chance}  "
+        f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  {fill}"
+        f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  ETA {eta}"
+    )
 
 
 # -- the start of a run ---------------------------------------------------------------------------

@@ -9,6 +9,8 @@ Shape legend:
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import nn
 from moco_det.common.errors import UserError
 from moco_det.common.processes import broadcast_buffers, rank, world_size
 from pretrain.data.images import DistributedBatchSampler, Loading
+from pretrain.data.labelled import LabelledBatches
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import ScheduledSGD, parallelize
@@ -27,37 +30,37 @@ from pretrain.moco.grouped_batchnorm import group_batchnorm
 BEST = "checkpoint_best.pth.tar"
 
 
+@dataclass(eq=False)
 class Classification(Task):
     """Cross-entropy of labelled batches; accuracy on val and a checkpoint after epochs.
 
     A protocol says how logits and the features of val come about.
 
     Args:
-        encoder: ends with the classifier `fc`, D -> C.
-        trained: the part of it that is trained; `parallel` of it averages gradients.
+        model: an encoder that ends with the classifier `fc`, D -> C.
         batches: images N x S x S x 3 or features N x D, and labels N, -1 for unreadable ones.
+        dtype: of mixed precision in the encoder; None for float32.
         eval_every: epochs between two validations.
     """
 
-    measures = ("loss", "acc1", "acc5")
-    name: str  # of the protocol, for messages
-    finetune: bool  # the flag that it goes by
+    model: nn.Module
+    optimizer: ScheduledSGD
+    batches: "LabelledBatches | FeatureBatches"
+    dtype: torch.dtype | None
+    eval_every: int
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        trained: nn.Module,
-        optimizer: ScheduledSGD,
-        batches,
-        eval_every: int,
-    ):
-        self.model = encoder
-        self.parallel = parallelize(trained)
-        self.device = encoder.fc.weight.device
-        self.optimizer = optimizer
-        self.batches = batches
-        self.eval_every = eval_every
-        self.best = -1.0
+    measures = ("loss", "acc1", "acc5")
+    best = -1.0
+    name: ClassVar[str]  # of the protocol, for messages
+    finetune: ClassVar[bool]  # the flag that it goes by
+
+    def trained(self) -> nn.Module:
+        """Make the part of the model ready that is to be trained."""
+        raise NotImplementedError
+
+    def __post_init__(self):
+        self.parallel = parallelize(self.trained())
+        self.device = self.model.fc.weight.device
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """N x C, fp32, of the images or features of a batch."""
@@ -79,11 +82,10 @@ class Classification(Task):
     def after_epoch(self, trainer: Trainer, number: int) -> None:
         if number % self.eval_every and number != trainer.epochs:
             return
-        loss, top1, top5 = evaluate(self.model.fc, *self.validation())
-        values = {"epoch": number, "val_loss": loss, "val_acc1": top1, "val_acc5": top5}
-        better = top1 > self.best
-        self.best = max(self.best, top1)
-        trainer.record(values, validation_line(number, trainer.epochs, loss, top1, top5, self.best))
+        values = {"epoch": number} | evaluate(self.model.fc, *self.validation())
+        better = values["val_acc1"] > self.best
+        self.best = max(self.best, values["val_acc1"])
+        trainer.record(values, validation_line(trainer.epochs, values, self.best))
         # In this order: a kill between the two repeats the epoch, which writes the same best again.
         if better:
             trainer.save(BEST)
@@ -100,33 +102,24 @@ class Classification(Task):
             raise UserError(f"{path} is of another protocol than {self.name}: mind --finetune")
 
 
+@dataclass(eq=False)
 class LinearProbe(Classification):
     """The backbone must not change: only the classifier is trained.
 
     Args:
         val: its features M x D and labels M, computed once.
         backbone: images -> features N x D; None where the batches hold features already.
-        dtype: of mixed precision in the backbone; None for float32.
     """
+
+    val: tuple[torch.Tensor, torch.Tensor]
+    backbone: nn.Module | None
 
     name = "the linear protocol"
     finetune = False
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        optimizer: ScheduledSGD,
-        batches,
-        val: tuple[torch.Tensor, torch.Tensor],
-        backbone: nn.Module | None,
-        dtype: torch.dtype | None,
-        eval_every: int,
-    ):
-        super().__init__(encoder, encoder.fc.requires_grad_(True), optimizer, batches, eval_every)
-        self.frozen = frozen_state(encoder)
-        self.val = val
-        self.backbone = backbone
-        self.dtype = dtype
+    def trained(self) -> nn.Module:
+        self.frozen = frozen_state(self.model)
+        return self.model.fc.requires_grad_(True)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         features = images if self.backbone is None else extract(self.backbone, images, self.dtype)
@@ -137,6 +130,7 @@ class LinearProbe(Classification):
         return self.val
 
 
+@dataclass(eq=False)
 class FineTuning(Classification):
     """Gradients reach all weights, under batch statistics.
 
@@ -146,26 +140,16 @@ class FineTuning(Classification):
     Args:
         val: features under the weights as they are when asked.
         bn_groups: of this process.
-        dtype: of mixed precision; None for float32.
     """
+
+    val: SplitFeatures
+    bn_groups: int
 
     name = "fine-tuning"
     finetune = True
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        optimizer: ScheduledSGD,
-        batches,
-        val: SplitFeatures,
-        bn_groups: int,
-        dtype: torch.dtype | None,
-        eval_every: int,
-    ):
-        group_batchnorm(encoder.requires_grad_(True), bn_groups).train()
-        super().__init__(encoder, encoder, optimizer, batches, eval_every)
-        self.val = val
-        self.dtype = dtype
+    def trained(self) -> nn.Module:
+        return group_batchnorm(self.model.requires_grad_(True), self.bn_groups).train()
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         return encode(self.parallel, images, self.dtype)
@@ -202,25 +186,23 @@ class FeatureBatches:
 
 
 @torch.no_grad()
-def evaluate(
-    fc: nn.Module, features: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float, float]:
-    """Mean loss, top-1 and top-5 in percent of a classifier on features M x D and labels M."""
+def evaluate(fc: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 in percent of a classifier on features M x D and labels M of val,
+    under their names in the log."""
     sums = torch.zeros(3, device=features.device)
     for some, targets in zip(features.split(1024), labels.split(1024), strict=True):
         logits = fc(some)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([loss, *correct_within(logits, targets)])
     loss, top1, top5 = (sums / len(labels)).tolist()
-    return loss, 100 * top1, 100 * top5
+    return {"val_loss": loss, "val_acc1": 100 * top1, "val_acc5": 100 * top5}
 
 
-def validation_line(
-    epoch: int, epochs: int, loss: float, top1: float, top5: float, best: float
-) -> str:
+def validation_line(epochs: int, values: dict[str, float], best: float) -> str:
+    """One line about what `evaluate` gave and its "epoch"; `best`: the highest top-1 so far."""
     return (
-        f"epoch {epoch}/{epochs}  val top-1 {top1:.2f} % top-5 {top5:.2f} %  loss {loss:.4f}  "
-        f"best top-1 {best:.2f} %"
+        f"epoch {values['epoch']}/{epochs}  val top-1 {values['val_acc1']:.2f} % "
+        f"top-5 {values['val_acc5']:.2f} %  loss {values['val_loss']:.4f}  best top-1 {best:.2f} %"
     )
 
 

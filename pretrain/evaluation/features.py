@@ -4,6 +4,8 @@ Shape legend:
     N: images of a batch     M: images of a split     D: pooled features
 """
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset
 from moco_det.common.errors import UserError
 from moco_det.common.processes import gather, is_main, print_on_main, rank, world_size
 from pretrain.data.images import Loading, UnreadableImages, build_loader
-from pretrain.data.labelled import CentreCrop, LabelledImages, LabelledSplit
+from pretrain.data.labelled import LabelledImages, LabelledSplit, centre_crop
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.moco.encoders import build_encoder
@@ -40,8 +42,9 @@ def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False)
     encoder = build_encoder(arch, dim, small_stem=small_stem)
     if pretrained != RANDOM:
         weights = read_weights(pretrained, arch)
+        body = {name: value for name, value in weights.items() if not name.startswith("fc.")}
         try:
-            missing, unexpected = encoder.load_state_dict(weights, strict=False)
+            missing, unexpected = encoder.load_state_dict(body, strict=False)
         except RuntimeError as error:  # equal names, other shapes
             missing, unexpected = [str(error).splitlines()[-1].strip()], []
         wrong = sorted({*missing, *unexpected} - {"fc.weight", "fc.bias"})
@@ -53,13 +56,13 @@ def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False)
 
 
 def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
-    """Those of `load_encoder` below the head."""
+    """Those of `load_encoder`, with their own head."""
     if pretrained != SUPERVISED:
         path = Path(pretrained)
         return query_encoder(Checkpoint(path, checkpoints.load(path)), arch)
     try:
         published = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-        weights = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return published.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (ValueError, AttributeError) as error:
         raise UserError(f"torchvision has no supervised weights for -a {arch}") from error
     except OSError as error:
@@ -67,16 +70,15 @@ def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
         raise UserError(
             f"cannot download {published.url}: {error}; put the file into {folder}"
         ) from error
-    return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
 def query_encoder(checkpoint: Checkpoint, arch: str) -> dict[str, torch.Tensor]:
-    """The weights below the head of f_q. Raises UserError where there are none."""
+    """The weights of f_q. Raises UserError where there are none."""
     checkpoints.check_arch(checkpoint, arch)
     weights = {
         name.removeprefix("encoder_q."): value
         for name, value in checkpoints.weights(checkpoint.state).items()
-        if name.startswith("encoder_q.") and not name.startswith("encoder_q.fc.")
+        if name.startswith("encoder_q.")
     }
     if not weights:
         raise UserError(
@@ -132,6 +134,7 @@ def extract_all(
     return features[order], labels[order]
 
 
+@dataclass
 class SplitFeatures:
     """Features of the centre crops of a split, under the weights that a backbone has when asked.
 
@@ -139,19 +142,17 @@ class SplitFeatures:
         dtype: of mixed precision; None for float32.
     """
 
-    def __init__(
-        self,
-        split: LabelledSplit,
-        image_size: int,
-        loading: Loading,
-        device: torch.device,
-        dtype: torch.dtype | None,
-    ):
-        self.images = LabelledImages(split, image_size, CentreCrop(image_size))
-        self.workers = loading.workers
-        self.device = device
-        self.dtype = dtype
-        self.unreadable = UnreadableImages(len(self.images), loading.max_unreadable, left_out=True)
+    split: LabelledSplit
+    image_size: int
+    loading: Loading
+    device: torch.device
+    dtype: torch.dtype | None
+
+    def __post_init__(self):
+        crop = partial(centre_crop, size=self.image_size)
+        self.images = LabelledImages(self.split, self.image_size, crop)
+        total, tolerated = len(self.images), self.loading.max_unreadable
+        self.unreadable = UnreadableImages(total, tolerated, left_out=True)
 
     def compute(self, backbone: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Features M x D and labels M of the readable images, on every process. Collective.
@@ -159,7 +160,8 @@ class SplitFeatures:
         Raises:
             UserError: too many are unreadable.
         """
-        print_on_main(f"features of {len(self.images)} images of {self.images.split.name}")
-        features, labels = extract_all(backbone, self.images, self.workers, self.device, self.dtype)
+        print_on_main(f"features of {len(self.images)} images of {self.split.name}")
+        workers = self.loading.workers
+        features, labels = extract_all(backbone, self.images, workers, self.device, self.dtype)
         self.unreadable.add(self.images.unreadable(labels), warn=is_main())
         return features[labels >= 0], labels[labels >= 0]

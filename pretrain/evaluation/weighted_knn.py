@@ -1,5 +1,6 @@
 """Weighted kNN classification on frozen features, the monitor of Wu et al. 2018 (Sec. 3.4)."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def weighted_knn(
     return scores.scatter_add_(1, bank_labels[nearest], votes)
 
 
+@dataclass
 class KnnMonitor:
     """Classifies DATA/val by the labelled features of DATA/train; trains on nothing.
 
@@ -42,28 +44,21 @@ class KnnMonitor:
         k, temperature: of `weighted_knn`; the temperature is sigma in later code of its authors.
     """
 
-    def __init__(
-        self,
-        data: Path,
-        image_size: int,
-        workers: int,
-        device: torch.device,
-        k: int = 200,
-        temperature: float = 0.07,
-    ):
-        self.device = device
-        self.workers = workers
-        self.k = k
-        self.temperature = temperature
-        self.classes = class_folders(data / "val")
-        self.bank = self._images(data / "train", image_size)
-        self.queries = self._images(data / "val", image_size)
+    data: Path
+    image_size: int
+    workers: int
+    device: torch.device
+    k: int = 200
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        self.classes = class_folders(self.data / "val")
+        self.bank, self.queries = map(self._images, ("train", "val"))
 
     @staticmethod
     def applies_to(data: Path) -> bool:
         """Whether DATA has class folders in both train/ and val/."""
-        splits = (data / "train", data / "val")
-        return all(split.is_dir() and class_folders(split) for split in splits)
+        return all(class_folders(data / split) for split in ("train", "val"))
 
     @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:
@@ -74,15 +69,17 @@ class KnnMonitor:
         queries, labels = self._features(backbone, self.queries)
         encoder.train(was_training)
         correct = 0
-        vote = partial(weighted_knn, k=self.k, temperature=self.temperature)
         for some, targets in zip(queries.split(256), labels.split(256), strict=True):
-            scores = vote(bank, bank_labels, some, len(self.classes))
+            scores = weighted_knn(
+                bank, bank_labels, some, len(self.classes), self.k, self.temperature
+            )
             correct += int((scores.argmax(1) == targets).sum())
         return 100.0 * correct / len(labels)
 
-    def _images(self, folder: Path, image_size: int) -> LabelledImages:
-        crop = partial(resize_and_center_crop, size=image_size)
-        return LabelledImages(list_class_folders(folder, self.classes), image_size, crop)
+    def _images(self, part: str) -> LabelledImages:
+        crop = partial(resize_and_center_crop, size=self.image_size)
+        split = list_class_folders(self.data / part, self.classes)
+        return LabelledImages(split, self.image_size, crop)
 
     def _features(
         self, backbone: nn.Module, images: LabelledImages

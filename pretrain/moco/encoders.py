@@ -9,12 +9,9 @@ from torchvision.models import resnet
 from moco_det.common.errors import UserError
 from moco_det.common.resnets import WidenedResNet
 
-TORCHVISION = [
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if name.startswith(("resnet", "resnext", "wide_resnet"))
-]
-
+TORCHVISION = torchvision.models.list_models(
+    module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
+)
 
 # Encoders of Table 1 that torchvision does not know by name, and two small ones.
 R50, R18 = (resnet.Bottleneck, [3, 4, 6, 3]), (resnet.BasicBlock, [2, 2, 2, 2])

@@ -60,10 +60,9 @@ class InstanceDiscrimination(nn.Module):
             views: `num_views` views of this process's images, uint8 RGB, N x H x W x 3.
             indices: the index in the data set of each image of the global batch, B.
         """
-        batch_size = len(indices)
-        order = (
-            shuffle_index(seed, step, batch_size) if self.shuffle_bn else torch.arange(batch_size)
-        )
+        order = torch.arange(len(indices))
+        if self.shuffle_bn:
+            order = shuffle_index(seed, step, len(indices))
         return *views, order.to(views[0].device)
 
     def enqueue(self, keys: torch.Tensor) -> None:

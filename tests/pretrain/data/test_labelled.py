@@ -12,9 +12,9 @@ from torchvision import transforms
 from moco_det.common.errors import UserError
 from pretrain.data.images import Loading
 from pretrain.data.labelled import (
-    CentreCrop,
     LabelledBatches,
     RandomCrops,
+    centre_crop,
     find_splits,
     list_class_folders,
 )
@@ -112,7 +112,7 @@ def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(tmp_
 
 def test_small_images_are_evaluated_whole():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(CentreCrop(32)(image), image)
+    assert np.array_equal(centre_crop(image, 32), image)
 
 
 def test_batches_are_the_same_crops_in_every_launch_order_and_say_what_is_unreadable(tmp_path):

@@ -26,7 +26,6 @@ from moco_det.common.errors import UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.shards import (
     BrokenShard,
-    Deal,
     Position,
     ShardSource,
     Stream,
@@ -59,7 +58,7 @@ def stream(
     view=MoCoAugmentation(8, True),  # noqa: B008
     buffer=6,
 ):
-    return Stream(Deal(urls, streams, [view] * 2, seed=3, buffer=buffer), number, position)
+    return Stream(urls, streams, number, [view] * 2, 3, buffer, position)
 
 
 def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
