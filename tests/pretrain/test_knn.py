@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 import torch
 from commands import python
-from noisy_colours import slow_features, write_checkpoint, write_images
+from noisy_colours import slow_features
 from sklearn.neighbors import KNeighborsClassifier
 
 from moco_det.common.errors import UserError
 from pretrain.flags import parse_knn
 from pretrain.knn import classify
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint.pth.tar")
 
 
 def flags(images, pretrained, *more):

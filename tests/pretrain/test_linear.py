@@ -1,7 +1,6 @@
 """The linear protocol as a user runs it: oracle, launches, resumes, bad input."""
 
 import itertools
-import json
 import os
 import signal
 
@@ -10,16 +9,15 @@ import pytest
 import torch
 from commands import IN_FLOAT64, Command, python, run_as_torchrun
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
-from noisy_colours import slow_features, write_checkpoint, write_images
+from noisy_colours import slow_features, write_checkpoint
 from paths import REPOSITORY
+from pretraining_runs import checkpoint, values
 from sklearn.linear_model import LogisticRegression
 from torchvision.models import resnet18
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from pretrain.engine.checkpoints import LAST
-from pretrain.evaluation.classification import (
-    BEST,
-)
+from pretrain.evaluation.classification import BEST
 from pretrain.flags import parse_linear
 from pretrain.linear import classify
 
@@ -31,16 +29,6 @@ FLAGS = [
 STEPS = 9  # 3 epochs of 3 steps: 50 images in batches of 16
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar")
-
-
 # A small one: what is saved and resumed does not depend on its width.
 NARROW = "resnet18w0.25x"
 
@@ -48,15 +36,6 @@ NARROW = "resnet18w0.25x"
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("narrow") / "checkpoint.pth.tar", NARROW)
-
-
-@pytest.fixture
-def one_thread():
-    """For tiny steps: threads that wait for a busy core would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(images, pretrained, output, *flags):
@@ -67,18 +46,6 @@ def train(images, pretrained, output, *flags):
 def command(images, pretrained, output, *flags):
     data = images, "--pretrained", pretrained, "--output", output
     return REPOSITORY / "pretrain/linear.py", *data, *FLAGS, *flags
-
-
-def checkpoint(output, name=LAST) -> dict:
-    return torch.load(output / name, weights_only=True)
-
-
-def lines(output) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def values(output, name) -> list[float]:
-    return [line[name] for line in lines(output) if name in line]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The pretraining command as a user runs it: launches, resumes, bad input."""
 
 import itertools
-import json
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ import torch
 from commands import IN_FLOAT64, Command, python, run, run_as_torchrun
 from float64 import ROUNDING, assert_equal_but_for_rounding
 from paths import REPOSITORY
+from pretraining_runs import checkpoint, records, values
 from same_bits import assert_same_bits
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
@@ -46,15 +46,6 @@ def command(images, output, *flags):
     return REPOSITORY / "pretrain/main.py", images, *FLAGS, "--output", output, *flags
 
 
-def checkpoint(output) -> dict:
-    return torch.load(output / LAST, weights_only=True)
-
-
-def losses(output) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 @pytest.fixture(scope="module")
 def whole_run(images, tmp_path_factory):
     """One uninterrupted run in one process with two BN groups: its output folder."""
@@ -73,7 +64,7 @@ def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
     assert list(whole_run.glob("events.out.tfevents.*"))
     kept = sorted(path.name for path in whole_run.glob("checkpoint_0*"))
     assert kept == ["checkpoint_0002.pth.tar", "checkpoint_0003.pth.tar"]
-    lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    lines = records(whole_run)
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 2, 3]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
@@ -93,7 +84,8 @@ def test_two_processes_train_as_two_groups_do(images, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         assert_equal_but_for_rounding(two[name], one[name], name)
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=ROUNDING)
+    one, two = (values(tmp_path / output, "loss") for output in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=ROUNDING)
 
 
 def test_the_official_launch_flags_run_on_a_cpu(images, tmp_path, whole_run):
@@ -126,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, whole_run):
     done = run(*command(images, killed, *flags, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
     assert_same_bits(checkpoint(killed), checkpoint(whole))
-    assert losses(killed) == losses(whole) == losses(whole_run)
+    assert values(killed, "loss") == values(whole, "loss") == values(whole_run, "loss")
 
 
 def test_sigterm_saves_and_resumes_to_the_same_bits(images, tmp_path, whole_run):

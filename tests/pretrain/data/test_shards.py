@@ -16,6 +16,7 @@ import pytest
 import torch
 from commands import Command
 from PIL import Image
+from pretraining_runs import checkpoint, values
 from same_bits import assert_same_bits
 
 pytest.importorskip("webdataset")
@@ -32,7 +33,6 @@ from pretrain.data.shards import (
     find_shards,
     is_shards,
 )
-from pretrain.engine.checkpoints import LAST
 from pretrain.flags import parse_pretraining
 from pretrain.main import build_source, pretrain
 
@@ -257,10 +257,8 @@ def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repos
     flags = ["--iterations", "5", "--lr", "0.01", "--lr-decay-every", "2", "--save-steps", "2"]
     argv = [pattern, "--recipe", recipe, *FLAGS, *flags, "--output", str(tmp_path)]
     pretrain(parse_pretraining(argv), CPU)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines if "lr" in line]
-    assert rates == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081])
-    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 5
+    assert values(tmp_path, "lr") == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081])
+    assert checkpoint(tmp_path)["step"] == 5
 
 
 @contextlib.contextmanager
@@ -296,7 +294,7 @@ def test_a_killed_run_neither_loses_nor_repeats_a_sample(pattern, tmp_path):
         for process in pair:
             process.kill()
             process.wait()
-    stopped_at = torch.load(killed / LAST, weights_only=True)["step"]
+    stopped_at = checkpoint(killed)["step"]
     before = [seen(killed, rank) for rank in (0, 1)]
 
     with start_pair(tmp_path, "second", [[*runs[1], "--resume", "auto"]]) as pair:
@@ -310,5 +308,5 @@ def test_a_killed_run_neither_loses_nor_repeats_a_sample(pattern, tmp_path):
     images = Counter(n for rank in (0, 1) for _, batch in seen(whole, rank) for n in batch)
     assert set(images) == set(range(SAMPLES))  # 192 images: two passes and a half
     assert max(images.values()) - min(images.values()) <= 2
-    one, two = (torch.load(output / LAST, weights_only=True) for output in (whole, killed))
+    one, two = map(checkpoint, (whole, killed))
     assert_same_bits(two, one)

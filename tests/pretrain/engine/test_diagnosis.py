@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pretraining_runs import values
 from torch import nn
 
 from moco_det.common.errors import UserError
@@ -75,8 +76,7 @@ def exit_code(output) -> int:
 
 def test_a_healthy_run_gives_no_finding(images, tmp_path, capsys):
     run(images, tmp_path, "--iterations", "60")
-    records = map(json.loads, (tmp_path / "metrics.jsonl").open())
-    losses = [record["loss"] for record in records if "loss" in record]
+    losses = values(tmp_path, "loss")
     assert losses[-1] < losses[2] - 0.5  # it learns
     assert said(capsys) == []
     assert examine(tmp_path) == []

@@ -1,12 +1,12 @@
-"""The loop on a task that one can follow by hand: positions, hooks, stops, resumes."""
+"""The loop on a task that one can follow by hand: positions, hooks, stops, resumes, reports."""
 
-import json
 import math
 import random
 
 import numpy as np
 import pytest
 import torch
+from pretraining_runs import records
 from same_bits import assert_same_bits
 from torch import nn
 
@@ -14,7 +14,16 @@ from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.processes import StopRequest
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
 from pretrain.engine.optimization import ScheduledSGD
-from pretrain.engine.trainer import RunSettings, Task, Trainer, make_output_folder, seed_run
+from pretrain.engine.trainer import (
+    MetricMeter,
+    RunLog,
+    RunSettings,
+    Task,
+    Trainer,
+    make_output_folder,
+    progress_line,
+    seed_run,
+)
 
 
 class Numbers:
@@ -70,10 +79,6 @@ def run(output, task: Line, checkpoint=None, iterations=None, **settings) -> Tra
     )
     trainer.train()
     return trainer
-
-
-def records(output) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_every_step_has_its_position_and_its_rate(tmp_path):
@@ -159,3 +164,55 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --output .*file"):
         make_output_folder(tmp_path / "file" / "below")
+
+
+# -- what a person watches ------------------------------------------------------------------------
+
+REPORT = {
+    "loss": 5.25, "acc1": 12.5, "acc5": 50.0, "lr": 0.03, "images_per_second": 1234.4,
+    "data_wait": 0.016, "seconds_per_step": 0.5,
+}  # fmt: skip
+
+
+def test_means_are_over_the_steps_since_the_last_report(monkeypatch):
+    clock = iter([0.0, 100.0, 104.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = MetricMeter(torch.device("cpu"), ("loss", "acc1"))
+    meter.add(torch.tensor([9.0, 9.0]), 9.0)
+    meter.reset()
+    meter.add(torch.tensor([1.0, 10.0]), 0.5)
+    meter.add(torch.tensor([2.0, 30.0]), 0.5)
+    assert meter.means(batch_size=16) == {
+        "loss": 1.5, "acc1": 20.0, "images_per_second": 8.0, "data_wait": 0.25,
+        "seconds_per_step": 2.0,
+    }  # fmt: skip
+
+
+def test_a_resumed_log_drops_what_is_done_again(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step), "note": "text"})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # cut short by a kill
+    resumed = RunLog(tmp_path, 2)
+    assert [record["loss"] for record in resumed.kept] == [1.0, 2.0]
+    resumed.write(3, {"loss": 30.0})
+    assert [record["loss"] for record in records(tmp_path)] == [1.0, 2.0, 30.0]
+    RunLog(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # a new run
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "loss 5.2500  acc@1 12.50 acc@5 50.00  lr 0.03  1234 img/s  data 2%  ETA 0:01:00"),
+        (
+            {"chance_loss": 11.09, "queue_fill": 0.25},
+            "loss 5.2500 (chance 11.09)  acc@1 12.50 acc@5 50.00  lr 0.03  queue 25%  1234 img/s",
+        ),
+    ],
+)
+def test_a_progress_line_says_what_was_logged(more, words):
+    line = progress_line("200/200 [5000/5004]", 120, REPORT | more)
+    assert line.startswith("epoch 200/200 [5000/5004]  " + words)
+    assert len(line) <= 140

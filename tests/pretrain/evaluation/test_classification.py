@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from fork_server import run_in_two_processes
-from noisy_colours import write_checkpoint, write_images
+from pretraining_runs import checkpoint, values
 from same_bits import assert_same_bits
 from torchvision.models import resnet18
 
 from moco_det.common.errors import UserError
-from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import (
     BEST,
     check_frozen,
@@ -24,30 +23,13 @@ from pretrain.evaluation.classification import (
 from pretrain.flags import parse_linear
 from pretrain.linear import classify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 FLAGS = [
     "--finetune", "-a", "resnet18", "--image-size", "32", "-b", "16", "--epochs", "3", "-j", "0",
     "--seed", "7", "-p", "1", "--lr", "1e-3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny steps: threads that wait for a busy core would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(images, pretrained, output, *flags) -> None:
@@ -58,15 +40,6 @@ def run(images, pretrained, output, *flags) -> None:
 def train(images, pretrained, output, *flags) -> dict:
     run(images, pretrained, output, *flags)
     return checkpoint(output)
-
-
-def checkpoint(output, name=LAST) -> dict:
-    return torch.load(output / name, weights_only=True)
-
-
-def values(output, name) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
 
 
 def query_encoder(pretrained) -> dict:
