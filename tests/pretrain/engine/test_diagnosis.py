@@ -230,9 +230,10 @@ def test_a_log_that_a_kill_cut_short(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (finding,) = examine(tmp_path)
     assert finding.condition == "nan"
-    (tmp_path / "metrics.jsonl").write_text("\n".join(reversed(lines)))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is no JSON"):
-        examine(tmp_path)
+    for first in (lines[1], '{"loss": 1.0}', "[]"):
+        (tmp_path / "metrics.jsonl").write_text("\n".join([first, lines[0]]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is no JSON of a step"):
+            examine(tmp_path)
 
 
 def test_a_folder_without_a_run(tmp_path):
