@@ -6,7 +6,7 @@
     roi_heads       the second stage: sampling, pooling, and a module for each head:
                     box_head, mask_head, keypoint_head, densepose_head
     semantic_head   FCN16Head
-    boxes, sampling, pooling, layers   what they are made of
+    boxes, pooling, layers   what they are made of
 
 Constructors take explicit arguments; only the `build_*` functions read a config. The plugin wraps
 modules of this room, so nothing here may depend on the native engine's data or training loop.

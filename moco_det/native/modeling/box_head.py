@@ -10,9 +10,8 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from moco_det.native.modeling.boxes import Weights, decode, encode
+from moco_det.native.modeling.boxes import SampledProposals, Weights, decode, encode
 from moco_det.native.modeling.layers import ConvNorm
-from moco_det.native.modeling.sampling import SampledProposals
 
 
 class FastRCNNOutputLayers(nn.Module):

@@ -1,18 +1,28 @@
-"""Box arithmetic, shared by the RPN and the ROI heads, and the RPN's reference boxes, the anchors.
+"""Boxes: their arithmetic, and which of them the losses are computed on.
+
+    encode, decode       boxes relative to others, and back
+    match                with the targets, by overlap
+    subsample_labels     of the matched, those that are drawn: for the RPN, and in
+    ProposalSampler      for the ROI heads
 
 A box is (x0, y0, x1, y1) in pixels of the network's input image, in continuous coordinates: its
 width is x1 - x0 (Detectron2's convention, no "+ 1").
 
-Shapes: N anchors or proposals, M ground-truth boxes, A anchors per position of a feature map of
-size Hi x Wi.
+Shapes: N images or boxes, Ri proposals in image i, R = sum(Ri), K classes (the label K is
+background), Gi objects in image i, P keypoints of an object. In `match`, of one image, B boxes to
+be labelled (anchors or proposals) and G objects.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou
+
+from moco_det.densepose.points import DensePosePoints
 
 # A predicted box is at most 1000 / 16 times as large as the box it refines (Detectron, Detectron2):
 # keeps exp() finite at the start of training.
@@ -72,75 +82,158 @@ def nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
 
 
 def pairwise_iou(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union, (M, 4) x (N, 4) -> (M, N); 0 where both boxes are empty."""
+    """Intersection over union, (G, 4) x (B, 4) -> (G, B); 0 where both boxes are empty."""
     return box_iou(gt_boxes, boxes).nan_to_num_(0)
 
 
-# -- anchors --------------------------------------------------------------------------------------
+# -- matching and drawing -------------------------------------------------------------------------
 
 
-def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors around (0, 0), (len(sizes) * len(aspect_ratios), 4), sizes in the outer loop.
+def match(
+    iou: Tensor,
+    thresholds: list[float],
+    labels: list[int],
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor]:
+    """Give each of B boxes its best ground truth and a label, from their IoU (G, B).
 
-    An anchor has area size^2 and height / width = aspect ratio. Nothing is rounded (Detectron2;
-    the original Faster R-CNN rounds to whole pixels).
+    A box with thresholds[i - 1] <= best IoU < thresholds[i] gets labels[i]; the RPN has thresholds
+    (.3, .7) and labels (0, -1, 1) for background, ignored, object.
+
+    With `allow_low_quality_matches`, the boxes that overlap a ground truth most (all of them, in
+    a tie) are objects too, so that no ground truth is left without a box (Faster R-CNN, section
+    3.1.2, case i). As in Detectron2 such a box keeps the ground truth that *it* overlaps most.
+
+    Returns the index of the ground truth (B,) int64, and the label (B,) int8. Without ground truth
+    (G = 0) the index is 0 and the label labels[0].
     """
-    boxes = []
-    for size in sizes:
-        for ratio in aspect_ratios:
-            width = math.sqrt(size**2 / ratio)
-            height = ratio * width
-            boxes.append([-width / 2, -height / 2, width / 2, height / 2])
-    return torch.tensor(boxes, dtype=torch.float32)
+    num_boxes = iou.shape[1]
+    result = torch.full((num_boxes,), labels[0], dtype=torch.int8, device=iou.device)
+    if iou.shape[0] == 0:
+        return torch.zeros(num_boxes, dtype=torch.int64, device=iou.device), result
+    best, matched = iou.max(dim=0)
+    for threshold, label in zip(thresholds, labels[1:], strict=True):
+        result[best >= threshold] = label
+    if allow_low_quality_matches:
+        best_of_each_gt = iou.max(dim=1, keepdim=True).values
+        result[(iou == best_of_each_gt).any(dim=0)] = 1
+    return matched, result
 
 
-def _per_level(values: Sequence, num_levels: int, key: str) -> list[Sequence]:
-    """One list per feature map: a flat list, or a list of one list, serves every map."""
-    if not isinstance(values[0], Sequence):
-        values = [values]
-    if len(values) not in (1, num_levels):
-        raise ValueError(f"{len(values)} lists of {key} for {num_levels} feature maps")
-    return list(values) * (num_levels if len(values) == 1 else 1)
+def subsample_labels(
+    labels: Tensor, num_samples: int, positive_fraction: float, background: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the boxes that a loss is computed on: (indices of positives, indices of negatives).
+
+    At most `positive_fraction * num_samples` positives (labels neither -1 nor `background`), then
+    as many negatives as fill up `num_samples`. Labels -1 are never drawn.
+
+    The draws are one `torch.randperm` over the positives, then one over the negatives, on the
+    labels' device: Detectron2's, so that one seed samples the same boxes in both engines.
+    """
+    positive = ((labels != -1) & (labels != background)).nonzero().squeeze(1)
+    negative = (labels == background).nonzero().squeeze(1)
+    num_positive = min(positive.numel(), int(num_samples * positive_fraction))
+    num_negative = min(negative.numel(), num_samples - num_positive)
+    chosen_positive = torch.randperm(positive.numel(), device=labels.device)[:num_positive]
+    chosen_negative = torch.randperm(negative.numel(), device=labels.device)[:num_negative]
+    return positive[chosen_positive], negative[chosen_negative]
 
 
-class AnchorGenerator(nn.Module):
-    """Detectron2's DefaultAnchorGenerator: cell anchors repeated over every feature-map position.
+# -- proposals for the ROI heads ------------------------------------------------------------------
+
+# Of one image: polygons for each object, each [x0, y0, x1, y1, ...] float64; or a bool (Gi, H, W).
+Masks = list[list[np.ndarray]] | Tensor
+
+
+class Targets(NamedTuple):
+    """The objects of a batch, in pixels of the network's input."""
+
+    boxes: list[Tensor]  # N tensors (Gi, 4)
+    classes: list[Tensor]  # N tensors (Gi,)
+    masks: list[Masks] | None = None
+    keypoints: list[Tensor] | None = None  # N tensors (Gi, P, 3): x, y, visibility
+    densepose: list[list[DensePosePoints | None]] | None = None  # None: not annotated
+
+
+class SampledProposals(NamedTuple):
+    """Proposals to train on, each labelled by its object."""
+
+    boxes: list[Tensor]  # N tensors (Ri, 4)
+    classes: Tensor  # (R,), K for background
+    gt_boxes: Tensor  # (R, 4), meaningless for background
+    matched: list[Tensor]  # N tensors (Ri,), the object's index in its image; likewise
+
+    def where(self, keep: Tensor) -> "SampledProposals":
+        """The proposals for which `keep`, bool (R,), is true."""
+        of_image = keep.split([len(boxes) for boxes in self.boxes])
+        return SampledProposals(
+            [boxes[kept] for boxes, kept in zip(self.boxes, of_image, strict=True)],
+            self.classes[keep],
+            self.gt_boxes[keep],
+            [index[kept] for index, kept in zip(self.matched, of_image, strict=True)],
+        )
+
+
+@dataclass(frozen=True)
+class ProposalSampler:
+    """Labels proposals by their overlap with the objects, and draws a batch from each image's.
 
     Args:
-        sizes, aspect_ratios: one list of numbers per feature map, or one for all of them.
-        strides: input pixels per feature-map pixel, one per feature map.
-        offset: centre of the first anchor, in strides; 0 puts it on the image's corner.
+        num_classes: K.
+        iou_thresholds, iou_labels: see `match`.
+        batch_size_per_image, positive_fraction: see `subsample_labels`.
+        append_gt: propose the objects' own boxes too, or there are no positives at the start.
     """
 
-    def __init__(self, sizes, aspect_ratios, strides: Sequence[int], offset: float = 0.0):
-        super().__init__()
-        sizes = _per_level(sizes, len(strides), "anchor sizes")
-        aspect_ratios = _per_level(aspect_ratios, len(strides), "aspect ratios")
-        self.strides = list(strides)
-        self.offset = offset
-        for level, (s, r) in enumerate(zip(sizes, aspect_ratios, strict=True)):
-            self.register_buffer(f"cell{level}", cell_anchors(s, r), persistent=False)
+    num_classes: int
+    iou_thresholds: list[float]
+    iou_labels: list[int]
+    batch_size_per_image: int
+    positive_fraction: float
+    append_gt: bool
 
-    def _cell(self, level: int) -> Tensor:
-        return getattr(self, f"cell{level}")
+    @torch.no_grad()
+    def __call__(self, proposals: list[Tensor], targets: Targets) -> SampledProposals:
+        """N tensors of proposals (any number, 4) -> those to train on."""
+        sampled = [
+            self._sample_image(*image)
+            for image in zip(proposals, targets.boxes, targets.classes, strict=True)
+        ]
+        boxes, classes, gt_boxes, matched = zip(*sampled, strict=True)
+        return SampledProposals(list(boxes), torch.cat(classes), torch.cat(gt_boxes), list(matched))
 
-    @property
-    def num_anchors(self) -> int:
-        """Anchors per position; the RPN's head is shared, so every level must have the same."""
-        counts = {len(self._cell(level)) for level in range(len(self.strides))}
-        if len(counts) != 1:
-            raise ValueError(f"feature maps with different numbers of anchors: {sorted(counts)}")
-        return counts.pop()
+    def _sample_image(
+        self, proposals: Tensor, gt_boxes: Tensor, gt_classes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes = torch.cat([proposals, gt_boxes]) if self.append_gt else proposals
+        # Each box gets the class and the box of the object that it overlaps most.
+        iou = pairwise_iou(gt_boxes, boxes)
+        matched, labels = match(
+            iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=False
+        )
+        if len(gt_boxes):
+            classes, matched_boxes = gt_classes[matched], gt_boxes[matched]
+            classes[labels == 0] = self.num_classes
+            classes[labels == -1] = -1
+        else:
+            classes, matched_boxes = torch.full_like(matched, self.num_classes), boxes
+        # Positives first, then background.
+        chosen = torch.cat(
+            subsample_labels(
+                classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+            )
+        )
+        return boxes[chosen], classes[chosen], matched_boxes[chosen], matched[chosen]
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Feature maps (N, C, Hi, Wi) -> anchors (Hi * Wi * A, 4): rows, columns, then A."""
-        anchors = []
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            cell = self._cell(level)
-            height, width = feature.shape[-2:]
-            y = (torch.arange(height, device=cell.device) + self.offset) * stride
-            x = (torch.arange(width, device=cell.device) + self.offset) * stride
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack((x, y, x, y), dim=-1)
-            anchors.append((shifts[:, :, None] + cell).reshape(-1, 4))
-        return anchors
+
+def build_proposal_sampler(cfg) -> ProposalSampler:
+    heads = cfg.MODEL.ROI_HEADS
+    return ProposalSampler(
+        num_classes=heads.NUM_CLASSES,
+        iou_thresholds=heads.IOU_THRESHOLDS,
+        iou_labels=heads.IOU_LABELS,
+        batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=heads.POSITIVE_FRACTION,
+        append_gt=heads.PROPOSAL_APPEND_GT,
+    )

@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, DensePosePoints
-from moco_det.native.modeling.sampling import SampledProposals
+from moco_det.native.modeling.boxes import SampledProposals
 
 # -- network --------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_det.native.modeling.sampling import SampledProposals
+from moco_det.native.modeling.boxes import SampledProposals
 
 
 class KRCNNConvDeconvUpsampleHead(nn.Sequential):

@@ -12,8 +12,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from moco_det.native.modeling.boxes import Masks, SampledProposals
 from moco_det.native.modeling.layers import ConvNorm
-from moco_det.native.modeling.sampling import Masks, SampledProposals
 
 
 class ClassConv(nn.Conv2d):

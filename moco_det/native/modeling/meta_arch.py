@@ -19,13 +19,12 @@ from torchvision.ops import clip_boxes_to_image
 from moco_det.config.checks import is_semantic
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
-from moco_det.native.modeling.boxes import nonempty
+from moco_det.native.modeling.boxes import Targets, nonempty
 from moco_det.native.modeling.densepose_head import surfaces
 from moco_det.native.modeling.layers import sync_on_cpu
 from moco_det.native.modeling.mask_head import paste_masks
 from moco_det.native.modeling.roi_heads import DensePoseROIHeads, build_roi_heads
 from moco_det.native.modeling.rpn import build_rpn
-from moco_det.native.modeling.sampling import Targets
 from moco_det.native.modeling.semantic_head import build_semantic_head
 
 Size = tuple[int, int]  # (height, width)

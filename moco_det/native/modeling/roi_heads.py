@@ -20,6 +20,12 @@ from moco_det.native.modeling.box_head import (
     build_box_head,
     build_box_predictor,
 )
+from moco_det.native.modeling.boxes import (
+    ProposalSampler,
+    SampledProposals,
+    Targets,
+    build_proposal_sampler,
+)
 from moco_det.native.modeling.densepose_head import (
     Charts,
     DensePoseChartLoss,
@@ -38,12 +44,6 @@ from moco_det.native.modeling.keypoint_head import (
 from moco_det.native.modeling.layers import ConvNorm, get_norm
 from moco_det.native.modeling.mask_head import MaskRCNNConvUpsampleHead, build_mask_head
 from moco_det.native.modeling.pooling import ROIPooler
-from moco_det.native.modeling.sampling import (
-    ProposalSampler,
-    SampledProposals,
-    Targets,
-    build_proposal_sampler,
-)
 
 Detections = list[dict[str, Tensor | Charts]]
 

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou
 
 from moco_det.native.modeling.box_head import FastRCNNConvFCHead, FastRCNNOutputLayers
-from moco_det.native.modeling.sampling import SampledProposals
+from moco_det.native.modeling.boxes import SampledProposals
 
 
 def make_predictor(num_classes=2, in_features=6, **changes) -> FastRCNNOutputLayers:

@@ -1,20 +1,22 @@
-"""Box arithmetic by hand and against slow loops; anchors against Detectron2's tables."""
+"""Arithmetic by hand; matching and drawing against slow rules; sampled proposals by hand."""
 
 import math
 
 import pytest
-import record_anchors
 import torch
-from recording import read
+from torchvision.ops import box_iou
 
 from moco_det.native.modeling.boxes import (
     SCALE_CLAMP,
-    AnchorGenerator,
-    cell_anchors,
+    ProposalSampler,
+    SampledProposals,
+    Targets,
     decode,
     encode,
+    match,
     nonempty,
     pairwise_iou,
+    subsample_labels,
 )
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
@@ -86,74 +88,178 @@ def test_pairwise_iou_by_hand():
     torch.testing.assert_close(pairwise_iou(gt, boxes), expected)
 
 
-# -- anchors --------------------------------------------------------------------------------------
+# -- matching and drawing -------------------------------------------------------------------------
 
-# Detectron2, tests/modeling/test_anchor_generator.py: sizes 32 and 64, height / width 1/4, 1, 4,
-# on a map of 1 x 2 pixels with stride 4.
-DETECTRON2 = torch.tensor(
-    [
-        [-32.0, -8.0, 32.0, 8.0],
-        [-16.0, -16.0, 16.0, 16.0],
-        [-8.0, -32.0, 8.0, 32.0],
-        [-64.0, -16.0, 64.0, 16.0],
-        [-32.0, -32.0, 32.0, 32.0],
-        [-16.0, -64.0, 16.0, 64.0],
-        [-28.0, -8.0, 36.0, 8.0],
-        [-12.0, -16.0, 20.0, 16.0],
-        [-4.0, -32.0, 12.0, 32.0],
-        [-60.0, -16.0, 68.0, 16.0],
-        [-28.0, -32.0, 36.0, 32.0],
-        [-12.0, -64.0, 20.0, 64.0],
-    ]
+
+def slow_match(iou, low, high, allow_low_quality):
+    """Faster R-CNN's rules for the RPN, box by box."""
+    num_gt, num_boxes = iou.shape
+    matched, labels = [], []
+    for n in range(num_boxes):
+        column = [iou[m, n].item() for m in range(num_gt)]
+        best = max(column)
+        matched.append(column.index(best))
+        label = 1 if best >= high else 0 if best < low else -1
+        if allow_low_quality:
+            for m in range(num_gt):
+                if column[m] == max(iou[m].tolist()):
+                    label = 1
+        labels.append(label)
+    return matched, labels
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+def test_match_equals_the_slow_rules(allow_low_quality):
+    gt, boxes = random_boxes(4, 5), random_boxes(200, 6)
+    iou = pairwise_iou(gt, boxes)
+    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality)
+    expected_matched, expected_labels = slow_match(iou, 0.3, 0.7, allow_low_quality)
+    assert matched.tolist() == expected_matched
+    assert labels.tolist() == expected_labels
+    assert set(expected_labels) == {-1, 0, 1} or not allow_low_quality
+
+
+def test_match_at_the_thresholds():
+    iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
+    _, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=False)
+    assert labels.tolist() == [0, -1, -1, 1, 1]
+    _, labels = match(iou, [0.5], [0, 1], allow_low_quality_matches=False)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_low_quality_match_keeps_the_ground_truth_it_overlaps_most():
+    # Box 0 is the best for both ground truths; it is an object, and belongs to the second.
+    iou = torch.tensor([[0.2, 0.1], [0.6, 0.9]])
+    matched, labels = match(iou, [0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
+    assert matched.tolist() == [1, 1]
+    assert labels.tolist() == [1, 1]
+
+
+def test_match_without_ground_truth():
+    matched, labels = match(torch.zeros(0, 3), [0.3, 0.7], [0, -1, 1], True)
+    assert matched.tolist() == [0, 0, 0]
+    assert labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_positive", "num_negative", "expected"),
+    [(100, 1000, (64, 192)), (10, 1000, (10, 246)), (100, 30, (64, 30)), (0, 20, (0, 20))],
 )
+def test_subsample_counts(num_positive, num_negative, expected):
+    """A quarter of 256 at most are positive; negatives fill up, positives do not."""
+    labels = torch.cat(
+        [torch.full((num_positive,), 3), torch.full((num_negative,), 9), torch.full((50,), -1)]
+    )
+    labels = labels[torch.randperm(len(labels))]
+    positive, negative = subsample_labels(labels, 256, 0.25, background=9)
+    assert (len(positive), len(negative)) == expected
+    assert (labels[positive] == 3).all()
+    assert (labels[negative] == 9).all()
+    assert len(set(positive.tolist() + negative.tolist())) == sum(expected)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_values_of_detectron2(nested):
-    sizes, ratios = [32, 64], [0.25, 1, 4]
-    generator = AnchorGenerator([sizes] if nested else sizes, ratios, strides=[4])
-    (anchors,) = generator([torch.zeros(2, 96, 1, 2)])
-    torch.testing.assert_close(anchors, DETECTRON2)
+def test_subsample_draws_positives_then_negatives():
+    """The order of the random draws is part of the contract with Detectron2."""
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, -1])
+    torch.manual_seed(3)
+    positive, negative = subsample_labels(labels, 4, 0.5, background=0)
+    torch.manual_seed(3)
+    assert positive.tolist() == torch.tensor([1, 3, 4])[torch.randperm(3)[:2]].tolist()
+    assert negative.tolist() == torch.tensor([0, 2, 5, 6])[torch.randperm(4)[:2]].tolist()
 
 
-@pytest.mark.parametrize("case", record_anchors.CASES)
-def test_tables_recorded_from_detectron2(case):
-    options = record_anchors.CASES[case]
-    generator = AnchorGenerator(options["sizes"], options["aspect_ratios"], options["strides"])
-    found = generator(record_anchors.feature_maps(case))
-    for anchors, expected in zip(found, read("anchors")[case], strict=True):
-        torch.testing.assert_close(anchors, torch.tensor(expected), rtol=1e-6, atol=1e-5)
+def test_subsample_is_uniform():
+    labels = torch.zeros(10, dtype=torch.int8)
+    torch.manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        counts[subsample_labels(labels, 5, 0.5, background=0)[1]] += 1
+    # 2000 draws of probability 1/2: standard deviation 22.
+    assert (counts - 1000).abs().max() < 100
 
 
-def test_offset_moves_all_anchors_by_its_share_of_the_stride():
-    (anchors,) = AnchorGenerator([32, 64], [0.25, 1, 4], [4], offset=0.5)([torch.zeros(1, 1, 1, 2)])
-    torch.testing.assert_close(anchors, DETECTRON2 + 2)
+def make_sampler(**changes) -> ProposalSampler:
+    settings = {
+        "num_classes": 3,
+        "iou_thresholds": [0.5],
+        "iou_labels": [0, 1],
+        "batch_size_per_image": 16,
+        "positive_fraction": 0.25,
+        "append_gt": True,
+    }
+    return ProposalSampler(**(settings | changes))
 
 
-def test_areas_and_ratios_are_not_rounded():
-    x0, y0, x1, y1 = cell_anchors([32, 100], [0.5, 1.0, 2.0]).unbind(1)
-    torch.testing.assert_close((x1 - x0) * (y1 - y0), torch.tensor([1024.0] * 3 + [10000.0] * 3))
-    torch.testing.assert_close((y1 - y0) / (x1 - x0), torch.tensor([0.5, 1.0, 2.0] * 2))
-    torch.testing.assert_close(x0, -x1)
+def boxes_near(centre: float, n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = centre + 20 * torch.rand(n, 2, generator=generator)
+    return torch.cat([corner, corner + 5 + 40 * torch.rand(n, 2, generator=generator)], dim=1)
 
 
-def test_levels_have_their_own_sizes_and_strides():
-    generator = AnchorGenerator([[32], [64]], [[0.5, 1.0, 2.0]], strides=[4, 8])
-    assert generator.num_anchors == 3
-    fine, coarse = generator([torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)])
-    assert fine.shape == (4 * 6 * 3, 4)
-    assert coarse.shape == (2 * 3 * 3, 4)
-    # Row 1, column 2, the square anchor: centre (2, 1) * stride.
-    assert fine[(1 * 6 + 2) * 3 + 1].tolist() == [8 - 16, 4 - 16, 8 + 16, 4 + 16]
-    assert coarse[(1 * 3 + 2) * 3 + 1].tolist() == [16 - 32, 8 - 32, 16 + 32, 8 + 32]
+GT_BOXES = torch.tensor([[10.0, 10.0, 40.0, 40.0], [30.0, 30.0, 60.0, 70.0]])
+GT_CLASSES = torch.tensor([2, 0])
 
 
-def test_nothing_of_it_is_in_the_checkpoint():
-    assert AnchorGenerator([32], [1.0], [4]).state_dict() == {}
+def test_samples_are_labelled_by_overlap():
+    torch.manual_seed(0)
+    proposals = torch.cat([boxes_near(5, 60, 0), boxes_near(25, 60, 1)])
+    samples = make_sampler()([proposals], Targets([GT_BOXES], [GT_CLASSES]))
+    assert {len(x) for x in (samples.boxes[0], *samples[1:3], samples.matched[0])} == {16}
+    foreground = samples.classes < 3
+    assert foreground.sum() == 4  # a quarter, there are more
+    rows = zip(*(samples.boxes[0], *samples[1:3], samples.matched[0]), strict=True)
+    for box, label, target, matched in rows:
+        overlap, index = box_iou(GT_BOXES, box[None])[:, 0].max(dim=0)
+        assert label == (GT_CLASSES[index] if overlap >= 0.5 else 3)
+        if label < 3:
+            assert torch.equal(target, GT_BOXES[index])
+            assert matched == index
 
 
-def test_lists_that_do_not_fit_the_levels():
-    with pytest.raises(ValueError, match="3 lists of anchor sizes for 2 feature maps"):
-        AnchorGenerator([[32], [64], [128]], [1.0], strides=[4, 8])
-    with pytest.raises(ValueError, match="different numbers of anchors"):
-        _ = AnchorGenerator([[32], [64, 128]], [1.0], strides=[4, 8]).num_anchors
+@pytest.mark.parametrize(("append_gt", "positives"), [(True, 2), (False, 0)])
+def test_ground_truth_is_proposed(append_gt, positives):
+    far = torch.tensor([[200.0, 200.0, 220.0, 220.0]]).repeat(20, 1)
+    samples = make_sampler(append_gt=append_gt)([far], Targets([GT_BOXES], [GT_CLASSES]))
+    assert sorted(samples.classes[samples.classes < 3].tolist()) == [0, 2][:positives]
+    assert len(samples.classes) == 16
+
+
+def test_image_without_objects_gives_background_only():
+    empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    samples = make_sampler()(
+        [boxes_near(5, 30, 0), boxes_near(5, 5, 1)], Targets([empty[0]] * 2, [empty[1]] * 2)
+    )
+    assert [len(b) for b in samples.boxes] == [16, 5]
+    assert samples.classes.tolist() == [3] * 21
+
+
+def test_ignored_overlaps_are_not_drawn():
+    sampler = make_sampler(iou_thresholds=[0.3, 0.5], iou_labels=[0, -1, 1], append_gt=False)
+    proposals = torch.tensor(
+        [[10.0, 10.0, 40.0, 40.0], [10.0, 10.0, 40.0, 22.0], [10.0, 10.0, 40.0, 14.0]]
+    )  # IoU 1, 0.4 and 0.13
+    samples = sampler([proposals], Targets([GT_BOXES[:1]], [GT_CLASSES[:1]]))
+    assert torch.equal(samples.boxes[0], proposals[[0, 2]])
+    assert samples.classes.tolist() == [2, 3]
+
+
+def test_sampling_leaves_the_ground_truth_alone():
+    classes = GT_CLASSES.clone()
+    make_sampler()([boxes_near(5, 30, 0)], Targets([GT_BOXES], [classes]))
+    assert torch.equal(classes, GT_CLASSES)
+
+
+def test_regions_are_kept_image_by_image():
+    boxes = [torch.arange(12.0).reshape(3, 4), torch.zeros(0, 4), torch.arange(8.0).reshape(2, 4)]
+    samples = SampledProposals(
+        boxes,
+        torch.tensor([3, 0, 3, 1, 2]),
+        torch.cat(boxes) + 1,
+        [torch.tensor([7, 8, 9]), torch.tensor([]).long(), torch.tensor([5, 6])],
+    )
+    kept = samples.where(samples.classes < 2)
+    assert [b.tolist() for b in kept.boxes] == [[[4, 5, 6, 7]], [], [[0, 1, 2, 3]]]
+    assert kept.classes.tolist() == [0, 1]
+    assert kept.gt_boxes.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
+    assert [m.tolist() for m in kept.matched] == [[8], [], [5]]
+    assert [len(b) for b in kept.where(torch.tensor([False, False])).boxes] == [0, 0, 0]

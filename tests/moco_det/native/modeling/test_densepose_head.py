@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.densepose.points import DensePosePoints
+from moco_det.native.modeling.boxes import SampledProposals
 from moco_det.native.modeling.densepose_head import (
     Charts,
     DensePoseChartLoss,
@@ -23,7 +24,6 @@ from moco_det.native.modeling.densepose_head import (
     surfaces,
 )
 from moco_det.native.modeling.meta_arch import detector_postprocess
-from moco_det.native.modeling.sampling import SampledProposals
 
 BOXES = torch.tensor([[3.2, 4.9, 15.1, 24.0], [0.0, 0.0, 0.6, 9.99], [7.0, 7.0, 8.0, 8.0]])
 

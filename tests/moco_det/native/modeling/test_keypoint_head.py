@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moco_det.native.modeling.boxes import SampledProposals
 from moco_det.native.modeling.keypoint_head import (
     KRCNNConvDeconvUpsampleHead,
     heatmaps_to_keypoints,
     keypoint_cells,
     select_with_visible_keypoints,
 )
-from moco_det.native.modeling.sampling import SampledProposals
 
 
 def make_head(keypoints_per_image=None, loss_weight=1.0) -> KRCNNConvDeconvUpsampleHead:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moco_det.native.modeling.boxes import SampledProposals
 from moco_det.native.modeling.mask_head import (
     ClassConv,
     MaskRCNNConvUpsampleHead,
@@ -13,7 +14,6 @@ from moco_det.native.modeling.mask_head import (
     mask_targets,
     paste_masks,
 )
-from moco_det.native.modeling.sampling import SampledProposals
 from moco_det.parity.comparison import fill_outlines
 
 

@@ -6,10 +6,10 @@ import torch
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.densepose.points import DensePosePoints
+from moco_det.native.modeling.boxes import Targets
 from moco_det.native.modeling.densepose_head import DensePoseChartLoss, select_with_densepose
 from moco_det.native.modeling.pooling import ROIPooler
 from moco_det.native.modeling.roi_heads import Res5ROIHeads, build_res5, build_roi_heads
-from moco_det.native.modeling.sampling import Targets
 
 
 def boxes_near(centre: float, n: int, seed: int) -> torch.Tensor:

@@ -3,13 +3,14 @@
 import math
 
 import pytest
+import record_anchors
 import torch
+from recording import read
 from torch import nn
 from torchvision.ops import box_iou
 
 from moco_det.native.modeling.backbones import ResNet
-from moco_det.native.modeling.boxes import AnchorGenerator
-from moco_det.native.modeling.rpn import RPN, RPNHead
+from moco_det.native.modeling.rpn import RPN, AnchorGenerator, RPNHead, cell_anchors
 
 
 def make_rpn(channels=8, sizes=((16,), (32,)), strides=(4, 8), **changes) -> RPN:
@@ -243,3 +244,76 @@ def test_single_anchors_are_what_the_whole_map_gives(features):
     pairs = zip(gradients(logits, deltas), gradients(expected_logits, expected_deltas), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
+
+
+# -- anchors --------------------------------------------------------------------------------------
+
+# Detectron2, tests/modeling/test_anchor_generator.py: sizes 32 and 64, height / width 1/4, 1, 4,
+# on a map of 1 x 2 pixels with stride 4.
+DETECTRON2 = torch.tensor(
+    [
+        [-32.0, -8.0, 32.0, 8.0],
+        [-16.0, -16.0, 16.0, 16.0],
+        [-8.0, -32.0, 8.0, 32.0],
+        [-64.0, -16.0, 64.0, 16.0],
+        [-32.0, -32.0, 32.0, 32.0],
+        [-16.0, -64.0, 16.0, 64.0],
+        [-28.0, -8.0, 36.0, 8.0],
+        [-12.0, -16.0, 20.0, 16.0],
+        [-4.0, -32.0, 12.0, 32.0],
+        [-60.0, -16.0, 68.0, 16.0],
+        [-28.0, -32.0, 36.0, 32.0],
+        [-12.0, -64.0, 20.0, 64.0],
+    ]
+)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_of_detectron2(nested):
+    sizes, ratios = [32, 64], [0.25, 1, 4]
+    generator = AnchorGenerator([sizes] if nested else sizes, ratios, strides=[4])
+    (anchors,) = generator([torch.zeros(2, 96, 1, 2)])
+    torch.testing.assert_close(anchors, DETECTRON2)
+
+
+@pytest.mark.parametrize("case", record_anchors.CASES)
+def test_tables_recorded_from_detectron2(case):
+    options = record_anchors.CASES[case]
+    generator = AnchorGenerator(options["sizes"], options["aspect_ratios"], options["strides"])
+    found = generator(record_anchors.feature_maps(case))
+    for anchors, expected in zip(found, read("anchors")[case], strict=True):
+        torch.testing.assert_close(anchors, torch.tensor(expected), rtol=1e-6, atol=1e-5)
+
+
+def test_offset_moves_all_anchors_by_its_share_of_the_stride():
+    (anchors,) = AnchorGenerator([32, 64], [0.25, 1, 4], [4], offset=0.5)([torch.zeros(1, 1, 1, 2)])
+    torch.testing.assert_close(anchors, DETECTRON2 + 2)
+
+
+def test_areas_and_ratios_are_not_rounded():
+    x0, y0, x1, y1 = cell_anchors([32, 100], [0.5, 1.0, 2.0]).unbind(1)
+    torch.testing.assert_close((x1 - x0) * (y1 - y0), torch.tensor([1024.0] * 3 + [10000.0] * 3))
+    torch.testing.assert_close((y1 - y0) / (x1 - x0), torch.tensor([0.5, 1.0, 2.0] * 2))
+    torch.testing.assert_close(x0, -x1)
+
+
+def test_levels_have_their_own_sizes_and_strides():
+    generator = AnchorGenerator([[32], [64]], [[0.5, 1.0, 2.0]], strides=[4, 8])
+    assert generator.num_anchors == 3
+    fine, coarse = generator([torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)])
+    assert fine.shape == (4 * 6 * 3, 4)
+    assert coarse.shape == (2 * 3 * 3, 4)
+    # Row 1, column 2, the square anchor: centre (2, 1) * stride.
+    assert fine[(1 * 6 + 2) * 3 + 1].tolist() == [8 - 16, 4 - 16, 8 + 16, 4 + 16]
+    assert coarse[(1 * 3 + 2) * 3 + 1].tolist() == [16 - 32, 8 - 32, 16 + 32, 8 + 32]
+
+
+def test_nothing_of_it_is_in_the_checkpoint():
+    assert AnchorGenerator([32], [1.0], [4]).state_dict() == {}
+
+
+def test_lists_that_do_not_fit_the_levels():
+    with pytest.raises(ValueError, match="3 lists of anchor sizes for 2 feature maps"):
+        AnchorGenerator([[32], [64], [128]], [1.0], strides=[4, 8])
+    with pytest.raises(ValueError, match="different numbers of anchors"):
+        _ = AnchorGenerator([[32], [64, 128]], [1.0], strides=[4, 8]).num_anchors
