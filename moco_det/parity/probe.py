@@ -5,8 +5,9 @@ engine is fed and looked into; what is measured, and in which order, is the same
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Quantities = dict[str, list[Tensor]]
+
+STAGES = (
+    "backbone",
+    "sem_seg_head",
+    "proposal_generator",
+    "proposal_generator.rpn_head",
+    "roi_heads",
+    "roi_heads.keypoint_head",
+)
 
 
 class EngineProbe(ABC):
@@ -33,15 +43,29 @@ class EngineProbe(ABC):
         self.model = model
         self.optimizer = optimizer
 
-    @abstractmethod
     def inputs(self, items: list[dict]) -> list[dict]:
         """Items in the engine's own format."""
+        return items
 
-    @abstractmethod
     def losses(self, items: list[dict]) -> dict[str, Tensor]:
         """The losses by Detectron2's names; the model is in training mode."""
+        return self.model(self.inputs(items))
 
     @abstractmethod
+    def proposals(self, items: list[dict], stages: dict[str, Any]) -> tuple[list, list]:
+        """Boxes (P, 4) and scores (P,) of each image, of a detector in evaluation mode.
+
+        `stages` has what the layers of `STAGES` return for these items.
+        """
+
+    @abstractmethod
+    def detections(self, results: list, stages: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+        """`results` of a detector as those of the native one, and what its heads found for them.
+
+        The latter are, with the heads that there are, "mask_probabilities" (D, M, M) in the boxes,
+        "keypoint_heatmaps" (D, P, S, S), and the `Charts` "charts".
+        """
+
     def outputs(self, items: list[dict]) -> Quantities:
         """What the model in evaluation mode computes, stage by stage, in this order:
 
@@ -56,6 +80,20 @@ class EngineProbe(ABC):
         Of semantic segmentation, after the features: "pixel logits" (N, K, H, W) of the batch, and
         "pixel scores" (K, height, width) of each original image.
         """
+        with recording(self.model, STAGES) as stages:
+            results = self.model(self.inputs(items))
+        found = {f"features {name}": [feature] for name, feature in stages["backbone"].items()}
+        if "sem_seg_head" in stages:
+            logits = stages["sem_seg_head"]
+            # Detectron2's head returns its losses as well.
+            found["pixel logits"] = [logits[0] if isinstance(logits, tuple) else logits]
+            return found | {"pixel scores": [x["sem_seg"] for x in results]}
+        maps = self.model.proposal_generator.in_features
+        on_maps = zip(maps, *stages["proposal_generator.rpn_head"], strict=True)
+        for name, logits, deltas in on_maps:
+            found |= {f"RPN logits on {name}": [logits], f"RPN deltas on {name}": [deltas]}
+        found["proposal boxes"], found["proposal scores"] = self.proposals(items, stages)
+        return found | of_detections(*self.detections(results, stages))
 
     def quantities(self, items: list[dict], seed: int) -> Quantities:
         """All that two engines with the same weights should agree on.
@@ -128,6 +166,24 @@ class EngineProbe(ABC):
         return torch.autocast(device, torch.bfloat16, enabled=amp)
 
 
+def of_detections(detections: list[dict], in_boxes: list[dict]) -> Quantities:
+    """See `EngineProbe.detections` and `EngineProbe.outputs`."""
+    keys = ("boxes", "scores", "classes")
+    found = {f"detection {key}": [x[key] for x in detections] for key in keys}
+    if "masks" in detections[0]:
+        found["mask probabilities"] = [x["mask_probabilities"] for x in in_boxes]
+        found["detection masks"] = [x["masks"] for x in detections]
+    if "keypoints" in detections[0]:
+        found["keypoint heatmaps"] = [x["keypoint_heatmaps"] for x in in_boxes]
+        found["detection keypoints"] = [x["keypoints"][..., :2] for x in detections]
+        found["keypoint scores"] = [x["keypoints"][..., 2] for x in detections]
+    if "densepose" in detections[0]:
+        for name in ("coarse", "fine", "u", "v"):
+            found[f"charts {name}"] = [getattr(x["charts"], name) for x in in_boxes]
+        found |= of_surfaces([x["densepose"] for x in detections])
+    return found
+
+
 def of_surfaces(surfaces: list[list[Tensor]]) -> Quantities:
     """What becomes comparable of dense pose, uint8 (3, h, w) for each detection of each image.
 
@@ -148,17 +204,20 @@ def of_surfaces(surfaces: list[list[Tensor]]) -> Quantities:
 
 
 @contextmanager
-def recording(layer: nn.Module | None) -> Iterator[list[Any]]:
-    """A list of what each forward pass of `layer` returns; empty without a layer."""
-    outputs = []
-    if layer is None:
-        yield outputs
-        return
-    handle = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What the layers of these names last returned; without those that `model` has not."""
+    outputs = {}
+
+    def record(name: str, layer: nn.Module, inputs: tuple, output: Any) -> None:
+        outputs[name] = output
+
+    layers = {name: layer for name, layer in model.named_modules() if name in names}
+    handles = [x.register_forward_hook(partial(record, name)) for name, x in layers.items()]
     try:
         yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def end_layers(parameters: list[str]) -> tuple[str, str]:

@@ -11,7 +11,9 @@ from detectron2.data import (
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
+    build_detection_train_loader,
     detection_utils,
+    get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
@@ -21,9 +23,10 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
 )
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
@@ -41,10 +44,10 @@ from moco_det.datasets import (
 )
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose import body
+from moco_det.densepose.points import KEYS, has_points
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.modeling.semantic_head import pad, scaled_size
-from moco_det.plugin import dense_pose
 
 # -- catalogs -------------------------------------------------------------------------------------
 
@@ -265,6 +268,40 @@ def build_semantic_test_loader(cfg, dataset_name: str) -> DataLoader:
     )
 
 
+# -- dense pose -----------------------------------------------------------------------------------
+
+
+def build_dense_pose_loader(cfg, images: int):
+    """Batches of `images` through the DensePose project's own mapper, of those with dense pose.
+
+    Raises:
+        UserError: the symmetries of the body, which the mapper reads in any case, are absent.
+    """
+    from densepose.data import DatasetMapper as DensePoseMapper
+
+    body.require([body.SYMMETRIES], "the DensePose project's mapper")
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    posed = [record for record in records if any(map(has_points, record["annotations"]))]
+    if not posed:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no object with {', '.join(KEYS)}"
+        )
+    mapper = DensePoseMapper(cfg, is_train=True)
+    return build_detection_train_loader(cfg, mapper=mapper, dataset=posed, total_batch_size=images)
+
+
+def surfaces(instances: Instances) -> list[Tensor]:
+    """As the DensePose project's evaluator has its predictions: see the native `surfaces`."""
+    from densepose.converters import ToChartResultConverter
+    from densepose.structures import quantize_densepose_chart_result
+
+    charts, boxes = instances.pred_densepose, instances.pred_boxes
+    found = (ToChartResultConverter.convert(charts[i], boxes[i]) for i in range(len(instances)))
+    return [quantize_densepose_chart_result(x).labels_uv_uint8 for x in found]
+
+
 # -- evaluation -----------------------------------------------------------------------------------
 
 # Detectron2's evaluators of these do not run: LVIS's ends in the np.float that NumPy no longer has,
@@ -347,5 +384,5 @@ def fields_of(instances) -> dict:
         if instances.has(f"pred_{name}"):
             output[name] = instances.get(f"pred_{name}")
     if instances.has("pred_densepose"):
-        output["densepose"] = dense_pose.surfaces(instances)
+        output["densepose"] = surfaces(instances)
     return output

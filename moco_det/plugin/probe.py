@@ -1,6 +1,7 @@
 """Detectron2's detector, opened up: see `moco_det.parity.probe`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -8,11 +9,11 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from moco_det.parity.probe import EngineProbe, Quantities, of_surfaces, recording
-from moco_det.plugin import dense_pose, load_config
-
-# Fields of the dense pose predictor: ours -> Detectron2's.
-CHARTS = {"coarse": "coarse_segm", "fine": "fine_segm", "u": "u", "v": "v"}
+from moco_det.densepose.points import KEYS, DensePosePoints
+from moco_det.native.modeling.densepose_head import Charts
+from moco_det.parity.probe import EngineProbe
+from moco_det.plugin import load_config
+from moco_det.plugin.data import fields_of
 
 
 class Probe(EngineProbe):
@@ -32,47 +33,26 @@ class Probe(EngineProbe):
         with EventStorage():  # Detectron2's losses log themselves
             return self.model(self.inputs(items))
 
-    def outputs(self, items: list[dict]) -> Quantities:
-        model, batch = self.model, self.inputs(items)
-        if hasattr(model, "sem_seg_head"):
-            with recording(model.backbone) as features, recording(model.sem_seg_head) as logits:
-                scores = [x["sem_seg"] for x in model(batch)]
-            found = {f"features {name}": [feature] for name, feature in features[0].items()}
-            return found | {"pixel logits": [logits[0][0]], "pixel scores": scores}
-        rpn = model.proposal_generator
-        images = model.preprocess_image(batch)
-        features = model.backbone(images.tensor)
-        found = {f"features {name}": [feature] for name, feature in features.items()}
-        logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
-        for name, logit, delta in zip(rpn.in_features, logits, deltas, strict=True):
-            found[f"RPN logits on {name}"] = [logit]
-            found[f"RPN deltas on {name}"] = [delta]
-        proposals, _ = rpn(images, features, None)
-        found["proposal boxes"] = [x.proposal_boxes.tensor for x in proposals]
-        found["proposal scores"] = [x.objectness_logits for x in proposals]
-        return found | self._detections(batch)
+    def proposals(self, items: list[dict], stages: dict[str, Any]) -> tuple[list, list]:
+        found, _ = stages["proposal_generator"]
+        return [x.proposal_boxes.tensor for x in found], [x.objectness_logits for x in found]
 
-    def _detections(self, batch: list[dict]) -> Quantities:
-        with recording(self.model.roi_heads) as results:
-            detections = [x["instances"] for x in self.model(batch)]
-        ((in_boxes, _),) = results
-        found = {
-            "detection boxes": [x.pred_boxes.tensor for x in detections],
-            "detection scores": [x.scores for x in detections],
-            "detection classes": [x.pred_classes for x in detections],
-        }
-        if detections[0].has("pred_masks"):
-            found["mask probabilities"] = [x.pred_masks[:, 0] for x in in_boxes]
-            found["detection masks"] = [x.pred_masks for x in detections]
-        if detections[0].has("pred_keypoints"):
-            found["keypoint heatmaps"] = [x.pred_keypoint_heatmaps for x in in_boxes]
-            found["detection keypoints"] = [x.pred_keypoints[..., :2] for x in detections]
-            found["keypoint scores"] = [x.pred_keypoints[..., 2] for x in detections]
-        if detections[0].has("pred_densepose"):
-            for ours, theirs in CHARTS.items():
-                found[f"charts {ours}"] = [getattr(x.pred_densepose, theirs) for x in in_boxes]
-            found |= of_surfaces([dense_pose.surfaces(x) for x in detections])
-        return found
+    def detections(self, results: list, stages: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+        in_boxes, _ = stages["roi_heads"]
+        return [fields_of(x["instances"]) for x in results], [fields_in_boxes(x) for x in in_boxes]
+
+
+def fields_in_boxes(instances: Instances) -> dict:
+    """What the heads found for an image, before it is put on the image."""
+    found = {}
+    if instances.has("pred_masks"):
+        found["mask_probabilities"] = instances.pred_masks[:, 0]
+    if instances.has("pred_keypoint_heatmaps"):
+        found["keypoint_heatmaps"] = instances.pred_keypoint_heatmaps
+    if instances.has("pred_densepose"):
+        charts = instances.pred_densepose
+        found["charts"] = Charts(charts.coarse_segm, charts.fine_segm, charts.u, charts.v)
+    return found
 
 
 def detectron2_input(item: dict) -> dict:
@@ -87,8 +67,22 @@ def detectron2_input(item: dict) -> dict:
     if "gt_keypoints" in item:
         instances.gt_keypoints = Keypoints(item["gt_keypoints"])
     if any(points is not None for points in item.get("gt_densepose", ())):
-        instances.gt_densepose = dense_pose.ground_truth(item["gt_densepose"], instances)
+        instances.gt_densepose = ground_truth(item["gt_densepose"], instances)
     return {key: item[key] for key in ("image", "height", "width")} | {"instances": instances}
+
+
+def ground_truth(points: Sequence[DensePosePoints | None], instances: Instances):
+    """Of the objects of one image, with the boxes of `instances`: `DensePoseList`."""
+    from densepose.structures import DensePoseDataRelative, DensePoseList
+
+    def convert(one: DensePosePoints) -> DensePoseDataRelative:
+        annotation = dict(zip(KEYS, (one.x, one.y, one.charts.float(), one.u, one.v), strict=True))
+        if one.parts is not None:
+            annotation["dp_masks"] = one.parts.float()
+        return DensePoseDataRelative(annotation)
+
+    converted = [one if one is None else convert(one) for one in points]
+    return DensePoseList(converted, instances.gt_boxes, instances.image_size)
 
 
 def in_float32(head, inputs, outputs: tuple[list[Tensor], list[Tensor]]):

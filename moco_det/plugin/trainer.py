@@ -25,15 +25,15 @@ from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
 from moco_det.native.modeling.layers import precise_bn
-from moco_det.plugin import dense_pose
-from moco_det.plugin.configuration import load_config
 from moco_det.plugin.data import (
+    build_dense_pose_loader,
     build_evaluator,
     build_semantic_mapper,
     build_semantic_test_loader,
     check_classes,
     register_datasets,
 )
+from moco_det.plugin.extensions import load_config
 from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
@@ -161,7 +161,7 @@ class Trainer(DefaultTrainer):
         plan = plan_batch(cfg, comm.get_world_size())
         images = plan.images_per_forward * plan.processes
         if cfg.MODEL.DENSEPOSE_ON:
-            return dense_pose.build_train_loader(cfg, images)
+            return build_dense_pose_loader(cfg, images)
         mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
         return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
 

@@ -340,7 +340,7 @@ def test_losses_are_densepose_s(coarse):
     modeling = pytest.importorskip("densepose.modeling.build")
     structures = pytest.importorskip("detectron2.structures")
     get_detectron2_cfg = pytest.importorskip("detectron2.config").get_cfg
-    from moco_det.plugin.dense_pose import ground_truth
+    from moco_det.plugin.probe import ground_truth
 
     cfg = get_detectron2_cfg()
     densepose.add_densepose_config(cfg)

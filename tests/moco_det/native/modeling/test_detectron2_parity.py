@@ -24,7 +24,7 @@ from moco_det.native.modeling.meta_arch import build_model
 from moco_det.native.modeling.roi_heads import build_roi_heads
 from moco_det.native.modeling.rpn import build_rpn
 from moco_det.parity.comparison import randomize_for_parity
-from moco_det.plugin.configuration import add_moco_config
+from moco_det.plugin.extensions import add_moco_config
 from moco_det.plugin.probe import detectron2_input, in_float32
 
 warnings.filterwarnings("ignore", module="torch.functional")  # Detectron2's torch.meshgrid

@@ -1,0 +1,148 @@
+"""What the plugin adds to Detectron2: keys of a config; native modules with Detectron2's norms."""
+
+import pytest
+import torch
+from detector_configs import CONFIGS, RUNS
+from tiny_voc import write_tiny_config, write_tiny_voc
+from torch import nn
+
+pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
+
+from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import Backbone, build_backbone, build_model, build_sem_seg_head
+
+from moco_det.common.errors import UserError
+from moco_det.config import loading as native_config
+from moco_det.config.loading import leaves
+from moco_det.native.modeling.backbones import DilatedC5 as NativeDilatedC5
+from moco_det.native.modeling.semantic_head import FCN16Head as NativeFCN16Head
+from moco_det.plugin import load_config
+from moco_det.plugin.extensions import FCN16Head, detectron2_norm
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A config file and its data set, both tiny."""
+    return str(write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc")))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_engines_read_the_same_from_a_config(name):
+    if "densepose" in name:
+        pytest.importorskip("densepose")
+    theirs = dict(leaves(load_config(str(CONFIGS / name))))
+    ours = dict(
+        leaves(native_config.on_available_device(native_config.load_config(str(CONFIGS / name))))
+    )
+    different = {k for k, v in ours.items() if repr(theirs[k]) != repr(v)}
+    assert different == set()
+
+
+def test_keys_of_our_own_have_our_defaults(tiny):
+    cfg, defaults = dict(leaves(load_config(tiny))), dict(leaves(native_config.get_cfg()))
+    for key in native_config.KEYS["own"]:
+        assert cfg[key] == defaults[key]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASELR", "1"], "unknown key SOLVER.BASELR; the nearest is SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR|Type mismatch"),
+        (["SOLVER.BASE_LR"], "config"),
+    ],
+)
+def test_mistakes_in_a_config(tiny, opts, message):
+    with pytest.raises(UserError, match=message):
+        load_config(tiny, opts)
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_a_plain_detectron2_script_reads_every_config():
+    """Without the keys that the plugin adds: a user's own train_net.py has none of them.
+
+    All but semantic segmentation, whose INPUT.RANDOM_SCALE Detectron2 cannot honour by itself, and
+    dense pose, whose keys only the DensePose project has.
+    """
+    for name in RUNS:
+        if "FCN16" in name or "densepose" in name:
+            continue
+        cfg = detectron2_cfg()
+        cfg.merge_from_file(str(CONFIGS / name))
+        cfg.MODEL.DEVICE = "cpu"
+        if name == "voc_R50_C4_24k_moco.yaml":
+            assert cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeadsExtraNorm"
+            assert "roi_heads.res5.norm.weight" in build_model(cfg).state_dict()
+
+
+def dilated_c5(norm):
+    cfg = detectron2_cfg()
+    cfg.merge_from_file(str(CONFIGS / "voc_R50_DC5_24k_moco.yaml"))
+    cfg.MODEL.RESNETS.NORM = norm
+    return build_backbone(cfg)
+
+
+@pytest.mark.parametrize("norm", ["SyncBN", "FrozenBN", "LN", ""])
+def test_dilated_c5_is_one_of_detectron2_s_backbones(norm):
+    backbone = dilated_c5(norm)
+    assert isinstance(backbone, Backbone)
+    assert isinstance(backbone, NativeDilatedC5)
+    assert backbone.output_shape() == {"c5": ShapeSpec(channels=512, stride=16)}
+    assert (backbone.size_divisibility, backbone.padding_constraints) == (1, {})
+    assert type(backbone.reduce.norm) is type(get_norm(norm, 512))
+    assert (backbone.reduce.bias is None) == bool(norm)
+
+
+def test_the_semantic_head_is_built_from_a_config_of_detectron2():
+    cfg = detectron2_cfg()
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "FCN16Head"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res5"]
+    cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = 16
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32  # GroupNorm's 32 groups
+    shape = {"res4": ShapeSpec(channels=4, stride=16), "res5": ShapeSpec(channels=8, stride=16)}
+    head = build_sem_seg_head(cfg, shape)
+    assert isinstance(head, NativeFCN16Head)
+    assert [type(conv.norm) for conv in (head.conv1, head.conv2)] == [nn.GroupNorm] * 2
+    features = {"res5": torch.rand(1, 8, 2, 3)}
+    labels = torch.zeros(1, 32, 48, dtype=torch.int64)
+    nothing, losses = head(features, labels)
+    assert nothing is None
+    logits, none = head.eval()(features)
+    assert (tuple(logits.shape), none) == ((1, 54, 32, 48), {})
+    assert losses.keys() == {"loss_sem_seg"}
+    torch.testing.assert_close(losses["loss_sem_seg"], nn.functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("norm", "recorded", "next_draw"),
+    [
+        (
+            "",
+            [
+                [-0.05157959461212158, -0.5739504098892212, -0.017186172306537628],
+                [0.0693439170718193, 0.18793068826198578, 0.2979784309864044],
+                [-0.020124882459640503, -0.008755650371313095, 0.01096084900200367],
+            ],
+            0.5958616733551025,
+        ),
+        (
+            "SyncBN",
+            [
+                [-0.1891493946313858, -0.30527830123901367, -0.17681947350502014],
+                [-0.262909859418869, 0.5165137052536011, 0.027285300195217133],
+                [0.028572846204042435, -0.0012286023702472448, 0.02747693657875061],
+            ],
+            0.16196036338806152,
+        ),
+    ],
+)
+def test_initial_weights_of_a_seed(norm, recorded, next_draw):
+    """Recorded when this head was Detectron2's alone; the native one draws in another order."""
+    torch.manual_seed(0)
+    options = {"in_feature": "res5", "in_channels": 3, "stride": 16, "num_classes": 2}
+    head = FCN16Head(**options, channels=4, norm=detectron2_norm(norm))
+    weights = [head.conv1.weight, head.conv2.weight, head.predictor.weight]
+    assert [w.flatten()[:3].tolist() for w in weights] == [pytest.approx(x) for x in recorded]
+    assert torch.rand(1).item() == pytest.approx(next_draw)
