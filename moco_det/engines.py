@@ -46,5 +46,5 @@ def detectron2_problem() -> str | None:
 
 def probe_class(engine: str) -> type[EngineProbe]:
     """The `Probe` of the "native" or the "detectron2" engine."""
-    module = {"native": "native.engine.probe", "detectron2": "plugin.probe"}[engine]
+    module = {"native": "native.engine.inference", "detectron2": "plugin.probe"}[engine]
     return importlib.import_module(f"moco_det.{module}").Probe

@@ -10,7 +10,7 @@ from record_experiments import experiments, record_experiment
 from recording import read
 
 from moco_det.config.loading import load_config
-from moco_det.native.engine.probe import Probe
+from moco_det.native.engine.inference import Probe
 
 TOLERANCE = 1e-4  # of a product with a vector of ones and smaller, relative to the tensors' length
 MASK_PIXELS = 8  # of some 10^4

@@ -16,7 +16,7 @@ import torch
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
-from moco_det.native.engine.probe import Probe
+from moco_det.native.engine.inference import Probe
 from moco_det.parity import comparison as parity
 from moco_det.weights.loading import load_backbone_weights
 

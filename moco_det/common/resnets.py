@@ -1,7 +1,16 @@
-"""ResNets that torchvision does not know: the wider ones of the paper's Table 1, and small ones."""
+"""ResNets: their depths; the wider ones of the paper's Table 1, and small ones."""
 
 from torch import nn
 from torchvision.models import resnet
+
+# Residual blocks in res2 to res5, by depth.
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class WidenedResNet(resnet.ResNet):

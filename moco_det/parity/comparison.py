@@ -1,8 +1,7 @@
 """Do two engines compute the same? Something to compute on, and the comparison of the results."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moco_det.config.checks import is_semantic, num_classes
 from moco_det.datasets.semantic import IGNORED
@@ -241,49 +241,29 @@ def randomize_for_parity(
             value.copy_(0.5 + uniform)
         elif name in names and name.endswith(("norm.bias", "norm.running_mean")):
             value.copy_(uniform - 0.5)
-    layers = dict(model.named_modules())
-    norms = [m for n, m in layers.items() if f"{n}.running_mean" in names and _has_momentum(m)]
-    predictors = {n: m for n, m in layers.items() if f"{n}.weight" in names}
+    layers = {n: m for n, m in model.named_modules() if f"{n}.weight" in names}
+    momenta = {m: m.momentum for m in layers.values() if getattr(m, "momentum", None) is not None}
+    spreads = {m: SPREADS.get(n.rpartition(".")[2]) for n, m in layers.items()}
     with torch.no_grad():
-        with _momentum_of_one(norms):
-            model.train()(items)
-        with _scaling(predictors):
-            model.eval()(items)
+        # A forward pass leaves its own statistics in the norms.
+        for norm in momenta:
+            norm.momentum = 1.0
+        model.train()(items)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        handles = [_scale_once(m, spread) for m, spread in spreads.items() if spread is not None]
+        model.eval()(items)
+    for handle in handles:
+        handle.remove()
     model.train()
 
 
-def _has_momentum(module: nn.Module) -> bool:
-    return getattr(module, "momentum", None) is not None
-
-
-@contextmanager
-def _momentum_of_one(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """A forward pass leaves its own statistics in `norms`."""
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
-@contextmanager
-def _scaling(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The first forward pass of a layer in `SPREADS` scales its weight, and gives the new output.
+def _scale_once(layer: nn.Module, spread: float) -> RemovableHandle:
+    """The next forward pass of `layer` scales its weight, and gives the new output.
 
     An RPN's layers run on every map of a pyramid, of which the first, the largest, decides.
     """
-    handles = []
-    for name, layer in layers.items():
-        spread = SPREADS.get(name.rpartition(".")[2])
-        if spread is not None:
-            handles.append(_scale_once(layer, spread))
-    yield
-    for handle in handles:
-        handle.remove()
 
-
-def _scale_once(layer: nn.Module, spread: float):
     def scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         handle.remove()
         layer.weight.mul_(spread / output.std())

@@ -1,6 +1,6 @@
 """An engine's detector opened up, so that two engines can be compared and timed.
 
-`moco_det.native.engine.probe` and `moco_det.plugin.probe` each hold a `Probe` that says how its
+`moco_det.native.engine.inference` and `moco_det.plugin.probe` each hold a `Probe` that says how its
 engine is fed and looked into; what is measured, and in which order, is the same code for both.
 """
 

@@ -1,6 +1,7 @@
 """The data sets of `moco_det.datasets` in Detectron2: catalogs, loaders, evaluators."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -102,38 +103,28 @@ def _records(dataset: Dataset) -> list[dict]:
 
 def _metadata(dataset: Dataset) -> dict[str, Any]:
     """Of one data set, as Detectron2's evaluators of its kind call it."""
-    classes = list(dataset.classes)
+    names = {"thing_classes": list(dataset.classes)}
     match dataset:
         case SemanticDataset():
-            names = {"stuff_classes": classes, "ignore_label": IGNORED}
-            return {**names, "evaluator_type": "sem_seg"}
+            found = {"stuff_classes": list(dataset.classes), "ignore_label": IGNORED}
+            return found | {"evaluator_type": "sem_seg"}
         case VocDataset():
-            kind = {
-                "dirname": str(dataset.root),
-                "split": dataset.split,
-                "year": 2007 if dataset.eleven_point else 2012,  # which metric
-                "evaluator_type": "pascal_voc",
-            }
+            year = 2007 if dataset.eleven_point else 2012  # which metric
+            found = {"dirname": str(dataset.root), "split": dataset.split, "year": year}
+            return names | found | {"evaluator_type": "pascal_voc"}
         case CityscapesDataset():
-            kind = {
-                "image_dir": str(dataset.image_dir),
-                "gt_dir": str(dataset.label_dir),
-                "evaluator_type": "cityscapes_instance",
-            }
+            found = {"image_dir": str(dataset.image_dir), "gt_dir": str(dataset.label_dir)}
+            return names | found | {"evaluator_type": "cityscapes_instance"}
         case DensePoseDataset() | LvisDataset():
-            kind = {
-                "json_file": str(dataset.json_file),
-                "image_root": str(dataset.image_dir),
-                "evaluator_type": dataset.evaluator,
-            }
+            found = {"json_file": str(dataset.json_file), "image_root": str(dataset.image_dir)}
             if isinstance(dataset, DensePoseDataset):
-                kind["densepose_transform_src"] = str(body.file_path(body.SYMMETRIES))
-        case CocoDataset():  # all but the classes is set by `register_coco_instances`
-            kind = {}
-            if dataset.keypoint_names:
-                kind["keypoint_names"] = list(dataset.keypoint_names)
-                kind["keypoint_flip_map"] = list(dataset.keypoint_flips)
-    return {"thing_classes": classes, **kind}
+                found["densepose_transform_src"] = str(body.file_path(body.SYMMETRIES))
+            return names | found | {"evaluator_type": dataset.evaluator}
+    # COCO's: all but the classes is set by `register_coco_instances`.
+    if dataset.keypoint_names:
+        names["keypoint_names"] = list(dataset.keypoint_names)
+        names["keypoint_flip_map"] = list(dataset.keypoint_flips)
+    return names
 
 
 def _require_tags(dataset: VocDataset) -> None:
@@ -177,8 +168,7 @@ class RandomScale(T.Augmentation):
 
     def __init__(self, smallest: float, largest: float):
         super().__init__()
-        self.smallest = smallest
-        self.largest = largest
+        self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
@@ -187,6 +177,7 @@ class RandomScale(T.Augmentation):
         return T.ResizeTransform(height, width, *new, Image.BILINEAR)
 
 
+@dataclass
 class SemanticDatasetMapper:
     """Turns a record with a label map into a training input of Detectron2's SemanticSegmentor.
 
@@ -201,21 +192,12 @@ class SemanticDatasetMapper:
         ignore_value: label of such pixels.
     """
 
-    def __init__(
-        self,
-        augmentations: Sequence[T.Augmentation],
-        image_format: str,
-        num_classes: int,
-        size: Sequence[int] | None,
-        padding: Sequence[float],
-        ignore_value: int = 255,
-    ):
-        self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
-        self.num_classes = num_classes
-        self.size = size
-        self.padding = torch.tensor(padding, dtype=torch.float32).view(3, 1, 1)
-        self.ignore_value = ignore_value
+    augmentations: Sequence[T.Augmentation]
+    image_format: str
+    num_classes: int
+    size: Sequence[int] | None
+    padding: Sequence[float]
+    ignore_value: int = 255
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with "image" (3, H, W) and "sem_seg" (H, W) int64.
@@ -228,11 +210,12 @@ class SemanticDatasetMapper:
         image = detection_utils.read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(dict(record), image)
         data = T.AugInput(image, sem_seg=read_labels(record, self.num_classes))
-        self.augmentations(data)
+        T.AugmentationList(self.augmentations)(data)
         pixels = torch.from_numpy(np.ascontiguousarray(data.image.transpose(2, 0, 1)))
         labels = torch.from_numpy(data.sem_seg.astype(np.int64))
         if self.size is not None:
-            pixels = pad(pixels, self.size, self.padding)
+            mean = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
+            pixels = pad(pixels, self.size, mean)
             labels = pad(labels, self.size, self.ignore_value)
         return {**record, "image": pixels, "sem_seg": labels}
 

@@ -7,10 +7,8 @@ paper's numbers to chance.
 """
 
 import os
-import time
 import weakref
 from argparse import Namespace
-from contextlib import nullcontext
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
-from moco_det.native.modeling.layers import precise_bn
+from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
 from moco_det.plugin.data import (
     build_dense_pose_loader,
     build_evaluator,
@@ -188,36 +186,18 @@ class AccumulatingTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.accumulation = accumulation
         self.amp = amp
-        self.device = next(model.parameters()).device.type
-        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp and self.device == "cuda")
+        on_gpu = next(model.parameters()).is_cuda
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp and on_gpu)
 
     def run_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
-        passes, waited = [], 0.0
-        for number in range(self.accumulation):
-            start = time.perf_counter()
-            batch = next(self._data_loader_iter)
-            waited += time.perf_counter() - start
-            passes.append(self._backward(batch, last=number + 1 == self.accumulation))
-        losses = {k: sum(p[k] for p in passes) / self.accumulation for k in passes[0]}
+        losses, waited = accumulate_gradients(
+            self.model, self._data_loader_iter, self.grad_scaler, self.accumulation, self.amp
+        )
         self._write_metrics(losses, waited)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-
-    def _backward(self, batch: list[dict], last: bool) -> dict[str, torch.Tensor]:
-        """Add a batch's share of the gradients; only the `last` exchange tells other processes."""
-        distributed = isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if distributed and not last else nullcontext():
-            with self._autocast():
-                losses = self.model(batch)
-                total = sum(losses.values()) / self.accumulation
-            self.grad_scaler.scale(total).backward()
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def _autocast(self):
-        dtype = torch.float16 if self.device == "cuda" else torch.bfloat16
-        return torch.autocast(self.device, dtype, enabled=self.amp)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}

@@ -12,9 +12,9 @@ from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from moco_det.common.errors import UserError
+from moco_det.common.resnets import BLOCKS
 from moco_det.weights.files import read_state_dict, write_weights
 from moco_det.weights.names import (
-    BLOCKS,
     DETECTRON2,
     MOCO,
     TORCHVISION,

@@ -42,7 +42,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, obje
     content = read_pickle(local) if local.suffix == ".pkl" else _read_torch(local)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of arrays")
-    key = next((k for k in ("model", "state_dict", "blobs") if _is_mapping(content.get(k))), None)
+    keys = ("model", "state_dict", "blobs")
+    key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
     arrays = content[key] if key else content
     metadata = {k: v for k, v in content.items() if k != key} if key else {}
     # D1's optimizer state travels among its arrays.
@@ -55,10 +56,6 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, obje
         metadata["__author__"] = "Caffe2"  # Detectron2's mark of such a file
         weights = {names.get(name, name): value for name, value in weights.items()}
     return weights, metadata
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _tensor(path, name: str, value: object) -> Tensor:

@@ -13,52 +13,33 @@ from itertools import product
 from torch import Tensor
 from torchvision.models import resnet
 
-from moco_det.common.resnets import WidenedResNet
+from moco_det.common.resnets import BLOCKS, WidenedResNet
 
 VOCABULARIES = ("torchvision", "detectron2", "caffe2")
 
 # One row for each kind of array, one column for each vocabulary. The first two columns are the rule
-# of MoCo's and of Detectron2's own converters, to be read in either direction.
+# of MoCo's and of Detectron2's own converters, to be read in either direction. {s}: stage,
+# {b}: block, {c}: convolution, {n}: what it is of a norm.
 NAMES = (
     ("conv1.weight", "stem.conv1.weight", "conv1_w"),
-    ("bn1.{norm}", "stem.conv1.norm.{norm}", "res_conv1_bn_{norm}"),
-    (
-        "{stage}.{block}.conv{conv}.weight",
-        "{stage}.{block}.conv{conv}.weight",
-        "{stage}_{block}_branch2{conv}_w",
-    ),
-    (
-        "{stage}.{block}.bn{conv}.{norm}",
-        "{stage}.{block}.conv{conv}.norm.{norm}",
-        "{stage}_{block}_branch2{conv}_bn_{norm}",
-    ),
-    (
-        "{stage}.{block}.downsample.0.weight",
-        "{stage}.{block}.shortcut.weight",
-        "{stage}_{block}_branch1_w",
-    ),
-    (
-        "{stage}.{block}.downsample.1.{norm}",
-        "{stage}.{block}.shortcut.norm.{norm}",
-        "{stage}_{block}_branch1_bn_{norm}",
-    ),
+    ("bn1.{n}", "stem.conv1.norm.{n}", "res_conv1_bn_{n}"),
+    ("{s}.{b}.conv{c}.weight", "{s}.{b}.conv{c}.weight", "{s}_{b}_branch2{c}_w"),
+    ("{s}.{b}.bn{c}.{n}", "{s}.{b}.conv{c}.norm.{n}", "{s}_{b}_branch2{c}_bn_{n}"),
+    ("{s}.{b}.downsample.0.weight", "{s}.{b}.shortcut.weight", "{s}_{b}_branch1_w"),
+    ("{s}.{b}.downsample.1.{n}", "{s}.{b}.shortcut.norm.{n}", "{s}_{b}_branch1_bn_{n}"),
 )
+
+NORM = ("weight", "bias", "running_mean", "running_var")
 
 # How each vocabulary spells the fields of NAMES. Caffe2 files come with either of two spellings.
 FIELDS = {
-    "stage": tuple((f"layer{s}", f"res{s + 1}", f"res{s + 1}") for s in (1, 2, 3, 4)),
-    "block": tuple((str(b),) * 3 for b in range(36)),  # ResNet-152 has 36 blocks in its res4
-    "conv": (("1", "1", "a"), ("2", "2", "b"), ("3", "3", "c")),
-    "norm": (
-        ("weight", "weight", "s"),
-        ("bias", "bias", "b"),
-        ("running_mean", "running_mean", "rm"),
-        ("running_var", "running_var", "riv"),
-        ("weight", "weight", "gamma"),
-        ("bias", "bias", "beta"),
-        ("running_mean", "running_mean", "running_mean"),
-        ("running_var", "running_var", "running_var"),
-        ("num_batches_tracked", "num_batches_tracked", "num_batches_tracked"),
+    "s": tuple((f"layer{s}", f"res{s + 1}", f"res{s + 1}") for s in (1, 2, 3, 4)),
+    "b": tuple((str(b),) * 3 for b in range(36)),  # ResNet-152 has 36 blocks in its res4
+    "c": (("1", "1", "a"), ("2", "2", "b"), ("3", "3", "c")),
+    "n": (
+        *zip(NORM, NORM, ("s", "b", "rm", "riv"), strict=True),
+        *zip(NORM, NORM, ("gamma", "beta", "running_mean", "running_var"), strict=True),
+        ("num_batches_tracked",) * 3,
     ),
 }
 
@@ -125,16 +106,6 @@ def find_layout(names: Iterable[str]) -> Layout | None:
     names = tuple(names)
     layouts = (MOCO, TORCHVISION, DETECTRON2)
     return next((x for x in layouts if any(x.strip(name) for name in names)), None)
-
-
-# Residual blocks in res2 to res5, by depth.
-BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from commands import load_command, python
 from detector_configs import CONFIGS, RUNS
 
 from moco_det.config.loading import leaves, load_config
-from moco_det.native.engine.probe import Probe
+from moco_det.native.engine.inference import Probe
 from moco_det.native.modeling import keypoint_head, meta_arch
 
 TOOL = "tools/check_parity.py"

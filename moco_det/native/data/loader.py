@@ -171,25 +171,20 @@ def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
 
 
 def batches_by_aspect(
-    keys: Iterable[Key], wide: list[bool], batch_size: int
+    keys: Iterable[Key], wide: list[bool] | None, batch_size: int
 ) -> Iterator[list[Key]]:
     """Batches of only wide or only tall images; each is issued as soon as it is full.
 
-    `wide[index]` says on which side a record is. Detectron2's `AspectRatioGroupedDataset`, on keys
-    instead of decoded images.
+    `wide[index]` says on which side a record is; None: all are on one. Detectron2's
+    `AspectRatioGroupedDataset`, on keys instead of decoded images.
     """
     groups: dict[bool, list[Key]] = {False: [], True: []}
     for key in keys:
-        group = groups[wide[key[1]]]
+        group = groups[wide is not None and wide[key[1]]]
         group.append(key)
         if len(group) == batch_size:
             yield group.copy()
             group.clear()
-
-
-def batches_in_order(keys: Iterator[Key], batch_size: int) -> Iterator[list[Key]]:
-    while batch := list(islice(keys, batch_size)):
-        yield batch
 
 
 def training_batches(
@@ -210,11 +205,7 @@ def training_batches(
         rank, world_size: which process this is, of how many.
     """
     keys = islice(stream, rank, None, world_size)
-    if wide is None:
-        batches = batches_in_order(keys, batch_size)
-    else:
-        batches = batches_by_aspect(keys, wide, batch_size)
-    return islice(batches, start, None)
+    return islice(batches_by_aspect(keys, wide, batch_size), start, None)
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -260,7 +251,7 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
         records,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_list,
+        collate_fn=list,
         worker_init_fn=_ignore_sigterm,
         pin_memory=pin_memory,
     )
@@ -269,10 +260,6 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
             if isinstance(item, UserError):
                 raise item
         yield batch
-
-
-def _as_list(items: list) -> list:
-    return items
 
 
 def _ignore_sigterm(worker: int) -> None:

@@ -9,6 +9,7 @@ Shapes: an image (3, H, W); N objects of an image, K keypoints of an object.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ def read_record_image(record: dict) -> Image.Image:
 # -- objects --------------------------------------------------------------------------------------
 
 
+@dataclass
 class DatasetMapper:
     """Turns a Detectron2 standard dict into a model input.
 
@@ -71,27 +73,15 @@ class DatasetMapper:
         symmetries: of the body's surface; None if no image is flipped.
     """
 
-    def __init__(
-        self,
-        augmentation: Augmentation,
-        image_format: str,
-        with_targets: bool,
-        with_masks: bool = False,
-        with_keypoints: bool = False,
-        mask_format: str = "polygon",
-        mirrored_keypoints: Sequence[int] = (),
-        with_densepose: bool = False,
-        symmetries: Symmetries | None = None,
-    ):
-        self.augmentation = augmentation
-        self.image_format = image_format
-        self.with_targets = with_targets
-        self.with_masks = with_masks
-        self.with_keypoints = with_keypoints
-        self.mask_format = mask_format
-        self.mirrored_keypoints = tuple(mirrored_keypoints)
-        self.with_densepose = with_densepose
-        self.symmetries = symmetries
+    augmentation: Augmentation
+    image_format: str
+    with_targets: bool
+    with_masks: bool = False
+    with_keypoints: bool = False
+    mask_format: str = "polygon"
+    mirrored_keypoints: Sequence[int] = ()
+    with_densepose: bool = False
+    symmetries: Symmetries | None = None
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         """The model's input; "image" is uint8 (3, H, W), "height" and "width" are the original's.
@@ -214,6 +204,7 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
 # -- label maps -----------------------------------------------------------------------------------
 
 
+@dataclass
 class SemanticDatasetMapper:
     """Turns a record with a label map into a training input of a `SemanticSegmentor`.
 
@@ -227,21 +218,12 @@ class SemanticDatasetMapper:
         ignore_value: label of such pixels.
     """
 
-    def __init__(
-        self,
-        augmentation: Augmentation | RandomScale,
-        crop: RandomCrop | None,
-        image_format: str,
-        num_classes: int,
-        padding: tuple[float, float, float],
-        ignore_value: int = 255,
-    ):
-        self.augmentation = augmentation
-        self.crop = crop
-        self.image_format = image_format
-        self.num_classes = num_classes
-        self.padding = torch.tensor(padding, dtype=torch.float32).view(3, 1, 1)
-        self.ignore_value = ignore_value
+    augmentation: Augmentation | RandomScale
+    crop: RandomCrop | None
+    image_format: str
+    num_classes: int
+    padding: Sequence[float]
+    ignore_value: int = 255
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         """The model's input: "image" (3, H, W), "sem_seg" (H, W) int64, and of the record
@@ -262,7 +244,8 @@ class SemanticDatasetMapper:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         labels = torch.from_numpy(labels.astype(np.int64))
         if self.crop is not None:
-            pixels = pad(pixels, self.crop.size, self.padding)
+            mean = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
+            pixels = pad(pixels, self.crop.size, mean)
             labels = pad(labels, self.crop.size, self.ignore_value)
         item = {key: record[key] for key in ("image_id", "height", "width")}
         return item | {"image": pixels, "sem_seg": labels}
@@ -273,15 +256,8 @@ class SemanticDatasetMapper:
 
 def build_train_mapper(cfg) -> DatasetMapper | SemanticDatasetMapper:
     """The mapper of what the model of `cfg` is trained on."""
-    return build_semantic_mapper(cfg) if is_semantic(cfg) else build_detection_mapper(cfg)
-
-
-def build_test_mapper(cfg) -> DatasetMapper:
-    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
-    return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
-
-
-def build_detection_mapper(cfg) -> DatasetMapper:
+    if is_semantic(cfg):
+        return build_semantic_mapper(cfg)
     model, flip = cfg.MODEL, _flips(cfg)
     return DatasetMapper(
         _build_augmentation(cfg),
@@ -296,12 +272,17 @@ def build_detection_mapper(cfg) -> DatasetMapper:
     )
 
 
+def build_test_mapper(cfg) -> DatasetMapper:
+    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
+
+
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
     """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
     scale, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.CROP
     return SemanticDatasetMapper(
         RandomScale(*scale, flip=_flips(cfg)) if scale else _build_augmentation(cfg),
-        RandomCrop(crop.SIZE) if crop.ENABLED else None,
+        RandomCrop(tuple(crop.SIZE)) if crop.ENABLED else None,
         cfg.INPUT.FORMAT,
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         cfg.MODEL.PIXEL_MEAN,

@@ -141,6 +141,7 @@ class Transform:
 # -- draws ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Augmentation:
     """Draws the `Transform` of an image: a short edge from `sizes`, and a flip half of the time.
 
@@ -152,16 +153,17 @@ class Augmentation:
         flip: whether to flip left-right at all.
     """
 
-    def __init__(self, sizes, max_size: int, sampling: str = "choice", flip: bool = False):
-        if sampling == "range" and len(sizes) != 2:
+    sizes: Sequence[int]
+    max_size: int
+    sampling: str = "choice"
+    flip: bool = False
+
+    def __post_init__(self):
+        if self.sampling == "range" and len(self.sizes) != 2:
             raise UserError(
-                f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}: MIN_SIZE_TRAIN_SAMPLING 'range' takes "
-                "two sizes, the smallest and the largest"
+                f"INPUT.MIN_SIZE_TRAIN is {tuple(self.sizes)}: MIN_SIZE_TRAIN_SAMPLING 'range' "
+                "takes two sizes, the smallest and the largest"
             )
-        self.sizes = tuple(sizes)
-        self.max_size = max_size
-        self.sampling = sampling
-        self.flip = flip
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
         if self.sampling == "range":
@@ -173,6 +175,7 @@ class Augmentation:
         return Transform(old, new, flip=self.flip and rng.random() < 0.5)
 
 
+@dataclass(frozen=True)
 class RandomScale:
     """Draws the `Transform` of an image: its own size times a factor, and a flip half of the time.
 
@@ -181,10 +184,9 @@ class RandomScale:
         flip: whether to flip left-right at all.
     """
 
-    def __init__(self, smallest: float, largest: float, flip: bool = False):
-        self.smallest = smallest
-        self.largest = largest
-        self.flip = flip
+    smallest: float
+    largest: float
+    flip: bool = False
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
         factor = self.smallest + (self.largest - self.smallest) * rng.random()
@@ -192,14 +194,14 @@ class RandomScale:
         return Transform((height, width), new, flip=self.flip and rng.random() < 0.5)
 
 
+@dataclass(frozen=True)
 class RandomCrop:
     """Draws a window of `size` (height, width) at a uniform position; all of a shorter side.
 
     Detectron2's RandomCrop of type "absolute".
     """
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = tuple(size)
+    size: tuple[int, int]
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice]:
         """What to index the last two axes of an image of that size with."""

@@ -2,9 +2,8 @@
 
     trainer      `train` and `evaluate_weights`, the way from a config to results: start here
     solver       optimizer and learning-rate schedule
-    inference    predictions on the test sets, and their metrics
+    inference    predictions on the test sets, and their metrics; the model opened up by a `Probe`
     output_dir   checkpoints and metrics of a run
-    probe        the model opened up, for comparison with Detectron2 and for timing
 
 Not here: the metrics themselves (`moco_det.evaluation`) and weight files (`moco_det.weights`).
 """

@@ -1,9 +1,15 @@
-"""A trained detector on its test sets: predictions of all processes, metrics on the main one."""
+"""A detector in use: on its test sets, and opened up for comparison and timing.
+
+evaluate_model   predictions of all processes, metrics on the main one
+Probe            every stage of the computation: see `moco_det.parity.probe`
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +21,14 @@ from moco_det.common.processes import (
     synchronize,
     world_size,
 )
+from moco_det.config.loading import load_config, on_available_device
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.data.loader import build_test_loader
+from moco_det.native.engine.solver import build_optimizer
+from moco_det.native.modeling.meta_arch import build_model
+from moco_det.parity.probe import EngineProbe
 
 REPORT_SECONDS = 10.0  # between two progress lines
 
@@ -79,3 +89,27 @@ def predict(model: nn.Module, batches, images: int) -> list[dict]:
                 f"inference: {done}/{images}  {(now - start) / done:.4f} s/image  eta: {eta}"
             )
     return [found for share in gather_objects(predictions) for found in share]
+
+
+class Probe(EngineProbe):
+    """The model of a YAML, on its MODEL.DEVICE or else the CPU, at its random initialisation."""
+
+    def __init__(self, config_file: str, opts: Sequence[str] = ()):
+        cfg = on_available_device(load_config(config_file, opts))
+        model = build_model(cfg)
+        super().__init__(model, build_optimizer(cfg, model))
+
+    def proposals(self, items: list[dict], stages: dict[str, Any]) -> tuple[list, list]:
+        # Once more, as the RPN returns no scores.
+        rpn = self.model.proposal_generator
+        _, sizes = self.model.preprocess(items)
+        return rpn.propose(*rpn.predict(stages["backbone"]), sizes)
+
+    def detections(self, results: list, stages: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+        in_boxes, _ = stages["roi_heads"]
+        if "roi_heads.keypoint_head" in stages:
+            counts = [len(x["boxes"]) for x in in_boxes]
+            heatmaps = stages["roi_heads.keypoint_head"].split(counts)
+            pairs = zip(in_boxes, heatmaps, strict=True)
+            in_boxes = [x | {"keypoint_heatmaps": of_image} for x, of_image in pairs]
+        return results, in_boxes

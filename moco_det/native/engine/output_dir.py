@@ -126,22 +126,6 @@ class MetricLog:
             raise UserError(f"cannot write the metrics to {self._json.name}: {error}") from error
 
 
-class NoLog:
-    """For the processes that leave logging to the main one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def step(self, *args) -> None:
-        pass
-
-    def results(self, *args) -> None:
-        pass
-
-
 def _progress_line(iteration: int, scalars: dict[str, float]) -> str:
     parts = [f"iter: {iteration}"]
     if "eta_seconds" in scalars:

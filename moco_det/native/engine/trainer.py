@@ -13,6 +13,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ from moco_det.config.checks import (
 from moco_det.config.loading import load_config, on_available_device
 from moco_det.native.data.loader import build_train_loader, build_training_records
 from moco_det.native.engine.inference import evaluate_model
-from moco_det.native.engine.output_dir import Checkpoints, MetricLog, NoLog
+from moco_det.native.engine.output_dir import Checkpoints, MetricLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
-from moco_det.native.modeling.layers import precise_bn
+from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.loading import load_backbone_weights
 
@@ -77,10 +78,11 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
         f"iterations {first} to {max_iter} on {world_size()} x {cfg.MODEL.DEVICE}, "
         f"seed {state.seed}"
     )
-    with MetricLog(cfg.OUTPUT_DIR, first, max_iter) if is_main() else NoLog() as log:
+    with MetricLog(cfg.OUTPUT_DIR, first, max_iter) if is_main() else nullcontext() as log:
         build_trainer(cfg, plan, state, checkpoints, log).run()
         results = evaluate_model(cfg, state.model)
-        log.results(max_iter, results)
+        if log:
+            log.results(max_iter, results)
     return results
 
 
@@ -140,22 +142,22 @@ class TrainingState:
     seed: int
     iteration: int = 0
 
-    def state_dict(self, iteration: int) -> dict:
-        """The checkpoint after `iteration`, which counts from 0 (Detectron2's convention)."""
+    def _parts(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "grad_scaler": self.scaler.state_dict(),
-            "iteration": iteration,
-            "seed": self.seed,
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "grad_scaler": self.scaler,
         }
 
+    def state_dict(self, iteration: int) -> dict:
+        """The checkpoint after `iteration`, which counts from 0 (Detectron2's convention)."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "iteration": iteration, "seed": self.seed}
+
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["grad_scaler"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.iteration = state["iteration"] + 1
 
     def step(self) -> float:
@@ -182,7 +184,9 @@ def build_state(cfg, checkpoint: Path | None = None, allow_missing: bool = False
         UserError: the weights or the checkpoint cannot be read, or do not fit the model.
     """
     saved = Checkpoints.load(checkpoint) if checkpoint else {}
-    seed = cfg.SEED if cfg.SEED >= 0 else saved.get("seed", _random_seed())
+    seed = cfg.SEED
+    if seed < 0:
+        seed = saved.get("seed", from_main(int.from_bytes(os.urandom(4), "big")))
     torch.manual_seed(seed)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -205,10 +209,6 @@ def build_state(cfg, checkpoint: Path | None = None, allow_missing: bool = False
     return state
 
 
-def _random_seed() -> int:
-    return from_main(int.from_bytes(os.urandom(4), "big"))
-
-
 def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> None:
     """Fill `model` from MODEL.WEIGHTS; where that is "", leave it at its random initialisation.
 
@@ -229,7 +229,7 @@ def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> 
 
 
 def build_trainer(
-    cfg, plan: BatchPlan, state: TrainingState, checkpoints: Checkpoints, log: MetricLog | NoLog
+    cfg, plan: BatchPlan, state: TrainingState, checkpoints: Checkpoints, log: MetricLog | None
 ) -> "Trainer":
     """UserError where there is nothing to train on."""
     bn, records = cfg.TEST.PRECISE_BN, build_training_records(cfg)
@@ -259,12 +259,11 @@ class Trainer:
             each, from that iteration on, without end; to be closed.
         evaluate: model -> results.
         accumulation: forward passes of one iteration, whose gradients are averaged.
-        amp: forward passes in half precision: float16 on CUDA; bfloat16, which needs no loss
-            scaling, on a CPU.
+        amp: forward passes in half precision.
         max_iter: iterations in all.
         checkpoint_period, eval_period: iterations between two; 0 for none but the last.
         precise_bn_passes: forward passes of precise BN before each evaluation; 0 for no precise BN.
-        checkpoints, log: where the state and the numbers go.
+        checkpoints, log: where the state and the numbers go; None on all but the main process.
     """
 
     state: TrainingState
@@ -277,7 +276,7 @@ class Trainer:
     eval_period: int
     precise_bn_passes: int
     checkpoints: Checkpoints
-    log: MetricLog | NoLog
+    log: MetricLog | None
 
     def run(self) -> None:
         """The order is Detectron2's: batch, losses, gradients, step, schedule; then what is due.
@@ -293,33 +292,27 @@ class Trainer:
                 metrics, stop = shared_metrics(losses, data_time, request.received)
                 check_finite(metrics, iteration, self.checkpoints)
                 lr = self.state.step()
-                self.log.step(iteration, lr, time.perf_counter() - start, metrics)
+                if self.log:
+                    self.log.step(iteration, lr, time.perf_counter() - start, metrics)
                 self.after_iteration(iteration, stop)
 
     def compute_gradients(
         self, model: nn.Module, batches: Iterator[list[dict]], iteration: int
     ) -> tuple[dict[str, Tensor], float]:
-        """Those of one iteration, averaged over its forward passes and the processes.
-
-        Returns:
-            This process's mean losses, and the seconds spent waiting for data.
-        """
-        state, device = self.state, next(model.parameters()).device.type
-        half = torch.float16 if device == "cuda" else torch.bfloat16
+        """Those of one iteration, and what `accumulate_gradients` returns."""
+        state, seed = self.state, partial(self.seed_draws, iteration)
         state.optimizer.zero_grad()
-        passes, data_time = [], 0.0
-        for number in range(self.accumulation):
-            start = time.perf_counter()
-            batch = next(batches)
-            data_time += time.perf_counter() - start
-            seed_draws(state.seed, iteration * self.accumulation + number)
-            with exchange_gradients(model, number + 1 == self.accumulation):
-                with torch.autocast(device, half, enabled=self.amp):
-                    losses = model(batch)
-                    total_loss = sum(losses.values()) / self.accumulation
-                state.scaler.scale(total_loss).backward()
-            passes.append({name: loss.detach() for name, loss in losses.items()})
-        return {k: sum(p[k] for p in passes) / self.accumulation for k in passes[0]}, data_time
+        return accumulate_gradients(
+            model, batches, state.scaler, self.accumulation, self.amp, before_pass=seed
+        )
+
+    def seed_draws(self, iteration: int, number: int) -> None:
+        """Make the model's draws a function of the run's seed, the process and the forward pass.
+
+        So nothing that happened in between (an evaluation, an interruption) shows in them.
+        """
+        seeds = (self.state.seed, rank(), iteration * self.accumulation + number)
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
     def after_iteration(self, iteration: int, stop: bool) -> None:
         """Precise BN, checkpoint, evaluation, as they are due; the end, where it is asked for.
@@ -341,7 +334,9 @@ class Trainer:
             print_on_main(f"SIGTERM: saved {saved}, to go on from with --resume")
             raise SystemExit(EXIT_INTERRUPTED)
         elif evaluating:
-            self.log.results(iteration, self.evaluate(self.state.model))
+            results = self.evaluate(self.state.model)
+            if self.log:
+                self.log.results(iteration, results)
 
     def save(self, name: str, iteration: int) -> None:
         if is_main():
@@ -358,21 +353,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
         return model
     on_gpu = next(model.parameters()).is_cuda
     return DistributedDataParallel(model, [torch.cuda.current_device()] if on_gpu else None)
-
-
-def exchange_gradients(model: nn.Module, wanted: bool):
-    """Only the last forward pass of an iteration has to tell the other processes its sums."""
-    distributed = isinstance(model, DistributedDataParallel)
-    return nullcontext() if wanted or not distributed else model.no_sync()
-
-
-def seed_draws(seed: int, forward_pass: int) -> None:
-    """Make the model's draws a function of the run's seed, the process and the forward pass.
-
-    So nothing that happened in between (an evaluation, an interruption) shows in them.
-    """
-    sequence = np.random.SeedSequence((seed, rank(), forward_pass))
-    torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def shared_metrics(

@@ -18,19 +18,12 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.resnets import BLOCKS
 from moco_det.config.checks import check_dilated_c5
 from moco_det.config.loading import check_supported
 from moco_det.native.modeling.layers import ConvNorm, Norm, freeze
 
 # -- ResNet ---------------------------------------------------------------------------------------
-
-BLOCKS_PER_STAGE = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 
 
 class ResidualBlock(nn.Module):
@@ -166,7 +159,7 @@ class ResNet(nn.Module):
         block = BottleneckBlock if depth >= 50 else BasicBlock
         in_channels, stride = stem_channels, 4
         last = max(int(name.removeprefix("res")) for name in out_features)
-        for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth][: last - 1]):
+        for index, num_blocks in enumerate(BLOCKS[depth][: last - 1]):
             name = f"res{index + 2}"
             # Dilation takes the place of the stride: the map stays as large.
             dilation = res5_dilation if name == "res5" else 1

@@ -10,7 +10,7 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from moco_det.native.modeling.boxes import SampledProposals, Weights, decode, encode
+from moco_det.native.modeling.boxes import Losses, SampledProposals, Size, Weights, decode, encode
 from moco_det.native.modeling.layers import ConvNorm
 
 
@@ -62,9 +62,7 @@ class FastRCNNOutputLayers(nn.Module):
         x = x.flatten(1)
         return self.cls_score(x).float(), self.bbox_pred(x).float().unflatten(1, (-1, 4))
 
-    def losses(
-        self, logits: Tensor, deltas: Tensor, sampled: SampledProposals
-    ) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, deltas: Tensor, sampled: SampledProposals) -> Losses:
         """Mean cross-entropy over all proposals, and the box loss of the foreground ones.
 
         The box loss is divided by R, not by the number of foreground proposals, so that each of
@@ -90,7 +88,7 @@ class FastRCNNOutputLayers(nn.Module):
         logits: Tensor,
         deltas: Tensor,
         proposals: list[Tensor],
-        image_sizes: list[tuple[int, int]],
+        image_sizes: list[Size],
     ) -> list[dict[str, Tensor]]:
         """The detections of each image, best first: see `_detect_image`."""
         boxes = decode(deltas, torch.cat(proposals)[:, None], self.box_weights)

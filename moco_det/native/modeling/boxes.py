@@ -28,6 +28,9 @@ from moco_det.densepose.points import DensePosePoints
 # keeps exp() finite at the start of training.
 SCALE_CLAMP = math.log(1000.0 / 16)
 
+Size = tuple[int, int]  # of an image: height, width
+Losses = dict[str, Tensor]  # by Detectron2's names
+
 # Factors of (dx, dy, dw, dh) that bring the deltas to about unit variance (BBOX_REG_WEIGHTS).
 Weights = tuple[float, float, float, float]
 

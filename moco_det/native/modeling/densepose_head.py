@@ -19,7 +19,8 @@ from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, DensePosePoints
-from moco_det.native.modeling.boxes import SampledProposals
+from moco_det.native.modeling.boxes import Losses, SampledProposals, Size
+from moco_det.native.modeling.layers import kaiming_fill
 
 # -- network --------------------------------------------------------------------------------------
 
@@ -60,7 +61,7 @@ class DensePoseV1ConvXHead(nn.Sequential):
             self.add_module(f"body_conv_fcn_relu{k}", nn.ReLU())
             channels = dim
         self.out_channels = channels
-        initialise(self)
+        kaiming_fill(self)
 
 
 class DensePoseChartPredictor(nn.Module):
@@ -83,7 +84,7 @@ class DensePoseChartPredictor(nn.Module):
                 channels, width, kernel_size, stride=2, padding=kernel_size // 2 - 1
             )
             self.add_module(f"{name}_lowres", layer)
-        initialise(self)
+        kaiming_fill(self)
 
     def forward(self, x: Tensor) -> Charts:
         """(R, dim, H, W) -> all in float32 at least, S = 2 * H * up_scale."""
@@ -95,14 +96,6 @@ class DensePoseChartPredictor(nn.Module):
             x, scale_factor=float(self.up_scale), mode="bilinear", align_corners=False
         )
         return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def initialise(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
 
 
 # -- loss -----------------------------------------------------------------------------------------
@@ -242,9 +235,7 @@ class DensePoseChartLoss:
     part_weight: float
     point_weight: float
 
-    def __call__(
-        self, predicted: Charts, sampled: SampledProposals, points: Points
-    ) -> dict[str, Tensor]:
+    def __call__(self, predicted: Charts, sampled: SampledProposals, points: Points) -> Losses:
         """All are 0, and have gradients, where no annotated point is on a body and in a proposal.
 
         Args:
@@ -258,16 +249,12 @@ class DensePoseChartLoss:
             packed = pack_points(annotated, boxes, sampled.gt_boxes, predicted.u.shape[-1])
             packed = packed.where(packed.inside)
         if not annotated or not (packed.charts > 0).any():
-            return {
-                "loss_densepose_U": predicted.u.sum() * 0,
-                "loss_densepose_V": predicted.v.sum() * 0,
-                "loss_densepose_I": predicted.fine.sum() * 0,
-                "loss_densepose_S": predicted.coarse.sum() * 0,
-            }
+            maps = {"U": predicted.u, "V": predicted.v, "I": predicted.fine, "S": predicted.coarse}
+            return {f"loss_densepose_{name}": x.sum() * 0 for name, x in maps.items()}
         parts_loss = self._parts_loss(predicted.coarse, annotated, boxes, sampled.gt_boxes)
         return self._point_losses(predicted, packed) | {"loss_densepose_S": parts_loss}
 
-    def _point_losses(self, predicted: Charts, points: PackedPoints) -> dict[str, Tensor]:
+    def _point_losses(self, predicted: Charts, points: PackedPoints) -> Losses:
         # The chart of every point, background included; U and V of those on a body, on their chart.
         fine = values_at(predicted.fine, points, slice(None))  # (P, C)
         on_body = points.where(points.charts > 0)
@@ -321,7 +308,7 @@ def surfaces(charts: Charts, boxes: Tensor) -> list[Tensor]:
     ]
 
 
-def _surface(charts: Charts, size: tuple[int, int]) -> Tensor:
+def _surface(charts: Charts, size: Size) -> Tensor:
     coarse, fine, u, v = (
         F.interpolate(x, size, mode="bilinear", align_corners=False)
         for x in (charts.coarse, charts.fine, charts.u, charts.v)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_det.native.modeling.boxes import SampledProposals
+from moco_det.native.modeling.boxes import Losses, SampledProposals
+from moco_det.native.modeling.layers import kaiming_fill
 
 
 class KRCNNConvDeconvUpsampleHead(nn.Sequential):
@@ -40,11 +41,7 @@ class KRCNNConvDeconvUpsampleHead(nn.Sequential):
             self.add_module(f"conv_fcn_relu{k}", nn.ReLU())
             channels = dim
         self.score_lowres = nn.ConvTranspose2d(channels, num_keypoints, 4, stride=2, padding=1)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+        kaiming_fill(self)
         self.loss_weight = loss_weight
         self.keypoints_per_image = keypoints_per_image
 
@@ -54,9 +51,7 @@ class KRCNNConvDeconvUpsampleHead(nn.Sequential):
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def losses(
-        self, x: Tensor, sampled: SampledProposals, keypoints: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, sampled: SampledProposals, keypoints: list[Tensor]) -> Losses:
         """Cross-entropy over the cells, of the keypoints that are labelled and in their proposal.
 
         Without any of them it is 0, and still has gradients.

@@ -1,10 +1,12 @@
 """Layers that torch and torchvision lack, and what is done to the layers of a whole model.
 
-Norms for fine-tuning, a convolution with its norm; freezing, SyncBatchNorm on a CPU, precise
-batch-norm statistics.
+Norms for fine-tuning, a convolution with its norm; freezing, SyncBatchNorm on a CPU, gradients over
+several batches, precise batch-norm statistics.
 """
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from fvcore.nn.distributed import differentiable_all_reduce
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
 
@@ -177,6 +180,54 @@ def _replace(module: nn.Module, kinds, convert: Callable[[nn.Module], nn.Module]
         for name, child in parent.named_children():
             if isinstance(child, kinds):
                 setattr(parent, name, convert(child))
+
+
+def kaiming_fill(module: nn.Module) -> None:
+    """Initialise a head of keypoints or surfaces: He et al. 2015, by its outputs; biases 0."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Iterator,
+    scaler: torch.amp.GradScaler,
+    accumulation: int,
+    amp: bool,
+    before_pass: Callable[[int], None] = lambda number: None,
+) -> tuple[dict[str, Tensor], float]:
+    """Add to the gradients those of the mean loss over `accumulation` batches and all processes.
+
+    Args:
+        model: batch -> losses by name; perhaps wrapped for data parallelism.
+        batches: this process's own.
+        scaler: of the loss.
+        amp: float16 on CUDA; bfloat16, which needs no loss scaling, on a CPU.
+        before_pass: called with the number of each forward pass.
+
+    Returns:
+        This process's mean losses, detached, and the seconds spent waiting for data.
+    """
+    device = next(model.parameters()).device.type
+    half = torch.float16 if device == "cuda" else torch.bfloat16
+    passes, waited = [], 0.0
+    for number in range(accumulation):
+        start = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - start
+        before_pass(number)
+        # Only the last forward pass has to tell the other processes its sums.
+        silent = isinstance(model, DistributedDataParallel) and number + 1 < accumulation
+        with model.no_sync() if silent else nullcontext():
+            with torch.autocast(device, half, enabled=amp):
+                losses = model(batch)
+                total_loss = sum(losses.values()) / accumulation
+            scaler.scale(total_loss).backward()
+        passes.append({name: loss.detach() for name, loss in losses.items()})
+    return {k: sum(p[k] for p in passes) / accumulation for k in passes[0]}, waited
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from moco_det.native.modeling.boxes import Masks, SampledProposals
+from moco_det.native.modeling.boxes import Losses, Masks, SampledProposals, Size
 from moco_det.native.modeling.layers import ConvNorm
 
 
@@ -78,7 +78,7 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         logits = self.predictor(x, channel)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def losses(self, x: Tensor, sampled: SampledProposals, masks: list[Masks]) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, sampled: SampledProposals, masks: list[Masks]) -> Losses:
         """Mean binary cross-entropy over all pixels of the masks of foreground proposals.
 
         Without any it is 0, and still has gradients: all processes of a run wait for them.
@@ -139,7 +139,7 @@ def crop_bit_masks(masks: Tensor, matched: Tensor, boxes: Tensor, side: int) -> 
     return roi_align(masks[:, None].to(boxes.dtype), rois, side, aligned=True)[:, 0] >= 0.5
 
 
-def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(probabilities: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """Masks in boxes -> masks on the image: where the object is at least as likely as not.
 
     Detectron2's convention: a pixel is looked up at its centre, bilinearly, and beyond the mask's

@@ -10,6 +10,7 @@ K classes, P keypoints of an object, M the side of a predicted mask.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,13 @@ from torchvision.ops import clip_boxes_to_image
 from moco_det.config.checks import is_semantic
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
-from moco_det.native.modeling.boxes import Targets, nonempty
+from moco_det.native.modeling.boxes import Losses, Size, Targets, nonempty
 from moco_det.native.modeling.densepose_head import surfaces
 from moco_det.native.modeling.layers import sync_on_cpu
 from moco_det.native.modeling.mask_head import paste_masks
 from moco_det.native.modeling.roi_heads import DensePoseROIHeads, build_roi_heads
 from moco_det.native.modeling.rpn import build_rpn
 from moco_det.native.modeling.semantic_head import build_semantic_head
-
-Size = tuple[int, int]  # (height, width)
 
 
 class MetaArchitecture(nn.Module):
@@ -49,7 +48,7 @@ class MetaArchitecture(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(self, batch: list[dict]) -> Losses | list[dict[str, Tensor]]:
         """The losses by name in training, see `losses`; else a dict per image, see `inference`.
 
         Args:
@@ -59,7 +58,7 @@ class MetaArchitecture(nn.Module):
         """
         return self.losses(batch) if self.training else self.inference(batch)
 
-    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+    def losses(self, batch: list[dict]) -> Losses:
         raise NotImplementedError
 
     def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
@@ -111,7 +110,7 @@ class GeneralizedRCNN(MetaArchitecture):
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
 
-    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+    def losses(self, batch: list[dict]) -> Losses:
         """
         Args:
             batch: of G objects, which may be 0, in pixels of their image: "gt_boxes" (G, 4)
@@ -136,24 +135,23 @@ class GeneralizedRCNN(MetaArchitecture):
         heads = self.roi_heads
 
         def collect(key: str) -> list:
-            return [
-                x[key].to(self.device, non_blocking=True) if isinstance(x[key], Tensor) else x[key]
-                for x in batch
-            ]
+            return [self._on_device(x[key]) for x in batch]
 
         return Targets(
             collect("gt_boxes"),
             collect("gt_classes"),
             masks=collect("gt_masks") if heads.mask_head is not None else None,
             keypoints=collect("gt_keypoints") if heads.keypoint_head is not None else None,
-            densepose=self._densepose(batch) if isinstance(heads, DensePoseROIHeads) else None,
+            densepose=collect("gt_densepose") if isinstance(heads, DensePoseROIHeads) else None,
         )
 
-    def _densepose(self, batch: list[dict]) -> list[list[DensePosePoints | None]]:
-        return [
-            [None if points is None else points.to(self.device) for points in x["gt_densepose"]]
-            for x in batch
-        ]
+    def _on_device(self, value: Any) -> Any:
+        """A tensor or an object's points; of each object in a list; polygons are left alone."""
+        if isinstance(value, list):
+            return [self._on_device(of_object) for of_object in value]
+        if isinstance(value, Tensor):
+            return value.to(self.device, non_blocking=True)
+        return value.to(self.device) if isinstance(value, DensePosePoints) else value
 
     @torch.no_grad()
     def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
@@ -219,7 +217,7 @@ class SemanticSegmentor(MetaArchitecture):
         super().__init__(backbone, pixel_mean, pixel_std)
         self.sem_seg_head = sem_seg_head
 
-    def losses(self, batch: list[dict]) -> dict[str, Tensor]:
+    def losses(self, batch: list[dict]) -> Losses:
         """{"loss_sem_seg"} of a batch with the label maps "sem_seg" (h, w) int64."""
         images, _ = self.preprocess(batch)
         labels = self.batch_labels([x["sem_seg"] for x in batch], images.shape[-2:])

@@ -11,13 +11,17 @@ a side of which B' are computed, E entries: pairs of a bin and a position that i
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class ROIPooler(nn.Module):
+@dataclass(frozen=True)
+class ROIPooler:
     """ROIAlign from the feature map that suits each box's size.
 
     Args:
@@ -29,43 +33,35 @@ class ROIPooler(nn.Module):
             region is less than such a pixel wide or high.
     """
 
-    def __init__(
-        self, output_size: int, strides: list[int], sampling_ratio: int, aligned: bool = True
-    ):
-        super().__init__()
-        self.output_size = output_size
-        self.strides = list(strides)
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+    output_size: int
+    strides: Sequence[int]
+    sampling_ratio: int
+    aligned: bool = True
 
-    def forward(self, features: list[Tensor], boxes: list[Tensor], bin_stride: int = 1) -> Tensor:
+    def __call__(self, features: list[Tensor], boxes: list[Tensor], bin_stride: int = 1) -> Tensor:
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, B', B'), see `roi_align`."""
         # One list of boxes, each with the index of its image: (R, 5).
         counts = torch.tensor([len(b) for b in boxes], device=features[0].device)
         image = torch.repeat_interleave(counts)
         boxes = torch.cat(boxes)
         rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        align = partial(
+            roi_align,
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            bin_stride=bin_stride,
+            aligned=self.aligned,
+        )
         if len(features) == 1:
-            return self._align(features[0], rois, self.strides[0], bin_stride)
+            return align(features[0], rois, spatial_scale=1 / self.strides[0])
         # Level by level, then back into the order of the boxes.
         finest = int(math.log2(self.strides[0]))
         levels = assign_levels(boxes, finest, finest + len(features) - 1) - finest
         pooled = [
-            self._align(feature, rois[levels == level], stride, bin_stride)
+            align(feature, rois[levels == level], spatial_scale=1 / stride)
             for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
         ]
         return torch.cat(pooled)[levels.argsort(stable=True).argsort()]
-
-    def _align(self, feature: Tensor, rois: Tensor, stride: int, bin_stride: int) -> Tensor:
-        return roi_align(
-            feature,
-            rois,
-            self.output_size,
-            1 / stride,
-            self.sampling_ratio,
-            bin_stride,
-            self.aligned,
-        )
 
 
 def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:

@@ -21,8 +21,10 @@ from moco_det.native.modeling.box_head import (
     build_box_predictor,
 )
 from moco_det.native.modeling.boxes import (
+    Losses,
     ProposalSampler,
     SampledProposals,
+    Size,
     Targets,
     build_proposal_sampler,
 )
@@ -73,10 +75,10 @@ class ROIHeads(nn.Module):
     def forward(
         self,
         features: dict[str, Tensor],
-        image_sizes: list[tuple[int, int]],
+        image_sizes: list[Size],
         proposals: list[Tensor],
         targets: Targets | None = None,
-    ) -> tuple[Detections, dict[str, Tensor]]:
+    ) -> tuple[Detections, Losses]:
         """N tensors of proposals (Ri, 4) -> detections (inference) and losses (training).
 
         `targets` in training only. Detections are in pixels of the network's input: "boxes"
@@ -88,9 +90,7 @@ class ROIHeads(nn.Module):
             return [], self.losses(maps, self.sampler(proposals, targets), targets)
         return self.detect(maps, proposals, image_sizes), {}
 
-    def losses(
-        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, maps: list[Tensor], sampled: SampledProposals, targets: Targets) -> Losses:
         """By Detectron2's names, and in its order."""
         raise NotImplementedError
 
@@ -106,12 +106,10 @@ class ROIHeads(nn.Module):
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, B, B), the input of the mask head."""
         raise NotImplementedError
 
-    def detect(
-        self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> Detections:
+    def detect(self, maps: list[Tensor], proposals: list[Tensor], sizes: list[Size]) -> Detections:
         """Boxes first; then masks and keypoints, in the boxes found rather than the proposals."""
         predictions = self.box_predictor(self.box_features(maps, proposals))
-        found = self.box_predictor.detect(*predictions, proposals, image_sizes)
+        found = self.box_predictor.detect(*predictions, proposals, sizes)
         boxes = [x["boxes"] for x in found]
         if self.mask_head is not None:
             classes = torch.cat([x["classes"] for x in found])
@@ -170,9 +168,7 @@ class Res5ROIHeads(ROIHeads):
     def box_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         return self.mask_features(maps, boxes).mean(dim=(2, 3))
 
-    def losses(
-        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, maps: list[Tensor], sampled: SampledProposals, targets: Targets) -> Losses:
         features = self.mask_features(maps, sampled.boxes)  # both heads', computed once
         predictions = self.box_predictor(features.mean(dim=(2, 3)))
         losses = self.box_predictor.losses(*predictions, sampled)
@@ -214,9 +210,7 @@ class StandardROIHeads(ROIHeads):
     def mask_features(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
         return self.mask_pooler(maps, boxes)
 
-    def losses(
-        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, maps: list[Tensor], sampled: SampledProposals, targets: Targets) -> Losses:
         predictions = self.box_predictor(self.box_features(maps, sampled.boxes))
         losses = self.box_predictor.losses(*predictions, sampled)
         foreground = sampled.where(self.foreground(sampled))
@@ -258,19 +252,15 @@ class DensePoseROIHeads(StandardROIHeads):
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> those of all R boxes."""
         return self.densepose_predictor(self.densepose_head(self.densepose_pooler(maps, boxes)))
 
-    def losses(
-        self, maps: list[Tensor], sampled: SampledProposals, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, maps: list[Tensor], sampled: SampledProposals, targets: Targets) -> Losses:
         losses = super().losses(maps, sampled, targets)
         foreground = sampled.where(self.foreground(sampled))
         posed = select_with_densepose(foreground, targets.densepose, self.densepose_iou)
         charts = self.charts(maps, posed.boxes)
         return losses | self.densepose_loss(charts, posed, targets.densepose)
 
-    def detect(
-        self, maps: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> Detections:
-        found = super().detect(maps, proposals, image_sizes)
+    def detect(self, maps: list[Tensor], proposals: list[Tensor], sizes: list[Size]) -> Detections:
+        found = super().detect(maps, proposals, sizes)
         split_per_image(found, "charts", self.charts(maps, [x["boxes"] for x in found]))
         return found
 
@@ -321,14 +311,8 @@ def build_roi_heads(cfg, backbone: nn.Module) -> ROIHeads:
             "pose; use 'DensePoseROIHeads'"
         )
     build = build_standard_heads if standard else build_res5_heads
-    pooler = build_pooler(cfg, backbone, "ROI_BOX_HEAD")
-    return build(
-        cfg,
-        backbone,
-        in_features=heads.IN_FEATURES,
-        sampler=build_proposal_sampler(cfg),
-        pooler=pooler,
-    )
+    sampler, pooler = build_proposal_sampler(cfg), build_pooler(cfg, backbone, "ROI_BOX_HEAD")
+    return build(cfg, backbone, in_features=heads.IN_FEATURES, sampler=sampler, pooler=pooler)
 
 
 def build_res5_heads(cfg, backbone: nn.Module, **shared) -> Res5ROIHeads:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from moco_det.native.modeling.boxes import (
+    Losses,
+    Size,
     Weights,
     decode,
     encode,
@@ -202,9 +204,9 @@ class RPN(nn.Module):
     def forward(
         self,
         features: dict[str, Tensor],
-        image_sizes: list[tuple[int, int]],
+        image_sizes: list[Size],
         gt_boxes: list[Tensor] | None = None,
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], Losses]:
         """
         Args:
             features: maps by name, (N, C, Hi, Wi).
@@ -253,7 +255,7 @@ class RPN(nn.Module):
 
     def losses(
         self, features: dict[str, Tensor], anchors: list[Tensor], gt_boxes: list[Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> Losses:
         """Objectness on all sampled anchors, boxes on the positive ones.
 
         The head runs on the samples alone, some hundreds of the 10^5 anchors of a pyramid: their
@@ -298,7 +300,7 @@ class RPN(nn.Module):
         anchors: list[Tensor],
         logits: list[Tensor],
         deltas: list[Tensor],
-        image_sizes: list[tuple[int, int]],
+        image_sizes: list[Size],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The best anchors of each level, refined, clipped, and thinned out by NMS within a level.
 

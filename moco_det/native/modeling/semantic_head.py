@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.checks import semantic_feature
+from moco_det.native.modeling.boxes import Losses, Size
 from moco_det.native.modeling.layers import ConvNorm, Norm
 
 
@@ -69,7 +70,7 @@ class FCN16Head(nn.Module):
         # Half precision ends here: it is too coarse to interpolate and to sum over pixels in.
         return upsample(x.to(torch.promote_types(x.dtype, torch.float32)), self.stride)
 
-    def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, labels: Tensor) -> Losses:
         """Logits (N, K, H, W) or larger, and label maps (N, H, W) -> {"loss_sem_seg": mean}."""
         logits = logits[..., : labels.shape[-2], : labels.shape[-1]]
         loss = pixel_cross_entropy(logits, labels, self.ignore_value)
@@ -144,7 +145,7 @@ def build_semantic_head(cfg, backbone: nn.Module) -> FCN16Head:
 # -- its training input ---------------------------------------------------------------------------
 
 
-def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
+def scaled_size(height: int, width: int, factor: float) -> Size:
     """Both sides times `factor`, rounded half up, at least 1."""
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 

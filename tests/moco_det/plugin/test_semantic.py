@@ -15,7 +15,7 @@ from detectron2.evaluation import SemSegEvaluator
 from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config as load_native
 from moco_det.native.engine import trainer as native
-from moco_det.native.engine.probe import Probe
+from moco_det.native.engine.inference import Probe
 from moco_det.native.modeling.meta_arch import build_model as build_native
 from moco_det.parity import comparison as parity
 from moco_det.plugin import load_config

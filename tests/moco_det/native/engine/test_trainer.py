@@ -20,7 +20,7 @@ from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, verify_results
 from moco_det.native.engine import trainer
-from moco_det.native.engine.output_dir import Checkpoints, NoLog
+from moco_det.native.engine.output_dir import Checkpoints
 from moco_det.native.engine.trainer import build_state, build_trainer, prepare, train
 from moco_det.native.modeling.layers import SyncBatchNorm
 
@@ -100,13 +100,13 @@ def test_accumulated_gradients_are_the_mean_over_the_passes(make_cfg, stub):
     """The oracle: the gradients of each batch alone, averaged by hand."""
     cfg = prepare(make_cfg("out", "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
     state = build_state(cfg)
-    loop = build_trainer(cfg, plan_batch(cfg, 1), state, Checkpoints(cfg.OUTPUT_DIR), NoLog())
+    loop = build_trainer(cfg, plan_batch(cfg, 1), state, Checkpoints(cfg.OUTPUT_DIR), None)
     batches = loop.batches_from(0)
     two = [next(batches), next(batches)]
     assert [len(batch) for batch in two] == [1, 1]
     expected, losses_by_hand = [], []
     for number, batch in enumerate(two):
-        trainer.seed_draws(state.seed, 3 * 2 + number)
+        loop.seed_draws(3, number)
         state.model.zero_grad()
         losses = state.model(batch)
         sum(losses.values()).backward()

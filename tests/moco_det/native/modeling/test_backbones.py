@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torchvision
+from batch_norms import randomise_norms
 from torch import nn
 
 from moco_det.common.errors import UserError
@@ -36,15 +37,6 @@ def torchvision_features(network: nn.Module, x: torch.Tensor) -> dict[str, torch
     for index in range(1, 5):
         x = features[f"res{index + 1}"] = getattr(network, f"layer{index}")(x)
     return features
-
-
-def randomise_norms(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.3, 0.8)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 @pytest.mark.usefixtures("float64")

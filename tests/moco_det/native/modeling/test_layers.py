@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from batch_norms import randomise_norms
 from fork_server import run_in_two_processes
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
@@ -101,15 +102,6 @@ def test_two_processes_end_with_the_same_statistics_of_all(tmp_path):
 
 
 # -- norms ----------------------------------------------------------------------------------------
-
-
-def randomise_norms(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.3, 0.8)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
