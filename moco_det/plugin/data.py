@@ -1,7 +1,7 @@
 """The data sets of `moco_det.datasets` in Detectron2: catalogs, loaders, evaluators."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
@@ -318,6 +318,7 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
     return DatasetEvaluators([records, official])
 
 
+@dataclass
 class PredictionRecords(DatasetEvaluator):
     """Saves the predictions in the form in which the native engine does.
 
@@ -327,11 +328,10 @@ class PredictionRecords(DatasetEvaluator):
         scored: also return the metrics of `moco_det.evaluation`.
     """
 
-    def __init__(self, output_dir: str, dataset_name: str, scored: bool = False):
-        self.output_dir = output_dir
-        self.dataset_name = dataset_name
-        self.scored = scored
-        self.reset()
+    output_dir: str
+    dataset_name: str
+    scored: bool = False
+    records: list[dict] = field(default_factory=list, init=False)
 
     def reset(self) -> None:
         self.records = []

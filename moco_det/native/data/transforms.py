@@ -92,13 +92,10 @@ class Transform:
 
     def apply_box(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (N, 4) of the old image on the new one, clipped to it."""
-        (old_height, old_width), (height, width) = self.old, self.new
-        scale_x, scale_y = width / old_width, height / old_height
-        x0, y0, x1, y1 = (boxes * np.array([scale_x, scale_y, scale_x, scale_y])).T
-        if self.flip:
-            x0, x1 = width - x1, width - x0
-        limit = np.array([width, height, width, height])
-        return np.clip(np.stack([x0, y0, x1, y1], axis=1), 0, limit)
+        corners = self.apply_coords(boxes.reshape(-1, 2, 2))
+        if self.flip:  # the right ones are left
+            corners[..., 0] = corners[:, ::-1, 0]
+        return np.clip(corners, 0, self.new[::-1]).reshape(-1, 4)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Coordinates (..., 2) of the old image on the new one, not clipped to it."""
