@@ -199,6 +199,9 @@ class SemanticDatasetMapper:
     padding: Sequence[float]
     ignore_value: int = 255
 
+    def __post_init__(self):
+        self.padding = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
+
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with "image" (3, H, W) and "sem_seg" (H, W) int64.
 
@@ -214,8 +217,7 @@ class SemanticDatasetMapper:
         pixels = torch.from_numpy(np.ascontiguousarray(data.image.transpose(2, 0, 1)))
         labels = torch.from_numpy(data.sem_seg.astype(np.int64))
         if self.size is not None:
-            mean = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
-            pixels = pad(pixels, self.size, mean)
+            pixels = pad(pixels, self.size, self.padding)
             labels = pad(labels, self.size, self.ignore_value)
         return {**record, "image": pixels, "sem_seg": labels}
 

@@ -225,6 +225,9 @@ class SemanticDatasetMapper:
     padding: Sequence[float]
     ignore_value: int = 255
 
+    def __post_init__(self):
+        self.padding = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
+
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         """The model's input: "image" (3, H, W), "sem_seg" (H, W) int64, and of the record
         "image_id", "height", "width". (H, W) is the crop's size, where there is a crop.
@@ -244,8 +247,7 @@ class SemanticDatasetMapper:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         labels = torch.from_numpy(labels.astype(np.int64))
         if self.crop is not None:
-            mean = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
-            pixels = pad(pixels, self.crop.size, mean)
+            pixels = pad(pixels, self.crop.size, self.padding)
             labels = pad(labels, self.crop.size, self.ignore_value)
         item = {key: record[key] for key in ("image_id", "height", "width")}
         return item | {"image": pixels, "sem_seg": labels}
