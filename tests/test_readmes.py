@@ -26,7 +26,7 @@ from tiny_voc import write_tiny_voc
 from moco_det.benchmark.jobs.ablation import read_ablation
 from moco_det.benchmark.jobs.grid import load_grid
 from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.benchmark.report.charts import Line, dumbbell_chart, line_chart
+from moco_det.benchmark.report.pages import Line, dumbbell_chart, line_chart
 from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset

@@ -5,6 +5,7 @@ programs (report.json). AP and top-1 are in percent, times in seconds.
 """
 
 import json
+import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,15 +16,13 @@ from markupsafe import Markup
 
 from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
-from moco_det.benchmark.report.charts import Line, Points, dumbbell_chart, line_chart
-from moco_det.benchmark.report.pages import render
+from moco_det.benchmark.report.pages import Line, Points, dumbbell_chart, line_chart, render
 from moco_det.benchmark.report.pictures import (
     SCORE_SHOWN,
     JudgedPicture,
     evenly_spaced,
     judged_picture,
 )
-from moco_det.benchmark.significance import signed
 from moco_det.common.errors import UserError
 from moco_det.datasets import Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
@@ -34,6 +33,8 @@ METRICS = {
     "AP75": "AP75: overlap of three quarters",
 }
 PICTURES = 8  # test images
+
+PicturePair = Mapping[str, JudgedPicture]  # start -> what its detector found on one test image
 
 
 # -- what is known of a run -----------------------------------------------------------------------
@@ -91,10 +92,10 @@ class Results:
     settings: Mapping[str, str]
 
     def comparison(self, metric: str) -> "PairedComparison":
-        return PairedComparison(
-            tuple(pair.random[metric] for pair in self.detection),
-            tuple(pair.moco[metric] for pair in self.detection),
-        )
+        random = [pair.random[metric] for pair in self.detection]
+        moco = [pair.moco[metric] for pair in self.detection]
+        differences = tuple(map(operator.sub, moco, random))
+        return PairedComparison(statistics.fmean(random), statistics.fmean(moco), differences)
 
     @property
     def knn_top1(self) -> dict[str, float | None]:
@@ -106,27 +107,15 @@ class Results:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """One metric of both detectors, a value per seed."""
+    """Means of one metric over the seeds, and MoCo's lead over random weights in each of them."""
 
-    random_values: tuple[float, ...]
-    moco_values: tuple[float, ...]
-
-    @property
-    def random(self) -> float:
-        return statistics.fmean(self.random_values)
-
-    @property
-    def moco(self) -> float:
-        return statistics.fmean(self.moco_values)
+    random: float
+    moco: float
+    differences: tuple[float, ...]
 
     @property
     def difference(self) -> float:
         return self.moco - self.random
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        pairs = zip(self.random_values, self.moco_values, strict=True)
-        return tuple(moco - random for random, moco in pairs)
 
     @property
     def difference_sd(self) -> float | None:
@@ -220,16 +209,8 @@ def _step_taken(name: str, folder: JobFolder) -> StepTaken:
     return StepTaken(name, record["command"], round(record["seconds"], 1))
 
 
-@dataclass(frozen=True)
-class PicturePair:
-    """One test image with the detections of both detectors."""
-
-    moco: JudgedPicture
-    random: JudgedPicture
-
-
 def draw_pairs(plan) -> list[PicturePair]:
-    """Test images at even distances, with what the first seed's two detectors found.
+    """Test images at even distances, with what the first seed's detector of each start found.
 
     Empty, with a warning, where the images or the predictions are no longer there.
     """
@@ -249,63 +230,10 @@ def draw_pairs(plan) -> list[PicturePair]:
 def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
     """`found`: start -> image id, as text -> prediction."""
     image_id = str(record["image_id"])
-    moco, random = (
-        judged_picture(record, found[start][image_id], classes, f"{name}, image {image_id}")
+    return {
+        start: judged_picture(record, found[start][image_id], classes, f"{name}, image {image_id}")
         for start, name in (("moco", "MoCo"), ("random", "Random"))
-    )
-    return PicturePair(moco, random)
-
-
-# -- the numbers in words -------------------------------------------------------------------------
-
-
-def reading(results: Results) -> list[str]:
-    """What the numbers say and what they do not, in sentences."""
-    return [*_knn_in_words(results.knn_top1), *_detection_in_words(results.comparison("AP50"))]
-
-
-def _knn_in_words(top1: Mapping[str, float | None]) -> list[str]:
-    if top1["random"] is None:
-        return ["The kNN monitor did not run: the images have no val/ folder with class folders."]
-    gain = top1["moco"] - top1["random"]
-    result = "learned what tells these classes apart" if gain > 0 else "did not improve on chance"
-    return [
-        f"Pretraining saw no label, and {result}: a nearest-neighbour classifier on the frozen "
-        f"features names {top1['moco']:.1f} % of the held-out images correctly, against "
-        f"{top1['random']:.1f} % on the features of the same network before training "
-        f"({signed(gain)} points)."
-    ]
-
-
-def _detection_in_words(ap50: PairedComparison) -> list[str]:
-    seeds = len(ap50.differences)
-    ahead = sum(difference > 0 for difference in ap50.differences)
-    side = "higher" if ap50.difference > 0 else "lower"
-    first = (
-        f"Two detectors were then trained the same way, differing in their first weights only. The "
-        f"one that started from MoCo reaches an AP50 of {ap50.moco:.1f}, the one that started from "
-        f"random weights {ap50.random:.1f}: {abs(ap50.difference):.1f} points {side}"
-        + (f", as means of {seeds} seeds." if seeds > 1 else ".")
-    )
-    if seeds == 1:
-        caution = "This is one seed: a single pair cannot tell an effect from luck."
-    elif ahead == seeds:
-        caution = (
-            f"MoCo is ahead in each of the {seeds} seeds; the difference varies between them by "
-            f"{ap50.difference_sd:.1f} points (standard deviation)."
-        )
-    elif ahead == 0:
-        caution = f"MoCo is ahead in none of the {seeds} seeds: here it did not help."
-    else:
-        caution = (
-            f"MoCo is ahead in {ahead} of {seeds} seeds: the sign is not settled, and more seeds "
-            "are needed before anything follows from it."
-        )
-    limits = (
-        "The schedule is short on purpose: these numbers say nothing about long training, in which "
-        "a detector from random weights usually catches up in part."
-    )
-    return [first, caution, limits]
+    }
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -339,7 +267,6 @@ def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
         "quickstart.html.j2",
         title=results.title,
         results=results,
-        reading=reading(results),
         loss_chart=_loss_chart(results.pretraining),
         knn_chart=_knn_chart(knn) if knn else None,
         ap50_chart=_ap50_chart(results),

@@ -19,8 +19,7 @@ from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
-from moco_det.benchmark.report.charts import Line, line_chart
-from moco_det.benchmark.report.pages import render
+from moco_det.benchmark.report.pages import Line, Points, line_chart, render
 from moco_det.benchmark.report.pictures import SCORE_SHOWN, Sample
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, Row, RunCount, Table
 from moco_det.benchmark.significance import difference_from_published, difference_of_trials
@@ -28,7 +27,7 @@ from moco_det.benchmark.significance import difference_from_published, differenc
 LINE_STYLES = 8  # in report.css
 
 Values = Mapping[int, float]  # trial -> percent
-Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
+Curves = Mapping[str, Mapping[str, Sequence[Points]]]
 Pictures = Mapping[str, Sequence[Sequence[Sample]]]
 
 

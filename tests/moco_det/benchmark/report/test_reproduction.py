@@ -25,7 +25,6 @@ ROWS = {
 }
 PART = Part(
     EXPERIMENT,
-    "",
     {"top-1": None, "AP50": "bbox/AP50", "AP": "bbox/AP"},
     {
         "random": [None, 60.0, 33.0],
@@ -33,7 +32,7 @@ PART = Part(
         "moco": [60.6, 81.5, 56.0],
         "other": [1.0, 2.0, 3.0],
     },
-    "supervised",
+    reference="supervised",
 )
 TABLE = Table("2b", "Table 2 (b)", "MoCo v1", (PART,))
 GRID = Grid(ROWS, {"2b": TABLE})
