@@ -174,7 +174,8 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         for a in annotations
     ]
     size = record["height"], record["width"]
-    masks = keypoints = points = None
+    category_ids = [annotation["category_id"] for annotation in annotations]
+    masks = keypoints = visible = points = None
     if any(map(has_points, annotations)):
         points = [_surface_points(annotation) for annotation in annotations]
     if any("segmentation" in annotation for annotation in annotations):
@@ -183,15 +184,10 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         most = max(len(annotation.get("keypoints", ())) for annotation in annotations)
         keypoints = torch.tensor([a.get("keypoints") or [0] * most for a in annotations])
         keypoints = keypoints.reshape(len(annotations), -1, 3).float()
-    return _objects(
-        boxes=torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
-        classes=[annotation["category_id"] for annotation in annotations],
-        labels=labels,
-        masks=masks,
-        keypoints=keypoints,
-        keypoint_threshold=0.5,  # 0: not labelled, 1: hidden, 2: seen
-        points=points,
-    )
+        keypoints, visible = keypoints[..., :2], keypoints[..., 2] > 0  # 1: hidden, 2: seen
+    boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
+    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    return Objects(boxes, labels, colours, masks, keypoints, visible, points=points)
 
 
 def _surface_points(annotation: Mapping[str, Any]) -> Tensor:
@@ -218,45 +214,23 @@ def predicted_objects(
     scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
     order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
     category_ids = torch.as_tensor(prediction["classes"])[order].tolist()
-    masks = keypoints = surfaces = None
+    masks = keypoints = visible = surfaces = None
     if "densepose" in prediction:
         surfaces = [torch.from_numpy(decode_iuv(prediction["densepose"][i])) for i in order]
     if "segmentations" in prediction:
         masks = _stack([_mask(prediction["segmentations"][i], size) for i in order], size)
     if "keypoints" in prediction and order:
         keypoints = torch.as_tensor(prediction["keypoints"], dtype=torch.float32)[order]
-    return _objects(
-        boxes=torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order],
-        classes=category_ids,
-        labels=[f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)],
-        masks=masks,
-        keypoints=keypoints,
-        keypoint_threshold=KEYPOINT_SHOWN,
-        surfaces=surfaces,
-    )
+        keypoints, visible = keypoints[..., :2], keypoints[..., 2] >= KEYPOINT_SHOWN
+    boxes = torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order]
+    labels = [f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)]
+    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    return Objects(boxes, labels, colours, masks, keypoints, visible, surfaces=surfaces)
 
 
-def _objects(
-    *,
-    boxes: Tensor,
-    classes: list[int],
-    labels: list[str],
-    masks: Tensor | None,
-    keypoints: Tensor | None,
-    keypoint_threshold: float,
-    points: list[Tensor] | None = None,
-    surfaces: list[Tensor] | None = None,
-) -> Objects:
-    """`keypoints` (N, K, 3), of which those are visible whose third number reaches the threshold;
-    the colours are the classes', or the objects' own where they have shapes."""
-    # Where shapes overlap, objects of one class must be told apart too.
-    by_object = masks is not None or keypoints is not None
-    colours = [colour(index) for index in (range(len(boxes)) if by_object else classes)]
-    objects = Objects(boxes, labels, colours, masks, points=points, surfaces=surfaces)
-    if keypoints is None:
-        return objects
-    visible = keypoints[..., 2] >= keypoint_threshold
-    return replace(objects, keypoints=keypoints[..., :2], visible=visible)
+def _colours(classes: Sequence[int], by_object: bool) -> list[Colour]:
+    """Of the classes, or of each object where those have shapes: of one class, they may overlap."""
+    return [colour(index) for index in (range(len(classes)) if by_object else classes)]
 
 
 def _mask(shape: list | Mapping[str, Any] | None, size: tuple[int, int]) -> Tensor:

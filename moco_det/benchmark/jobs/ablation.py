@@ -25,8 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.job import FINISHED, INTERRUPTED, REPOSITORY, TO_DO
-from moco_det.benchmark.jobs.job import Command, Job, JobFolder, unfinished
+from moco_det.benchmark.jobs.job import (
+    FINISHED,
+    INTERRUPTED,
+    REPOSITORY,
+    TO_DO,
+    Command,
+    Job,
+    JobFolder,
+    unfinished,
+)
 from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
 from moco_det.common.errors import UserError
 from pretrain import flags

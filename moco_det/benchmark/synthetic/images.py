@@ -58,10 +58,6 @@ def _regular(corners: int) -> np.ndarray:
     return _on_circle(np.arange(corners) * 2 * np.pi / corners)
 
 
-def _star() -> np.ndarray:
-    return _on_circle(np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5))
-
-
 def _turn(angle: float) -> np.ndarray:
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
@@ -85,8 +81,8 @@ def _heart() -> np.ndarray:
     return np.stack([x, -y - 2.5], axis=1) / 17
 
 
-def _bar() -> np.ndarray:
-    return np.array([[-0.93, -0.36], [0.93, -0.36], [0.93, 0.36], [-0.93, 0.36]])
+STAR = _on_circle(np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5))
+BAR = np.array([[-0.93, -0.36], [0.93, -0.36], [0.93, 0.36], [-0.93, 0.36]])
 
 
 # -- textures: (u, v) in periods, r = radius in periods -> values in [-1, 1] ----------------------
@@ -147,8 +143,8 @@ LOOKS: dict[str, Look] = {
     "brick_square": Look(_regular(4), _bricks, (0.0, 0.5)),
     "checked_cross": Look(_cross(), _checks, (0.12, 0.45)),
     "dotted_heart": Look(_heart(), _dots, (0.25, 0.37)),
-    "grainy_bar": Look(_bar(), _grain, (0.37, 0.77)),
-    "ray_star": Look(_star(), _rays, (0.5, 0.75)),
+    "grainy_bar": Look(BAR, _grain, (0.37, 0.77)),
+    "ray_star": Look(STAR, _rays, (0.5, 0.75)),
     "ringed_disc": Look(_regular(48), _rings, (0.62, 0.12)),
     "striped_triangle": Look(_regular(3), _stripes, (0.75, 0.95)),
     "wavy_crescent": Look(_crescent(), _waves, (0.87, 0.47)),
