@@ -18,13 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision import utils
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import (
-    draw_bounding_boxes,
-    draw_keypoints,
-    draw_segmentation_masks,
-    make_grid,
-)
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
@@ -273,7 +268,7 @@ def draw_objects(
         return image
     width = _stroke(image)
     if objects.masks is not None:
-        image = draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
+        image = utils.draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
     if objects.surfaces is not None:
         for surface, box in zip(objects.surfaces, objects.boxes, strict=True):
             image = _draw_surface(image, surface, box)
@@ -283,7 +278,7 @@ def draw_objects(
         for points, visible, shade in zip(
             objects.keypoints, objects.visible, objects.colours, strict=True
         ):
-            image = draw_keypoints(
+            image = utils.draw_keypoints(
                 image,
                 points[None],
                 connectivity=list(skeleton) or None,
@@ -292,7 +287,7 @@ def draw_objects(
                 width=width,
                 visibility=visible[None],
             )
-    image = draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
+    image = utils.draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
     corners = objects.boxes[:, :2].tolist()
     return _write(image, zip(corners, objects.labels, objects.colours, strict=True))
 
@@ -331,7 +326,7 @@ def draw_labels(image: Tensor, labels: np.ndarray, classes: Sequence[str]) -> Te
         return image
     masks = torch.from_numpy(np.stack([labels == index for index in found]))
     colours = [colour(index) for index in found]
-    image = draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
+    image = utils.draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
     places = [_inside(mask.numpy()) for mask in masks]
     return _write(image, zip(places, [classes[c] for c in found], colours, strict=True))
 
@@ -377,4 +372,4 @@ def contact_sheet(pictures: Sequence[Tensor], cell: int = 480) -> Tensor:
     for canvas, picture in zip(padded, shrunk, strict=True):
         canvas[:, : picture.shape[1], : picture.shape[2]] = picture
     columns = math.ceil(math.sqrt(len(shrunk) * height / width))
-    return make_grid(padded, nrow=columns, padding=4, pad_value=255)
+    return utils.make_grid(padded, nrow=columns, padding=4, pad_value=255)

@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("source", metavar="IN",
-        help="MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file")  # fmt: skip
+    known = "MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file"
+    add("source", metavar="IN", help=known)
     add("out", metavar="OUT", help=".pkl or .pth for Detectron2, .pth for torchvision")
     add("--to", choices=("detectron2", "torchvision"), default="detectron2")
     add("-v", "--verbose", action="store_true", help="list every key")

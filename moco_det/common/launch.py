@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco_det.common.errors import UserError
+from moco_det.common.processes import signals_handled
 
 TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the others waiting
 
@@ -128,11 +129,8 @@ def _sigterm_passed_on(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
+    with signals_handled(pass_on, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _worker(

@@ -44,7 +44,7 @@ from pretrain.evaluation.features import RANDOM
 FOLDER = REPOSITORY / "pretrain"
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
 UNTRAINED = "untrained"
-# Arguments of main.py that no number depends on, and the data, which is told apart.
+# Arguments of main.py that no number depends on, and the data, which is an entry of its own.
 NO_SETTINGS = (
     "data", "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
@@ -91,9 +91,9 @@ def read_ablation(path: Path) -> Ablation:
         varied = flags.as_flags(values, flags.pretraining_parser(), str(path))
         rows.append(Variant(" ".join(varied) or "(base)", base + varied))
     names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} has two rows '{twice}'")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has two rows '{name}'")
     seeds = content.get("seeds", 3)
     if not isinstance(seeds, int) or seeds < 1:
         raise UserError(f"'seeds' in {path} must be a number of at least 1, not {seeds!r}")

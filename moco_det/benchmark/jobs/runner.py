@@ -33,6 +33,7 @@ from moco_det.benchmark.jobs.job import (
     provenance,
 )
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.processes import signals_handled
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 90  # what a stopped command gets to save its checkpoint
@@ -66,13 +67,11 @@ class Eta:
     def __init__(self, jobs: Sequence[Job], at_a_time: int = 1):
         self.commands = [command for job in jobs for command in job.commands]
         self._at_a_time = at_a_time
-        self._waiting = set(self.commands)
-        self._begun: dict[Command, float] = {}
+        self._begun: dict[Command, float | None] = dict.fromkeys(self.commands)  # None: not yet
         self._announced: dict[Command, float] = {}  # when a running command says that it will end
         self._measured: dict[str, list[float]] = {}  # name -> seconds
 
     def begin(self, command: Command, now: float) -> None:
-        self._waiting.discard(command)
         self._begun[command] = now
         self._announced.pop(command, None)
 
@@ -91,17 +90,18 @@ class Eta:
     def drop(self, job: Job) -> None:
         """Count on nothing more from `job`."""
         for command in job.commands:
-            self._waiting.discard(command)
             self._begun.pop(command, None)
 
     def left(self, now: float) -> float | None:
         """None where nothing tells how long some command takes."""
-        # Copies, because other threads begin and finish commands.
-        seconds = [self._expected(command) for command in tuple(self._waiting)]
-        for command, begun in tuple(self._begun.items()):
+        seconds = []
+        for command, begun in tuple(self._begun.items()):  # other threads begin and finish commands
             expected = self._expected(command)
-            end = self._announced.get(command, expected and begun + expected)
-            seconds.append(end and max(0.0, end - now))
+            if begun is None:
+                seconds.append(expected)
+            else:
+                end = self._announced.get(command, expected and begun + expected)
+                seconds.append(end and max(0.0, end - now))
         return None if None in seconds else sum(seconds) / self._at_a_time
 
     def _expected(self, command: Command) -> float | None:
@@ -418,10 +418,5 @@ def exit_on_signals(message: str) -> Iterator[None]:
         print(message, file=sys.stderr, flush=True)
         sys.exit(128 + number)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, stop) for number in signals}
-    try:
+    with signals_handled(stop, signal.SIGTERM, signal.SIGINT):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -198,14 +198,12 @@ def convert(checkpoints: Mapping[str, Path], output: Path, repository: Path) -> 
     Raises:
         UserError: a checkpoint cannot be converted, or another one than before is given for a row.
     """
-    targets = {name: weight_file(name, source, output) for name, source in checkpoints.items()}
-    run_in_order(
-        [
-            _conversion(name, source, targets[name], repository)
-            for name, source in checkpoints.items()
-            if targets[name] != source
-        ]
-    )
+    jobs = []
+    for name, source in checkpoints.items():
+        target = weight_file(name, source, output)
+        if target != source:
+            jobs.append(_conversion(name, source, target, repository))
+    run_in_order(jobs)
 
 
 def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:

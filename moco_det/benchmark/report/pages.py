@@ -8,7 +8,6 @@ drawn is in the templates *_chart.svg.j2; here is where it lies.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +46,7 @@ def _environment() -> Environment:
         "count": tables.count_text,
         "duration": duration,
     }
+    environment.globals |= {"line_chart": line_chart, "dumbbell_chart": dumbbell_chart}
     return environment
 
 
@@ -59,15 +59,6 @@ def duration(seconds: float) -> str:
 
 
 # -- charts ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """A polyline through (x, y) with x >= 0; `style` is its CSS class, `dots` marks its points."""
-
-    points: Points
-    style: str
-    dots: bool = False
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -92,19 +83,23 @@ def tick_text(value: float) -> str:
 def line_chart(
     title: str,
     description: str,
-    lines: Sequence[Line],
+    lines: Sequence[tuple[str, Points]],
     x_label: str,
     y_label: str,
     reference: tuple[float, str] | None = None,
     percent: bool = False,
+    dots: bool = False,
 ) -> Markup:
     """Draw lines over common axes, x from 0.
 
-    `reference` is a dashed level with its name written on it; `percent` keeps 0 in the picture, so
-    that a small gain does not look like a large one.
+    Args:
+        lines: the CSS class of each, and its points.
+        reference: a dashed level, and the name that is written on it.
+        percent: keep 0 in the picture, so that a small gain does not look like a large one.
+        dots: mark the points.
     """
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + ([reference[0]] if reference else [])
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points] + ([reference[0]] if reference else [])
     y_ticks = nice_ticks(0.0 if percent else min(ys), max(ys))
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     return render(
@@ -115,7 +110,7 @@ def line_chart(
         y=_scale(y_ticks[0], y_ticks[-1], bottom, top),
         x_ticks=[tick for tick in nice_ticks(0.0, max(xs), 6) if tick <= max(xs)],
         y_ticks=y_ticks, tick_text=tick_text, lines=lines, x_label=x_label, y_label=y_label,
-        reference=reference,
+        reference=reference, dots=dots,
     )  # fmt: skip
 
 

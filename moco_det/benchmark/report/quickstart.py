@@ -11,18 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
-from moco_det.benchmark.report.pages import Line, Points, dumbbell_chart, line_chart, render
-from moco_det.benchmark.report.pictures import (
-    SCORE_SHOWN,
-    JudgedPicture,
-    evenly_spaced,
-    judged_picture,
-)
+from moco_det.benchmark.report import pictures
+from moco_det.benchmark.report.pages import Points, render
 from moco_det.common.errors import UserError
 from moco_det.datasets import Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
@@ -34,7 +30,7 @@ METRICS = {
 }
 PICTURES = 8  # test images
 
-PicturePair = Mapping[str, JudgedPicture]  # start -> what its detector found on one test image
+PicturePair = Mapping[str, pictures.JudgedPicture]  # start -> its detector on one image
 
 
 # -- what is known of a run -----------------------------------------------------------------------
@@ -62,13 +58,6 @@ class DetectorPair:
 
 
 @dataclass(frozen=True)
-class StepTaken:
-    name: str
-    command: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Results:
     """Everything the report says.
 
@@ -76,6 +65,7 @@ class Results:
         seconds: of the whole run.
         data: label -> text, what was trained and tested on.
         detection_loss: "random", "moco" -> the curve of each seed, (iteration, loss).
+        steps: {name, command, seconds} of each.
         environment: label -> text.
         settings: name of a settings file -> its text.
     """
@@ -87,7 +77,7 @@ class Results:
     pretraining: Pretraining
     detection: Sequence[DetectorPair]
     detection_loss: Mapping[str, Sequence[Points]]
-    steps: Sequence[StepTaken]
+    steps: Sequence[Mapping[str, Any]]
     environment: Mapping[str, str]
     settings: Mapping[str, str]
 
@@ -96,6 +86,20 @@ class Results:
         moco = [pair.moco[metric] for pair in self.detection]
         differences = tuple(map(operator.sub, moco, random))
         return PairedComparison(statistics.fmean(random), statistics.fmean(moco), differences)
+
+    def rows(self, metric: str) -> list[tuple[str, float, float]]:
+        """(name, random, MoCo) of each seed and, of several, of their mean."""
+        rows = [(f"seed {p.seed}", p.random[metric], p.moco[metric]) for p in self.detection]
+        if len(rows) > 1:
+            means = self.comparison(metric)
+            rows.append(("mean", means.random, means.moco))
+        return rows
+
+    @property
+    def detection_lines(self) -> list[tuple[str, Points]]:
+        """(start, curve of the loss) of each detector that has logged one."""
+        starts = ("random", "moco")
+        return [(start, run) for start in starts for run in self.detection_loss[start] if run]
 
     @property
     def knn_top1(self) -> dict[str, float | None]:
@@ -204,9 +208,9 @@ def read_ap(folder: RunFolder) -> dict[str, float]:
         raise UserError(f"{path} holds no {error}: the detector was not evaluated") from error
 
 
-def _step_taken(name: str, folder: JobFolder) -> StepTaken:
+def _step_taken(name: str, folder: JobFolder) -> dict[str, Any]:
     record = folder.record
-    return StepTaken(name, record["command"], round(record["seconds"], 1))
+    return {"name": name, "command": record["command"], "seconds": round(record["seconds"], 1)}
 
 
 def draw_pairs(plan) -> list[PicturePair]:
@@ -220,7 +224,7 @@ def draw_pairs(plan) -> list[PicturePair]:
             start: read_predictions(predictions_file(folders[0].path, dataset.name), dataset)
             for start, folders in _detector_folders(plan).items()
         }
-        records = evenly_spaced(dataset.records(), PICTURES)
+        records = pictures.evenly_spaced(dataset.records(), PICTURES)
         return [draw_pair(record, found, dataset.classes) for record in records]
     except UserError as error:  # the numbers are worth a report without pictures too
         print(f"warning: the report has no pictures: {error}", flush=True)
@@ -229,11 +233,11 @@ def draw_pairs(plan) -> list[PicturePair]:
 
 def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
     """`found`: start -> image id, as text -> prediction."""
-    image_id = str(record["image_id"])
-    return {
-        start: judged_picture(record, found[start][image_id], classes, f"{name}, image {image_id}")
-        for start, name in (("moco", "MoCo"), ("random", "Random"))
-    }
+    image_id, pair = str(record["image_id"]), {}
+    for start, name in (("moco", "MoCo"), ("random", "Random")):
+        label = f"{name}, image {image_id}"
+        pair[start] = pictures.judged_picture(record, found[start][image_id], classes, label)
+    return pair
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -262,32 +266,15 @@ def as_json(results: Results) -> dict:
 
 def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
     """report.html; without a gallery where there are no `pairs`."""
-    knn = results.pretraining.knn
     return render(
         "quickstart.html.j2",
         title=results.title,
         results=results,
-        loss_chart=_loss_chart(results.pretraining),
-        knn_chart=_knn_chart(knn) if knn else None,
-        ap50_chart=_ap50_chart(results),
-        detection_loss_chart=_detection_loss_chart(results.detection_loss),
+        epoch_means=_epoch_means(results.pretraining.loss),
         metrics=METRICS,
         pairs=pairs,
-        score_shown=SCORE_SHOWN,
-        commands="\n\n".join(step.command for step in results.steps),
-    )
-
-
-def _loss_chart(pretraining: Pretraining) -> Markup:
-    points, chance = pretraining.loss, pretraining.chance_loss
-    means = _epoch_means(points)
-    return line_chart(
-        "Pretraining loss",
-        f"From {points[0][1]:.2f} to {means[-1][1]:.2f}; guessing gives {chance:.2f}.",
-        [Line(points, "faint"), Line(means, "moco")],
-        "epoch",
-        "contrastive loss",
-        reference=(chance, "guessing among all keys"),
+        score_shown=pictures.SCORE_SHOWN,
+        commands="\n\n".join(step["command"] for step in results.steps),
     )
 
 
@@ -297,33 +284,3 @@ def _epoch_means(points: Points) -> list[tuple[float, float]]:
     for x, loss in points:
         epochs.setdefault(int(-(-x // 1)), []).append(loss)
     return [(epoch - 0.5, statistics.fmean(losses)) for epoch, losses in sorted(epochs.items())]
-
-
-def _knn_chart(curve: Points) -> Markup:
-    first, last = curve[0][1], curve[-1][1]
-    return line_chart(
-        "kNN top-1 accuracy",
-        f"From {first:.1f} % before training to {last:.1f} % after epoch {curve[-1][0]:g}.",
-        [Line(curve, "moco", dots=True)],
-        "epoch",
-        "kNN top-1 (%)",
-        reference=(first, f"random encoder: {first:.1f} %"),
-        percent=True,
-    )
-
-
-def _ap50_chart(results: Results) -> Markup:
-    rows = [(f"seed {p.seed}", p.random["AP50"], p.moco["AP50"]) for p in results.detection]
-    if len(rows) > 1:
-        ap50 = results.comparison("AP50")
-        rows.append(("mean", ap50.random, ap50.moco))
-    words = "; ".join(f"{name}: random {a:.1f}, MoCo {b:.1f}" for name, a, b in rows)
-    return dumbbell_chart("AP50", words, rows)
-
-
-def _detection_loss_chart(losses: Mapping[str, Sequence[Points]]) -> Markup | None:
-    lines = [Line(run, style) for style in ("random", "moco") for run in losses[style] if run]
-    if not lines:
-        return None
-    description = "One line per seed and start."
-    return line_chart("Detector training loss", description, lines, "iteration", "training loss")

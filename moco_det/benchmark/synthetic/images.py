@@ -351,18 +351,21 @@ def draw_scenes(split: str, seed: int, count: int) -> Iterator[Scene]:
         yield draw_scene(rng, list(itertools.islice(dealer, objects)), radii)
 
 
-def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> None:
-    """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names."""
+def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> dict[str, Scene]:
+    """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names.
+
+    Returns:
+        Name of each image, without its ending -> the scene.
+    """
     folder = Path(root) / "scenes"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    names = []
-    for index, scene in enumerate(draw_scenes(split, seed, count)):
-        names.append(f"{split}_{index:05d}")
-        write_jpeg(folder / "JPEGImages" / f"{names[-1]}.jpg", scene.image)
-        annotation = _annotation(f"{names[-1]}.jpg", scene)
-        (folder / "Annotations" / f"{names[-1]}.xml").write_text(annotation)
-    (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    scenes = {f"{split}_{i:05d}": s for i, s in enumerate(draw_scenes(split, seed, count))}
+    for name, scene in scenes.items():
+        write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene.image)
+        (folder / "Annotations" / f"{name}.xml").write_text(_annotation(f"{name}.jpg", scene))
+    (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(scenes) + "\n")
+    return scenes
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def test_tick_text():
 
 
 def test_points_lie_where_the_axes_say():
-    line = pages.Line([(0, 0), (10, 50), (20, 100)], "moco")
+    line = ("moco", [(0, 0), (10, 50), (20, 100)])
     svg = pages.line_chart("T", "D", [line], "x", "y", percent=True)
     points = re.search(r'points="(.*?)"', svg)[1].split()
     left, right = pages.LEFT, pages.WIDTH - pages.RIGHT
@@ -72,7 +72,7 @@ def test_points_lie_where_the_axes_say():
 
 
 def test_percent_charts_start_at_zero():
-    line = pages.Line([(0, 60.0), (1, 62.0)], "moco")
+    line = ("moco", [(0, 60.0), (1, 62.0)])
     assert ">0</text>" in pages.line_chart("T", "D", [line], "x", "y", percent=True)
 
 

@@ -17,7 +17,7 @@ from moco_det.benchmark.jobs.runs import RunFolder
 from moco_det.benchmark.report import quickstart
 from moco_det.benchmark.report.pages import duration
 from moco_det.benchmark.report.pictures import JudgedPicture
-from moco_det.benchmark.report.quickstart import DetectorPair, Pretraining, StepTaken
+from moco_det.benchmark.report.quickstart import DetectorPair, Pretraining
 from moco_det.benchmark.significance import signed
 from moco_det.benchmark.synthetic import images
 from moco_det.common.errors import UserError
@@ -52,7 +52,7 @@ RESULTS = quickstart.Results(
         "random": [[[20, 3.0], [40, 2.0]], [[20, 3.1], [40, 2.2]]],
         "moco": [[[20, 2.5], [40, 1.5]], [[20, 2.4], [40, 1.4]]],
     },
-    steps=[StepTaken("pretrain", "python x --y '<z>'", 65.0)],
+    steps=[{"name": "pretrain", "command": "python x --y '<z>'", "seconds": 65.0}],
     environment={"processor": "A CPU, 2 cores", "torch": "2.9.9"},
     settings={"recipe.yaml": "lr: 0.06  # see https://example.org\n"},
 )
