@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import utils
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
@@ -368,8 +368,6 @@ def contact_sheet(pictures: Sequence[Tensor], cell: int = 480) -> Tensor:
         shrunk.append(pil_to_tensor(small))
     height = max(picture.shape[1] for picture in shrunk)
     width = max(picture.shape[2] for picture in shrunk)
-    padded = torch.full((len(shrunk), 3, height, width), 255, dtype=torch.uint8)
-    for canvas, picture in zip(padded, shrunk, strict=True):
-        canvas[:, : picture.shape[1], : picture.shape[2]] = picture
+    padded = [pad(p, [0, 0, width - p.shape[2], height - p.shape[1]], fill=255) for p in shrunk]
     columns = math.ceil(math.sqrt(len(shrunk) * height / width))
     return utils.make_grid(padded, nrow=columns, padding=4, pad_value=255)

@@ -78,7 +78,6 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         tables=grid.select(args.tables),
         checkpoints=checkpoints,
         trials=range(1, args.trials + 1) if args.trials else None,
-        configs=REPOSITORY / "configs",
         options=args.opts,
         settings=Settings(REPOSITORY, output, engine, args.gpus_per_run, args.retries),
     )

@@ -108,8 +108,7 @@ class Grid:
             found = [t for t in self.tables if re.match(rf"{re.escape(name)}(?!\d)", t)]
             if not found:
                 raise UserError(f"no table {name!r}: there are {', '.join(self.tables)}")
-            exact = [name] if name in found else found
-            chosen |= {table: self.tables[table] for table in exact}
+            chosen |= {t: self.tables[t] for t in found if name not in found or t == name}
         return list(chosen.values())
 
     def own_rows(self, weights: Iterable[str]) -> list[str]:

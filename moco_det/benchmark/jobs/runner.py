@@ -391,9 +391,9 @@ def gpu_slots(gpus_per_job: int, at_a_time: int | None) -> list[Slot]:
     if gpus:
         if gpus_per_job > len(gpus):
             raise UserError(f"--gpus-per-run {gpus_per_job}: only {len(gpus)} are visible")
-        groups = [gpus[i : i + gpus_per_job] for i in range(0, len(gpus), gpus_per_job)]
-        whole = [group for group in groups if len(group) == gpus_per_job]
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in whole[:at_a_time]]
+        starts = range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
+        groups = [",".join(gpus[start : start + gpus_per_job]) for start in starts]
+        return [{"CUDA_VISIBLE_DEVICES": group} for group in groups[:at_a_time]]
     count = at_a_time or 1
     threads = max(1, cores() // (count * gpus_per_job))
     variable = "OMP_NUM_THREADS"

@@ -79,10 +79,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_results(folder: Path) -> dict[str, float]:
     """The last evaluation in an OUTPUT_DIR, "task/metric" -> percent; {} where there was none."""
     evaluations = [line for line in read_metrics(folder) if any("/" in key for key in line)]
-    if not evaluations:
-        return {}
-    last = evaluations[-1].items()
-    return {key: value for key, value in last if "/" in key and value is not None}
+    last = evaluations[-1] if evaluations else {}
+    return {key: value for key, value in last.items() if "/" in key and value is not None}
 
 
 # -- runs as jobs ---------------------------------------------------------------------------------

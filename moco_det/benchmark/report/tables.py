@@ -271,12 +271,10 @@ def table_json(table: Table) -> dict[str, Any]:
 
 
 def cell_json(cell: Cell) -> dict[str, Any]:
-    summary = cell.summary
+    summary = asdict(cell.summary) if cell.summary else {"mean": None, "sd": None, "n": 0}
     return {
         "published": cell.published,
-        "mean": summary.mean if summary else None,
-        "sd": summary.sd if summary else None,
-        "n": summary.n if summary else 0,
+        **summary,
         "values": dict(cell.values),
         "from_published": _difference_json(cell.from_published),
         "from_reference": _difference_json(cell.from_reference),
