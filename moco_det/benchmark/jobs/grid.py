@@ -105,10 +105,11 @@ class Grid:
             return list(self.tables.values())
         chosen = {}
         for name in names:
-            found = [t for t in self.tables if re.match(rf"{re.escape(name)}(?!\d)", t)]
+            beginning = re.compile(rf"{re.escape(name)}(?!\d)")
+            found = [name] if name in self.tables else list(filter(beginning.match, self.tables))
             if not found:
                 raise UserError(f"no table {name!r}: there are {', '.join(self.tables)}")
-            chosen |= {t: self.tables[t] for t in found if name not in found or t == name}
+            chosen |= {table: self.tables[table] for table in found}
         return list(chosen.values())
 
     def own_rows(self, weights: Iterable[str]) -> list[str]:
