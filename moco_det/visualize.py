@@ -18,13 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import (
-    draw_bounding_boxes,
-    draw_keypoints,
-    draw_segmentation_masks,
-    make_grid,
-)
+from torchvision import utils
+from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
@@ -174,7 +169,8 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         for a in annotations
     ]
     size = record["height"], record["width"]
-    masks = keypoints = points = None
+    category_ids = [annotation["category_id"] for annotation in annotations]
+    masks = keypoints = visible = points = None
     if any(map(has_points, annotations)):
         points = [_surface_points(annotation) for annotation in annotations]
     if any("segmentation" in annotation for annotation in annotations):
@@ -183,15 +179,10 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         most = max(len(annotation.get("keypoints", ())) for annotation in annotations)
         keypoints = torch.tensor([a.get("keypoints") or [0] * most for a in annotations])
         keypoints = keypoints.reshape(len(annotations), -1, 3).float()
-    return _objects(
-        boxes=torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
-        classes=[annotation["category_id"] for annotation in annotations],
-        labels=labels,
-        masks=masks,
-        keypoints=keypoints,
-        keypoint_threshold=0.5,  # 0: not labelled, 1: hidden, 2: seen
-        points=points,
-    )
+        keypoints, visible = keypoints[..., :2], keypoints[..., 2] > 0  # 1: hidden, 2: seen
+    boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
+    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    return Objects(boxes, labels, colours, masks, keypoints, visible, points=points)
 
 
 def _surface_points(annotation: Mapping[str, Any]) -> Tensor:
@@ -218,45 +209,23 @@ def predicted_objects(
     scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
     order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
     category_ids = torch.as_tensor(prediction["classes"])[order].tolist()
-    masks = keypoints = surfaces = None
+    masks = keypoints = visible = surfaces = None
     if "densepose" in prediction:
         surfaces = [torch.from_numpy(decode_iuv(prediction["densepose"][i])) for i in order]
     if "segmentations" in prediction:
         masks = _stack([_mask(prediction["segmentations"][i], size) for i in order], size)
     if "keypoints" in prediction and order:
         keypoints = torch.as_tensor(prediction["keypoints"], dtype=torch.float32)[order]
-    return _objects(
-        boxes=torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order],
-        classes=category_ids,
-        labels=[f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)],
-        masks=masks,
-        keypoints=keypoints,
-        keypoint_threshold=KEYPOINT_SHOWN,
-        surfaces=surfaces,
-    )
+        keypoints, visible = keypoints[..., :2], keypoints[..., 2] >= KEYPOINT_SHOWN
+    boxes = torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order]
+    labels = [f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)]
+    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    return Objects(boxes, labels, colours, masks, keypoints, visible, surfaces=surfaces)
 
 
-def _objects(
-    *,
-    boxes: Tensor,
-    classes: list[int],
-    labels: list[str],
-    masks: Tensor | None,
-    keypoints: Tensor | None,
-    keypoint_threshold: float,
-    points: list[Tensor] | None = None,
-    surfaces: list[Tensor] | None = None,
-) -> Objects:
-    """`keypoints` (N, K, 3), of which those are visible whose third number reaches the threshold;
-    the colours are the classes', or the objects' own where they have shapes."""
-    # Where shapes overlap, objects of one class must be told apart too.
-    by_object = masks is not None or keypoints is not None
-    colours = [colour(index) for index in (range(len(boxes)) if by_object else classes)]
-    objects = Objects(boxes, labels, colours, masks, points=points, surfaces=surfaces)
-    if keypoints is None:
-        return objects
-    visible = keypoints[..., 2] >= keypoint_threshold
-    return replace(objects, keypoints=keypoints[..., :2], visible=visible)
+def _colours(classes: Sequence[int], by_object: bool) -> list[Colour]:
+    """Of the classes, or of each object where those have shapes: of one class, they may overlap."""
+    return [colour(index) for index in (range(len(classes)) if by_object else classes)]
 
 
 def _mask(shape: list | Mapping[str, Any] | None, size: tuple[int, int]) -> Tensor:
@@ -299,7 +268,7 @@ def draw_objects(
         return image
     width = _stroke(image)
     if objects.masks is not None:
-        image = draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
+        image = utils.draw_segmentation_masks(image, objects.masks, MASK_OPACITY, objects.colours)
     if objects.surfaces is not None:
         for surface, box in zip(objects.surfaces, objects.boxes, strict=True):
             image = _draw_surface(image, surface, box)
@@ -309,7 +278,7 @@ def draw_objects(
         for points, visible, shade in zip(
             objects.keypoints, objects.visible, objects.colours, strict=True
         ):
-            image = draw_keypoints(
+            image = utils.draw_keypoints(
                 image,
                 points[None],
                 connectivity=list(skeleton) or None,
@@ -318,7 +287,7 @@ def draw_objects(
                 width=width,
                 visibility=visible[None],
             )
-    image = draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
+    image = utils.draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
     corners = objects.boxes[:, :2].tolist()
     return _write(image, zip(corners, objects.labels, objects.colours, strict=True))
 
@@ -357,7 +326,7 @@ def draw_labels(image: Tensor, labels: np.ndarray, classes: Sequence[str]) -> Te
         return image
     masks = torch.from_numpy(np.stack([labels == index for index in found]))
     colours = [colour(index) for index in found]
-    image = draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
+    image = utils.draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
     places = [_inside(mask.numpy()) for mask in masks]
     return _write(image, zip(places, [classes[c] for c in found], colours, strict=True))
 
@@ -399,8 +368,6 @@ def contact_sheet(pictures: Sequence[Tensor], cell: int = 480) -> Tensor:
         shrunk.append(pil_to_tensor(small))
     height = max(picture.shape[1] for picture in shrunk)
     width = max(picture.shape[2] for picture in shrunk)
-    padded = torch.full((len(shrunk), 3, height, width), 255, dtype=torch.uint8)
-    for canvas, picture in zip(padded, shrunk, strict=True):
-        canvas[:, : picture.shape[1], : picture.shape[2]] = picture
+    padded = [pad(p, [0, 0, width - p.shape[2], height - p.shape[1]], fill=255) for p in shrunk]
     columns = math.ceil(math.sqrt(len(shrunk) * height / width))
-    return make_grid(padded, nrow=columns, padding=4, pad_value=255)
+    return utils.make_grid(padded, nrow=columns, padding=4, pad_value=255)

@@ -26,7 +26,7 @@ from tiny_voc import write_tiny_voc
 from moco_det.benchmark.jobs.ablation import read_ablation
 from moco_det.benchmark.jobs.grid import load_grid
 from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.benchmark.report.charts import Line, dumbbell_chart, line_chart
+from moco_det.benchmark.report.pages import dumbbell_chart, line_chart
 from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
@@ -307,7 +307,7 @@ def test_the_picture_is_made_of_a_report(tmp_path, monkeypatch):
     (sheet,) = (REPOSITORY / "moco_det/benchmark/report").rglob("report.css")
     page = [
         f"<style>\n{sheet.read_text()}</style>",
-        line_chart("kNN top-1", "", [Line([(0, 1.0), (1, 2.0)], "moco")], "epoch", "%"),
+        line_chart("kNN top-1", "", [("moco", [(0, 1.0), (1, 2.0)])], "epoch", "%"),
         dumbbell_chart("AP50", "", [("mean", 1.0, 2.0)]),
         *['<svg class="photo" viewBox="0 0 9 9"><image/></svg>'] * 12,
     ]

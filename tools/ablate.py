@@ -18,13 +18,11 @@ from moco_det.benchmark.jobs import ablation
 from moco_det.benchmark.jobs.job import provenance
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("ablation", type=Path, metavar="YAML", help="one of configs/ablations/")
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")

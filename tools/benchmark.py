@@ -8,16 +8,14 @@ python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moc
 """
 
 import argparse
-import os
-import platform
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark.speed.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
-from moco_det.benchmark.speed.detector import Task, peak_memory, step_functions
-from moco_det.benchmark.speed.pretraining import alternate, data_path, pretrain_step
+from moco_det.benchmark import speed
+from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
+from moco_det.benchmark.jobs.job import cores, processor
 from moco_det.common.errors import exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
@@ -81,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def report_step(args: argparse.Namespace) -> None:
-    seconds = pretrain_step(
+    seconds = speed.pretrain_step(
         args.arch, args.batch_size, args.image_size, args.device, args.amp, args.rounds
     )
     reference = seconds.pop("reference")
@@ -92,7 +90,7 @@ def report_step(args: argparse.Namespace) -> None:
 
 
 def report_data(args: argparse.Namespace) -> None:
-    seconds = data_path(args.images, args.image_size, args.rounds)
+    seconds = speed.data_path(args.images, args.image_size, args.rounds)
     for name, label in (("reference", "torchvision + PIL"), ("ours", "ours")):
         print(f"{label:20s} {1 / seconds[name]:8.1f} images/s and core")
     print(f"ratio {seconds['reference'] / seconds['ours']:.2f}")
@@ -121,14 +119,14 @@ def report_detector(args: argparse.Namespace) -> None:
     if "detectron2" in (args.engine, args.versus):
         require_detectron2()
     opts = (*args.opts, "MODEL.DEVICE", args.device)
-    task = Task(args.config_file, opts, *args.image_size, args.batch_size)
+    task = speed.DetectorTask(args.config_file, opts, *args.image_size, args.batch_size)
     weights = task.weights()
     candidates = {
         (engine, *step): function
         for engine in dict.fromkeys((args.versus, args.engine))
-        for step, function in step_functions(engine, task, weights, args.amp).items()
+        for step, function in speed.detector_steps(engine, task, weights, args.amp).items()
     }
-    seconds = alternate(
+    seconds = speed.alternate(
         candidates, args.rounds, torch.cuda.synchronize if args.device == "cuda" else None
     )
     for phase, unit in (("train", "s/iteration"), ("infer", "s/image")):
@@ -137,7 +135,8 @@ def report_detector(args: argparse.Namespace) -> None:
             print(compared(f"{phase}, {NAMES[amp]}", args, *pair, unit))
     for amp in args.amp:
         pair = (
-            peak_memory(engine, task, weights, amp) / 2**30 for engine in (args.engine, args.versus)
+            speed.detector_memory(engine, task, weights, amp) / 2**30
+            for engine in (args.engine, args.versus)
         )
         print(compared(f"peak memory, {NAMES[amp]}", args, *pair, "GiB"))
 
@@ -151,15 +150,11 @@ def compared(what: str, args: argparse.Namespace, ours: float, theirs: float, un
 
 def machine(device: str) -> str:
     """Processor, cores, vector instructions and versions: what a figure depends on."""
-    if device == "cuda" and torch.cuda.is_available():
-        processor = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-        processor = names[0] if names else platform.processor()
+    on_gpu = device == "cuda" and torch.cuda.is_available()
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"{processor}, {len(os.sched_getaffinity(0))} cores ({capability}), "
+        f"{torch.cuda.get_device_name() if on_gpu else processor()}, {cores()} cores "
+        f"({capability}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 

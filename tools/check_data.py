@@ -14,7 +14,7 @@ needs; classes that do not fit the model; wrong versions.
 import argparse
 import sys
 
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.dataset_doctor import describe, examine, table
 
@@ -31,26 +31,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 no problem; 1 problems, or an error",
-    )
+    parser = command_parser(__doc__, "0 no problem; 1 problems, or an error")
     add_config_arguments(parser)
-    parser.add_argument(
-        "--images",
-        type=_count,
-        default=100,
-        metavar="N",
-        help="images and label maps to decode of each set, or 'all' (default 100)",
-    )
-    parser.add_argument(
-        "--list",
-        type=int,
-        default=10,
-        metavar="N",
-        help="problems of each kind to print for each set; 0 for all (default 10)",
-    )
+    add = parser.add_argument
+    add("--images", type=_count, default=100, metavar="N",
+        help="images and label maps to decode of each set, or 'all' (default 100)")  # fmt: skip
+    add("--list", type=int, default=10, metavar="N",
+        help="problems of each kind to print for each set; 0 for all (default 10)")  # fmt: skip
     return parser.parse_args(arguments)
 
 

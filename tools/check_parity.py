@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.inference import Probe
@@ -30,23 +30,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 all within the tolerance; 1 a larger difference, or an error",
-    )
+    codes = "0 all within the tolerance; 1 a larger difference, or an error"
+    parser = command_parser(__doc__, codes)
     add_config_arguments(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
     )
-    parser.add_argument(
-        "--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels"
-    )
-    parser.add_argument("--images", type=int, default=2, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)"
-    )
+    add("--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
+    add("--images", type=int, default=2, metavar="N")
+    add("--seed", type=int, default=0)
+    add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
     return parser.parse_args(arguments)
 
 

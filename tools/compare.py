@@ -4,18 +4,15 @@
 python tools/compare.py moco=output/voc random=output/voc_random
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
 from moco_det.benchmark.report.tables import compare_runs, means_table
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a row and an OUTPUT_DIR")
     with exit_cleanly():
         runs = defaultdict(list)

@@ -11,7 +11,7 @@ import argparse
 
 from torch import nn
 
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.weights.conversion import convert_file
 from moco_det.weights.names import Architecture
@@ -30,19 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source",
-        metavar="IN",
-        help="MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file",
-    )
-    parser.add_argument(
-        "out", metavar="OUT", help=".pkl or .pth for Detectron2, .pth for torchvision"
-    )
-    parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2")
-    parser.add_argument("-v", "--verbose", action="store_true", help="list every key")
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    known = "MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file"
+    add("source", metavar="IN", help=known)
+    add("out", metavar="OUT", help=".pkl or .pth for Detectron2, .pth for torchvision")
+    add("--to", choices=("detectron2", "torchvision"), default="detectron2")
+    add("-v", "--verbose", action="store_true", help="list every key")
     return parser.parse_args(arguments)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moco_det.benchmark.jobs.quickstart import make_plan, run
 from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "configs/pretrain/quickstart_r18.yaml"
@@ -22,9 +22,7 @@ CONFIG = REPOSITORY / "configs/quick/quickstart_R18_FPN.yaml"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("output/quickstart"), metavar="DIR")
     add("--images", type=Path, metavar="DIR", help="your unlabelled images; needs --voc")

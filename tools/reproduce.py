@@ -23,7 +23,7 @@ from moco_det.benchmark.jobs.job import Job
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
@@ -32,11 +32,10 @@ QUICK_JOBS = 2
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 all runs are finished; 1 an error, or runs that failed; 130 and 143 "
-        "stopped; the same command continues",
+    parser = command_parser(
+        __doc__,
+        "0 all runs are finished; 1 an error, or runs that failed; 130 and 143 stopped; the same "
+        "command continues",
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
@@ -79,7 +78,6 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         tables=grid.select(args.tables),
         checkpoints=checkpoints,
         trials=range(1, args.trials + 1) if args.trials else None,
-        configs=REPOSITORY / "configs",
         options=args.opts,
         settings=Settings(REPOSITORY, output, engine, args.gpus_per_run, args.retries),
     )

@@ -10,7 +10,7 @@ torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 import argparse
 import os
 
-from moco_det.common.errors import EXIT_INTERRUPTED, exit_cleanly
+from moco_det.common.errors import EXIT_INTERRUPTED, command_parser, exit_cleanly
 from moco_det.common.launch import launch
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, choose_engine
@@ -18,33 +18,19 @@ from moco_det.evaluation import verify_results
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "exit codes: 0 done; 1 an error, in one line; "
-            f"{EXIT_INTERRUPTED} SIGTERM, a checkpoint is saved"
-        ),
-    )
+    codes = f"0 done; 1 an error, in one line; {EXIT_INTERRUPTED} SIGTERM, a checkpoint is saved"
+    parser = command_parser(__doc__, codes)
     add_config_arguments(parser)
-    parser.add_argument("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint, if any"
-    )
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine")
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0 (default: a free port)"
-    )
-    parser.add_argument(
-        "--engine", choices=ENGINES, default="auto", help="auto: detectron2 where it is installed"
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="keep the random values of backbone arrays that MODEL.WEIGHTS lacks",
-    )
+    add = parser.add_argument
+    add("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
+    add("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint, if any")
+    add("--num-gpus", type=int, default=1, help="processes per machine")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="number of this machine")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0 (default: a free port)")
+    add("--engine", choices=ENGINES, default="auto", help="auto: detectron2 where it is installed")
+    add("--allow-missing", action="store_true",
+        help="keep the random values of backbone arrays that MODEL.WEIGHTS lacks")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -67,11 +53,5 @@ if __name__ == "__main__":
         engine, reason = choose_engine(arguments.engine)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"engine: {engine} ({reason})", flush=True)
-        launch(
-            main,
-            arguments.num_gpus,
-            arguments.num_machines,
-            arguments.machine_rank,
-            arguments.dist_url,
-            args=(arguments, engine),
-        )
+        machines = arguments.num_machines, arguments.machine_rank
+        launch(main, arguments.num_gpus, *machines, arguments.dist_url, args=(arguments, engine))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_file, add_config_option, load_config
 from moco_det.datasets import Dataset, Record, get_dataset
 from moco_det.evaluation.predictions import read_predictions
@@ -44,26 +44,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", metavar="NAME", help="a name as in DATASETS.TEST")
     add_config_file(source, help="YAML config: its first test set")
-    parser.add_argument("--train", action="store_true", help="draw the config's first training set")
-    parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run"
-    )
-    parser.add_argument(
-        "--score-threshold", type=float, default=0.5, metavar="S", help="lowest drawn (default 0.5)"
-    )
-    parser.add_argument(
-        "--beside", action="store_true", help="with --predictions: draw the annotations on the left"
-    )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="images; 0: all")
-    parser.add_argument("--ids", nargs="+", metavar="ID", help="image ids")
-    parser.add_argument("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
-    parser.add_argument("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
+    add = parser.add_argument
+    add("--train", action="store_true", help="draw the config's first training set")
+    add("--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run")
+    add("--score-threshold", type=float, default=0.5, metavar="S",
+        help="lowest drawn (default 0.5)")  # fmt: skip
+    add("--beside", action="store_true",
+        help="with --predictions: draw the annotations on the left")  # fmt: skip
+    add("--limit", type=int, default=20, metavar="N", help="images; 0: all")
+    add("--ids", nargs="+", metavar="ID", help="image ids")
+    add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
+    add("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
     add_config_option(parser)
     return parser.parse_args(arguments)
 

@@ -1,5 +1,6 @@
 """What a user can put right: one message, an exit code, no traceback."""
 
+import argparse
 import contextlib
 import importlib
 import sys
@@ -24,6 +25,15 @@ def exit_cleanly():
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def command_parser(description: str, exit_codes: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command whose --help prints both texts, the first as it is laid out."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=exit_codes and f"exit codes: {exit_codes}",
+    )
 
 
 def import_optional(module: str, needed_by: str, install: str) -> ModuleType:

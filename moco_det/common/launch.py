@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco_det.common.errors import UserError
+from moco_det.common.processes import signals_handled
 
 TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the others waiting
 
@@ -90,13 +91,13 @@ def spawn(
     first_rank: int,
     world_size: int,
     url: str,
-    backend: str = "nccl",
+    backend: str | None = "nccl",
 ) -> None:
     """Call `main(*args)` in `processes` new processes of this machine, in one process group.
 
     Args:
         first_rank, world_size: the rank of the first of them, and the processes of all machines.
-        backend: for CUDA tensors; CPU tensors always use gloo.
+        backend: see `process_group`.
 
     Raises:
         UserError: the first process's; the others' connections only break because of it.
@@ -128,11 +129,8 @@ def _sigterm_passed_on(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
+    with signals_handled(pass_on, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _worker(
@@ -151,13 +149,18 @@ def _worker(
 
 @contextlib.contextmanager
 def process_group(
-    url: str, rank: int, world_size: int, local_rank: int, backend: str = "nccl"
+    url: str, rank: int, world_size: int, local_rank: int, backend: str | None = "nccl"
 ) -> Iterator[None]:
-    """While open, this process is number `rank` of `world_size`; its GPU is the `local_rank`-th."""
-    if torch.cuda.is_available():
+    """While open, this process is number `rank` of `world_size`; its GPU is the `local_rank`-th.
+
+    `backend`: for CUDA tensors; CPU tensors always use gloo. None: the run takes no GPU, so that
+    there may be more processes than GPUs.
+    """
+    on_gpu = backend is not None and torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group(
-        backend=f"cpu:gloo,cuda:{backend}" if torch.cuda.is_available() else "gloo",
+        backend=f"cpu:gloo,cuda:{backend}" if on_gpu else "gloo",
         init_method=url,
         rank=rank,
         world_size=world_size,

@@ -3,10 +3,11 @@
 Everything works in a single process without a process group, too.
 """
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -118,6 +119,17 @@ def synchronize() -> None:
 
 
 # -- a request to stop ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def signals_handled(handler: Callable, *numbers: int) -> Iterator[None]:
+    """While open, `handler` takes these signals; for the main thread."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 class StopRequest:

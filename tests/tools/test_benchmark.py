@@ -5,7 +5,7 @@ import sys
 import pytest
 from commands import load_command
 
-from moco_det.benchmark.speed.cost import Cost
+from moco_det.benchmark.cost import Cost
 
 
 @pytest.fixture

@@ -37,26 +37,16 @@ from moco_det.benchmark.jobs.job import (
 )
 from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
 from moco_det.common.errors import UserError
+from pretrain import flags
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM
-from pretrain.flags import (
-    as_flags,
-    knn_parser,
-    linear_parser,
-    nearest,
-    parse_knn,
-    parse_linear,
-    parse_pretraining,
-    pretraining_parser,
-    read_yaml,
-)
 
 FOLDER = REPOSITORY / "pretrain"
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
 UNTRAINED = "untrained"
-# Flags of main.py that no number depends on.
+# Arguments of main.py that no number depends on, and the data, which is an entry of its own.
 NO_SETTINGS = (
-    "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
+    "data", "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
 )  # fmt: skip
 EXPECTED = {"pretrain": 120, "knn": 15, "linear": 20}  # seconds; the first guess of an ETA
@@ -89,34 +79,30 @@ class Ablation:
 
 def read_ablation(path: Path) -> Ablation:
     """Raises UserError for what is no ablation, naming the key and the nearest known one."""
-    content = read_yaml(path, "ablation")
+    content = flags.read_yaml(path, "ablation")
     for key in content:
         if key not in KEYS:
-            raise UserError(f"unknown key '{key}' in {path}{nearest(str(key), KEYS)}")
-    base = _base_flags(content, path)
+            raise UserError(f"unknown key '{key}' in {path}{flags.nearest(str(key), KEYS)}")
+    base = _flags(content, "base", path, flags.pretraining_parser())
+    if "recipe" in content:
+        base = ["--recipe", str((path.parent / str(content["recipe"])).resolve()), *base]
     rows = [Variant(UNTRAINED, base)] if content.get("untrained") else []
-    for varied in _variants(content, path):
-        flags = as_flags(varied, pretraining_parser(), str(path))
-        rows.append(Variant(" ".join(flags) or "(base)", base + flags))
+    for values in _variants(content, path):
+        varied = flags.as_flags(values, flags.pretraining_parser(), str(path))
+        rows.append(Variant(" ".join(varied) or "(base)", base + varied))
     names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} has two rows '{twice}'")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has two rows '{name}'")
     seeds = content.get("seeds", 3)
     if not isinstance(seeds, int) or seeds < 1:
         raise UserError(f"'seeds' in {path} must be a number of at least 1, not {seeds!r}")
-    knn_flags, linear_flags = (
-        as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
-        for key, parser in (("knn", knn_parser()), ("linear", linear_parser()))
-    )
-    return Ablation(rows, seeds, knn_flags, linear_flags)
+    knn = _flags(content, "knn", path, flags.knn_parser())
+    return Ablation(rows, seeds, knn, _flags(content, "linear", path, flags.linear_parser()))
 
 
-def _base_flags(content: dict, path: Path) -> list[str]:
-    flags = as_flags(_mapping(content, "base", path), pretraining_parser(), f"'base' of {path}")
-    if "recipe" in content:
-        return ["--recipe", str((path.parent / str(content["recipe"])).resolve()), *flags]
-    return flags
+def _flags(content: dict, key: str, path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    return flags.as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
 
 
 def _mapping(content: dict, key: str, path: Path) -> dict:
@@ -200,7 +186,7 @@ class Trial:
         common = ["--seed", str(self.seed)]
         common += ["--workers", str(self.workers)] if self.workers is not None else []
         pretrain = [*self.variant.flags, *common, "--output", str(self.folder), "--resume", "auto"]
-        args = self._accepted(parse_pretraining, pretrain)
+        args = self._accepted(flags.parse_pretraining, pretrain)
         checkpoint = str(self.folder / LAST) if self.variant.trained else RANDOM
         common += ["--pretrained", checkpoint, "--arch", args.arch]
         common += ["--image-size", str(args.image_size)]
@@ -208,27 +194,28 @@ class Trial:
         neighbours = [*common, *self.ablation.knn, "--output", str(self.folder / "knn.json")]
         probe = [*common, *self.ablation.linear, "--output", str(self.folder / "linear")]
         probe += ["--resume", "auto"]
-        self._accepted(parse_knn, neighbours)
-        self._accepted(parse_linear, probe)
-        commands = {"pretrain": ("main.py", pretrain)} if self.variant.trained else {}
-        commands |= {"knn": ("knn.py", neighbours), "linear": ("linear.py", probe)}
-        return {
-            name: [str(FOLDER / script), str(self.data), *flags]
-            for name, (script, flags) in commands.items()
-        }
+        self._accepted(flags.parse_knn, neighbours)
+        self._accepted(flags.parse_linear, probe)
+        data, commands = str(self.data), {}
+        if self.variant.trained:
+            commands["pretrain"] = [str(FOLDER / "main.py"), data, *pretrain]
+        commands["knn"] = [str(FOLDER / "knn.py"), data, *neighbours]
+        commands["linear"] = [str(FOLDER / "linear.py"), data, *probe]
+        return commands
 
     def settings(self) -> dict:
         """What the numbers depend on: the flags that are not at their defaults.
 
         Where from and how a run is launched is not among it, nor is what it keeps on disk.
         """
-        args = vars(
-            self._accepted(parse_pretraining, [*self.variant.flags, "--seed", str(self.seed)])
-        )
-        parser = pretraining_parser()
-        changed = {k: v for k, v in args.items() if v != parser.get_default(k)}
+        given = [*self.variant.flags, "--seed", str(self.seed)]
+        args, parser = self._accepted(flags.parse_pretraining, given), flags.pretraining_parser()
         return {
-            "pretrain": {k: v for k, v in changed.items() if k not in ("data", *NO_SETTINGS)},
+            "pretrain": {
+                key: value
+                for key, value in vars(args).items()
+                if value != parser.get_default(key) and key not in NO_SETTINGS
+            },
             "trained": self.variant.trained,
             "data": str(self.data),
             "knn": self.ablation.knn,
@@ -249,12 +236,12 @@ class Trial:
         linear_log = _records(self.folder / "linear" / "metrics.jsonl", "val_acc1")
         return values | {"linear top-1": linear_log[-1]["val_acc1"]}
 
-    def _accepted(self, parse: Callable, flags: list[str]) -> argparse.Namespace:
+    def _accepted(self, parse: Callable, words: list[str]) -> argparse.Namespace:
         """The flags as the command's parser reads them; its complaint names the ablation file."""
         printed = io.StringIO()
         try:
             with contextlib.redirect_stderr(printed):
-                return parse([str(self.data), *flags])
+                return parse([str(self.data), *words])
         except UserError as error:
             reason = str(error)
         except SystemExit:  # of argparse, which prints its reason last

@@ -29,10 +29,6 @@ class Row:
     config: str | None = None
     weights: str | None = None
 
-    @property
-    def built_in(self) -> bool:
-        return self.config is not None or self.weights is not None
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -76,10 +72,10 @@ class Part:
     """
 
     experiment: Experiment
-    heading: str
     columns: Mapping[str, str | None]
     published: Mapping[str, Sequence[float | None]]
-    reference: str | None
+    heading: str = ""
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,11 +105,11 @@ class Grid:
             return list(self.tables.values())
         chosen = {}
         for name in names:
-            found = [t for t in self.tables if re.match(rf"{re.escape(name)}(?!\d)", t)]
+            beginning = re.compile(rf"{re.escape(name)}(?!\d)")
+            found = [name] if name in self.tables else list(filter(beginning.match, self.tables))
             if not found:
                 raise UserError(f"no table {name!r}: there are {', '.join(self.tables)}")
-            exact = [name] if name in found else found
-            chosen |= {table: self.tables[table] for table in exact}
+            chosen |= {table: self.tables[table] for table in found}
         return list(chosen.values())
 
     def own_rows(self, weights: Iterable[str]) -> list[str]:
@@ -176,7 +172,7 @@ def make_run(
     """One run, see `Grid.runs`; None for a row that needs a checkpoint which is not given."""
     if row.name in weights:
         ending, first = "moco", str(weights[row.name])
-    elif row.built_in:
+    elif row.config is not None or row.weights is not None:
         ending, first = row.config or "moco", row.weights
     else:
         return None
@@ -191,11 +187,9 @@ def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
     `places`: what names in braces stand for in the options, such as {data}.
     """
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    deviations = {k: KnownDeviation(**v) for k, v in content.get("deviations", {}).items()}
     rows = {name: Row(name, **entry) for name, entry in content["rows"].items()}
     experiments = {
-        name: _experiment(name, entry, deviations, places)
-        for name, entry in content["experiments"].items()
+        name: _experiment(name, entry, places) for name, entry in content["experiments"].items()
     }
     tables = {}
     for name, entry in content["tables"].items():
@@ -204,27 +198,15 @@ def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
     return Grid(rows, tables, content.get("note", ""))
 
 
-def _experiment(name: str, entry: dict, deviations: Mapping, places: Mapping) -> Experiment:
-    known = {metric: deviations[key] for metric, key in entry.get("trial_sd", {}).items()}
-    return Experiment(
-        name=name,
-        title=entry["title"],
-        trials=entry["trials"],
-        file=entry.get("file"),
-        trial_sd=known,
-        options=tuple(str(option).format(**places) for option in entry.get("options", ())),
-        classes=tuple(entry.get("classes", ())),
-        **entry["schedule"],
-        **entry.get("speed", {}),
-    )
+def _experiment(name: str, entry: dict, places: Mapping[str, Path]) -> Experiment:
+    known = {metric: KnownDeviation(**about) for metric, about in entry.get("trial_sd", {}).items()}
+    options = tuple(str(option).format(**places) for option in entry.get("options", ()))
+    classes = tuple(entry.get("classes", ()))
+    return Experiment(name, **entry | {"trial_sd": known, "options": options, "classes": classes})
 
 
 def _part(entry: dict, experiments: Mapping[str, Experiment]) -> Part:
-    columns = entry["columns"]
-    return Part(
-        experiments[entry["experiment"]],
-        entry.get("heading", ""),
-        columns,
-        {row: numbers or [None] * len(columns) for row, numbers in entry["published"].items()},
-        entry.get("reference"),
-    )
+    nothing = [None] * len(entry["columns"])
+    published = {row: numbers or nothing for row, numbers in entry["published"].items()}
+    experiment = experiments[entry["experiment"]]
+    return Part(**entry | {"experiment": experiment, "published": published})

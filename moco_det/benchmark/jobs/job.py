@@ -253,7 +253,7 @@ def hardware() -> dict[str, str]:
     gpus = torch.cuda.device_count()
     return {
         "host": socket.gethostname(),
-        "processor": f"{_processor()}, {cores()} cores",
+        "processor": f"{processor()}, {cores()} cores",
         "gpu": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "none",
         "system": platform.platform(),
     }
@@ -276,7 +276,7 @@ def commit(repository: Path) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where Linux tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

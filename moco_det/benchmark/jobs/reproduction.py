@@ -34,15 +34,14 @@ class Reproduction:
     tables: Sequence[Table]
     checkpoints: Mapping[str, Path]
     trials: Sequence[int] | None
-    configs: Path
     options: Sequence[str]
     settings: Settings
 
     def runs(self) -> list[Run]:
         """Raises UserError for a config that does not exist."""
-        output = self.settings.output
+        output, configs = self.settings.output, self.settings.repository / "configs"
         files = {name: weight_file(name, at, output) for name, at in self.checkpoints.items()}
-        runs = self.grid.runs(self.tables, files, self.trials, self.configs, self.options)
+        runs = self.grid.runs(self.tables, files, self.trials, configs, self.options)
         missing = {run.config_file for run in runs if not run.config_file.is_file()}
         if missing:
             names = ", ".join(sorted(map(str, missing)))

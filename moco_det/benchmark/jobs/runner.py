@@ -33,6 +33,7 @@ from moco_det.benchmark.jobs.job import (
     provenance,
 )
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.processes import signals_handled
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 90  # what a stopped command gets to save its checkpoint
@@ -66,13 +67,11 @@ class Eta:
     def __init__(self, jobs: Sequence[Job], at_a_time: int = 1):
         self.commands = [command for job in jobs for command in job.commands]
         self._at_a_time = at_a_time
-        self._waiting = set(self.commands)
-        self._begun: dict[Command, float] = {}
+        self._begun: dict[Command, float | None] = dict.fromkeys(self.commands)  # None: not yet
         self._announced: dict[Command, float] = {}  # when a running command says that it will end
         self._measured: dict[str, list[float]] = {}  # name -> seconds
 
     def begin(self, command: Command, now: float) -> None:
-        self._waiting.discard(command)
         self._begun[command] = now
         self._announced.pop(command, None)
 
@@ -91,17 +90,18 @@ class Eta:
     def drop(self, job: Job) -> None:
         """Count on nothing more from `job`."""
         for command in job.commands:
-            self._waiting.discard(command)
             self._begun.pop(command, None)
 
     def left(self, now: float) -> float | None:
         """None where nothing tells how long some command takes."""
-        # Copies, because other threads begin and finish commands.
-        seconds = [self._expected(command) for command in tuple(self._waiting)]
-        for command, begun in tuple(self._begun.items()):
+        seconds = []
+        for command, begun in tuple(self._begun.items()):  # other threads begin and finish commands
             expected = self._expected(command)
-            end = self._announced.get(command, expected and begun + expected)
-            seconds.append(end and max(0.0, end - now))
+            if begun is None:
+                seconds.append(expected)
+            else:
+                end = self._announced.get(command, expected and begun + expected)
+                seconds.append(end and max(0.0, end - now))
         return None if None in seconds else sum(seconds) / self._at_a_time
 
     def _expected(self, command: Command) -> float | None:
@@ -391,9 +391,9 @@ def gpu_slots(gpus_per_job: int, at_a_time: int | None) -> list[Slot]:
     if gpus:
         if gpus_per_job > len(gpus):
             raise UserError(f"--gpus-per-run {gpus_per_job}: only {len(gpus)} are visible")
-        groups = [gpus[i : i + gpus_per_job] for i in range(0, len(gpus), gpus_per_job)]
-        whole = [group for group in groups if len(group) == gpus_per_job]
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in whole[:at_a_time]]
+        starts = range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
+        groups = [",".join(gpus[start : start + gpus_per_job]) for start in starts]
+        return [{"CUDA_VISIBLE_DEVICES": group} for group in groups[:at_a_time]]
     count = at_a_time or 1
     threads = max(1, cores() // (count * gpus_per_job))
     variable = "OMP_NUM_THREADS"
@@ -418,10 +418,5 @@ def exit_on_signals(message: str) -> Iterator[None]:
         print(message, file=sys.stderr, flush=True)
         sys.exit(128 + number)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, stop) for number in signals}
-    try:
+    with signals_handled(stop, signal.SIGTERM, signal.SIGINT):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -79,10 +79,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_results(folder: Path) -> dict[str, float]:
     """The last evaluation in an OUTPUT_DIR, "task/metric" -> percent; {} where there was none."""
     evaluations = [line for line in read_metrics(folder) if any("/" in key for key in line)]
-    if not evaluations:
-        return {}
-    last = evaluations[-1].items()
-    return {key: value for key, value in last if "/" in key and value is not None}
+    last = evaluations[-1] if evaluations else {}
+    return {key: value for key, value in last.items() if "/" in key and value is not None}
 
 
 # -- runs as jobs ---------------------------------------------------------------------------------
@@ -198,14 +196,12 @@ def convert(checkpoints: Mapping[str, Path], output: Path, repository: Path) -> 
     Raises:
         UserError: a checkpoint cannot be converted, or another one than before is given for a row.
     """
-    targets = {name: weight_file(name, source, output) for name, source in checkpoints.items()}
-    run_in_order(
-        [
-            _conversion(name, source, targets[name], repository)
-            for name, source in checkpoints.items()
-            if targets[name] != source
-        ]
-    )
+    jobs = []
+    for name, source in checkpoints.items():
+        target = weight_file(name, source, output)
+        if target != source:
+            jobs.append(_conversion(name, source, target, repository))
+    run_in_order(jobs)
 
 
 def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:

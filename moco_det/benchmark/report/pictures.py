@@ -184,16 +184,6 @@ class JudgedPicture:
     words: str
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A detection as it is drawn; the `plate` is the place of its label: x, y, width, height."""
-
-    box: np.ndarray
-    text: str
-    style: str  # "right" or "wrong"
-    plate: tuple[float, float, float, float]
-
-
 def judged_picture(
     record: Record, prediction: Mapping[str, Any], classes: Sequence[str], label: str
 ) -> JudgedPicture:
@@ -209,11 +199,11 @@ def judged_picture(
     marks = []
     # The surest last, so that its label lies on top.
     for index in np.argsort(shown.scores, kind="stable"):
-        sign = "" if right[index] else "✕ "
+        style, sign = ("right", "") if right[index] else ("wrong", "✕ ")
         text = f"{sign}{classes[shown.classes[index]]} {shown.scores[index]:.0%}"
         box = shown.boxes[index]
         plate = _plate(box, text, font_size, width, height)
-        marks.append(_Mark(box, text, "right" if right[index] else "wrong", plate))
+        marks.append({"box": box, "style": style, "text": text, "plate": plate})
     words = in_words(right, targets)
     svg = render(
         "judged_picture.svg.j2",
@@ -226,7 +216,10 @@ def judged_picture(
 def _plate(
     box: np.ndarray, text: str, font_size: float, width: int, height: int
 ) -> tuple[float, float, float, float]:
-    """Above the box, or inside its upper edge, and always within the image."""
+    """Where the label of a box is written: x, y, width, height.
+
+    Above the box, or inside its upper edge, and always within the image.
+    """
     breadth = (0.53 * len(text) + 0.6) * font_size
     x = min(max(float(box[0]), 0.0), max(width - breadth, 0.0))
     y = float(box[1]) - 1.25 * font_size

@@ -5,25 +5,20 @@ programs (report.json). AP and top-1 are in percent, times in seconds.
 """
 
 import json
+import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
-from moco_det.benchmark.report.charts import Line, Points, dumbbell_chart, line_chart
-from moco_det.benchmark.report.pages import render
-from moco_det.benchmark.report.pictures import (
-    SCORE_SHOWN,
-    JudgedPicture,
-    evenly_spaced,
-    judged_picture,
-)
-from moco_det.benchmark.significance import signed
+from moco_det.benchmark.report import pictures
+from moco_det.benchmark.report.pages import Points, render
 from moco_det.common.errors import UserError
 from moco_det.datasets import Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
@@ -34,6 +29,8 @@ METRICS = {
     "AP75": "AP75: overlap of three quarters",
 }
 PICTURES = 8  # test images
+
+PicturePair = Mapping[str, pictures.JudgedPicture]  # start -> its detector on one image
 
 
 # -- what is known of a run -----------------------------------------------------------------------
@@ -61,13 +58,6 @@ class DetectorPair:
 
 
 @dataclass(frozen=True)
-class StepTaken:
-    name: str
-    command: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Results:
     """Everything the report says.
 
@@ -75,6 +65,7 @@ class Results:
         seconds: of the whole run.
         data: label -> text, what was trained and tested on.
         detection_loss: "random", "moco" -> the curve of each seed, (iteration, loss).
+        steps: {name, command, seconds} of each.
         environment: label -> text.
         settings: name of a settings file -> its text.
     """
@@ -86,15 +77,29 @@ class Results:
     pretraining: Pretraining
     detection: Sequence[DetectorPair]
     detection_loss: Mapping[str, Sequence[Points]]
-    steps: Sequence[StepTaken]
+    steps: Sequence[Mapping[str, Any]]
     environment: Mapping[str, str]
     settings: Mapping[str, str]
 
     def comparison(self, metric: str) -> "PairedComparison":
-        return PairedComparison(
-            tuple(pair.random[metric] for pair in self.detection),
-            tuple(pair.moco[metric] for pair in self.detection),
-        )
+        random = [pair.random[metric] for pair in self.detection]
+        moco = [pair.moco[metric] for pair in self.detection]
+        differences = tuple(map(operator.sub, moco, random))
+        return PairedComparison(statistics.fmean(random), statistics.fmean(moco), differences)
+
+    def rows(self, metric: str) -> list[tuple[str, float, float]]:
+        """(name, random, MoCo) of each seed and, of several, of their mean."""
+        rows = [(f"seed {p.seed}", p.random[metric], p.moco[metric]) for p in self.detection]
+        if len(rows) > 1:
+            means = self.comparison(metric)
+            rows.append(("mean", means.random, means.moco))
+        return rows
+
+    @property
+    def detection_lines(self) -> list[tuple[str, Points]]:
+        """(start, curve of the loss) of each detector that has logged one."""
+        starts = ("random", "moco")
+        return [(start, run) for start in starts for run in self.detection_loss[start] if run]
 
     @property
     def knn_top1(self) -> dict[str, float | None]:
@@ -106,27 +111,15 @@ class Results:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """One metric of both detectors, a value per seed."""
+    """Means of one metric over the seeds, and MoCo's lead over random weights in each of them."""
 
-    random_values: tuple[float, ...]
-    moco_values: tuple[float, ...]
-
-    @property
-    def random(self) -> float:
-        return statistics.fmean(self.random_values)
-
-    @property
-    def moco(self) -> float:
-        return statistics.fmean(self.moco_values)
+    random: float
+    moco: float
+    differences: tuple[float, ...]
 
     @property
     def difference(self) -> float:
         return self.moco - self.random
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        pairs = zip(self.random_values, self.moco_values, strict=True)
-        return tuple(moco - random for random, moco in pairs)
 
     @property
     def difference_sd(self) -> float | None:
@@ -215,21 +208,13 @@ def read_ap(folder: RunFolder) -> dict[str, float]:
         raise UserError(f"{path} holds no {error}: the detector was not evaluated") from error
 
 
-def _step_taken(name: str, folder: JobFolder) -> StepTaken:
+def _step_taken(name: str, folder: JobFolder) -> dict[str, Any]:
     record = folder.record
-    return StepTaken(name, record["command"], round(record["seconds"], 1))
-
-
-@dataclass(frozen=True)
-class PicturePair:
-    """One test image with the detections of both detectors."""
-
-    moco: JudgedPicture
-    random: JudgedPicture
+    return {"name": name, "command": record["command"], "seconds": round(record["seconds"], 1)}
 
 
 def draw_pairs(plan) -> list[PicturePair]:
-    """Test images at even distances, with what the first seed's two detectors found.
+    """Test images at even distances, with what the first seed's detector of each start found.
 
     Empty, with a warning, where the images or the predictions are no longer there.
     """
@@ -239,7 +224,7 @@ def draw_pairs(plan) -> list[PicturePair]:
             start: read_predictions(predictions_file(folders[0].path, dataset.name), dataset)
             for start, folders in _detector_folders(plan).items()
         }
-        records = evenly_spaced(dataset.records(), PICTURES)
+        records = pictures.evenly_spaced(dataset.records(), PICTURES)
         return [draw_pair(record, found, dataset.classes) for record in records]
     except UserError as error:  # the numbers are worth a report without pictures too
         print(f"warning: the report has no pictures: {error}", flush=True)
@@ -248,64 +233,11 @@ def draw_pairs(plan) -> list[PicturePair]:
 
 def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[str]) -> PicturePair:
     """`found`: start -> image id, as text -> prediction."""
-    image_id = str(record["image_id"])
-    moco, random = (
-        judged_picture(record, found[start][image_id], classes, f"{name}, image {image_id}")
-        for start, name in (("moco", "MoCo"), ("random", "Random"))
-    )
-    return PicturePair(moco, random)
-
-
-# -- the numbers in words -------------------------------------------------------------------------
-
-
-def reading(results: Results) -> list[str]:
-    """What the numbers say and what they do not, in sentences."""
-    return [*_knn_in_words(results.knn_top1), *_detection_in_words(results.comparison("AP50"))]
-
-
-def _knn_in_words(top1: Mapping[str, float | None]) -> list[str]:
-    if top1["random"] is None:
-        return ["The kNN monitor did not run: the images have no val/ folder with class folders."]
-    gain = top1["moco"] - top1["random"]
-    result = "learned what tells these classes apart" if gain > 0 else "did not improve on chance"
-    return [
-        f"Pretraining saw no label, and {result}: a nearest-neighbour classifier on the frozen "
-        f"features names {top1['moco']:.1f} % of the held-out images correctly, against "
-        f"{top1['random']:.1f} % on the features of the same network before training "
-        f"({signed(gain)} points)."
-    ]
-
-
-def _detection_in_words(ap50: PairedComparison) -> list[str]:
-    seeds = len(ap50.differences)
-    ahead = sum(difference > 0 for difference in ap50.differences)
-    side = "higher" if ap50.difference > 0 else "lower"
-    first = (
-        f"Two detectors were then trained the same way, differing in their first weights only. The "
-        f"one that started from MoCo reaches an AP50 of {ap50.moco:.1f}, the one that started from "
-        f"random weights {ap50.random:.1f}: {abs(ap50.difference):.1f} points {side}"
-        + (f", as means of {seeds} seeds." if seeds > 1 else ".")
-    )
-    if seeds == 1:
-        caution = "This is one seed: a single pair cannot tell an effect from luck."
-    elif ahead == seeds:
-        caution = (
-            f"MoCo is ahead in each of the {seeds} seeds; the difference varies between them by "
-            f"{ap50.difference_sd:.1f} points (standard deviation)."
-        )
-    elif ahead == 0:
-        caution = f"MoCo is ahead in none of the {seeds} seeds: here it did not help."
-    else:
-        caution = (
-            f"MoCo is ahead in {ahead} of {seeds} seeds: the sign is not settled, and more seeds "
-            "are needed before anything follows from it."
-        )
-    limits = (
-        "The schedule is short on purpose: these numbers say nothing about long training, in which "
-        "a detector from random weights usually catches up in part."
-    )
-    return [first, caution, limits]
+    image_id, pair = str(record["image_id"]), {}
+    for start, name in (("moco", "MoCo"), ("random", "Random")):
+        label = f"{name}, image {image_id}"
+        pair[start] = pictures.judged_picture(record, found[start][image_id], classes, label)
+    return pair
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -334,33 +266,15 @@ def as_json(results: Results) -> dict:
 
 def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
     """report.html; without a gallery where there are no `pairs`."""
-    knn = results.pretraining.knn
     return render(
         "quickstart.html.j2",
         title=results.title,
         results=results,
-        reading=reading(results),
-        loss_chart=_loss_chart(results.pretraining),
-        knn_chart=_knn_chart(knn) if knn else None,
-        ap50_chart=_ap50_chart(results),
-        detection_loss_chart=_detection_loss_chart(results.detection_loss),
+        epoch_means=_epoch_means(results.pretraining.loss),
         metrics=METRICS,
         pairs=pairs,
-        score_shown=SCORE_SHOWN,
-        commands="\n\n".join(step.command for step in results.steps),
-    )
-
-
-def _loss_chart(pretraining: Pretraining) -> Markup:
-    points, chance = pretraining.loss, pretraining.chance_loss
-    means = _epoch_means(points)
-    return line_chart(
-        "Pretraining loss",
-        f"From {points[0][1]:.2f} to {means[-1][1]:.2f}; guessing gives {chance:.2f}.",
-        [Line(points, "faint"), Line(means, "moco")],
-        "epoch",
-        "contrastive loss",
-        reference=(chance, "guessing among all keys"),
+        score_shown=pictures.SCORE_SHOWN,
+        commands="\n\n".join(step["command"] for step in results.steps),
     )
 
 
@@ -370,33 +284,3 @@ def _epoch_means(points: Points) -> list[tuple[float, float]]:
     for x, loss in points:
         epochs.setdefault(int(-(-x // 1)), []).append(loss)
     return [(epoch - 0.5, statistics.fmean(losses)) for epoch, losses in sorted(epochs.items())]
-
-
-def _knn_chart(curve: Points) -> Markup:
-    first, last = curve[0][1], curve[-1][1]
-    return line_chart(
-        "kNN top-1 accuracy",
-        f"From {first:.1f} % before training to {last:.1f} % after epoch {curve[-1][0]:g}.",
-        [Line(curve, "moco", dots=True)],
-        "epoch",
-        "kNN top-1 (%)",
-        reference=(first, f"random encoder: {first:.1f} %"),
-        percent=True,
-    )
-
-
-def _ap50_chart(results: Results) -> Markup:
-    rows = [(f"seed {p.seed}", p.random["AP50"], p.moco["AP50"]) for p in results.detection]
-    if len(rows) > 1:
-        ap50 = results.comparison("AP50")
-        rows.append(("mean", ap50.random, ap50.moco))
-    words = "; ".join(f"{name}: random {a:.1f}, MoCo {b:.1f}" for name, a, b in rows)
-    return dumbbell_chart("AP50", words, rows)
-
-
-def _detection_loss_chart(losses: Mapping[str, Sequence[Points]]) -> Markup | None:
-    lines = [Line(run, style) for style in ("random", "moco") for run in losses[style] if run]
-    if not lines:
-        return None
-    description = "One line per seed and start."
-    return line_chart("Detector training loss", description, lines, "iteration", "training loss")

@@ -19,8 +19,7 @@ from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
-from moco_det.benchmark.report.charts import Line, line_chart
-from moco_det.benchmark.report.pages import render
+from moco_det.benchmark.report.pages import Points, line_chart, render
 from moco_det.benchmark.report.pictures import SCORE_SHOWN, Sample
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, Row, RunCount, Table
 from moco_det.benchmark.significance import difference_from_published, difference_of_trials
@@ -28,7 +27,7 @@ from moco_det.benchmark.significance import difference_from_published, differenc
 LINE_STYLES = 8  # in report.css
 
 Values = Mapping[int, float]  # trial -> percent
-Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
+Curves = Mapping[str, Mapping[str, Sequence[Points]]]
 Pictures = Mapping[str, Sequence[Sequence[Sample]]]
 
 
@@ -138,11 +137,11 @@ def make_table(
         notes=[*([grid.note] if grid.note else []), *_notes(ours)],
         groups=[
             ColumnGroup(
-                columns=list(part.columns),
-                heading=part.heading,
                 experiment=part.experiment.name,
+                heading=part.heading,
+                columns=list(part.columns),
                 reference=part.reference,
-                published_trials=part.experiment.trials,
+                trials=part.experiment.trials,
             )
             for part in paper.parts
         ],
@@ -302,7 +301,7 @@ def _plots(report: Report, curves: Curves) -> list[tuple[str, Markup, list[tuple
     styles = {row: f"s{index % LINE_STYLES}" for index, row in enumerate(rows)}
     labels, plots = report.labels(), []
     for experiment, runs_of in curves.items():
-        lines = [Line(run, styles[row]) for row, runs in runs_of.items() for run in runs if run]
+        lines = [(styles[row], run) for row, runs in runs_of.items() for run in runs if run]
         if lines:
             described = f"One line per run, of {', '.join(labels[row] for row in runs_of)}."
             chart = line_chart(experiment, described, lines, "iteration", "training loss")

@@ -8,7 +8,7 @@ columns of the CSV files are those that the first version wrote, so that its fil
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,20 @@ class RunCount:
 class ColumnGroup:
     """Columns side by side whose numbers come from the same runs.
 
+    The fields are those of a table's "parts" in report.json.
+
     Args:
-        columns: their headings; `heading` stands above all of them.
         experiment: what was run.
+        heading: stands above the headings of all `columns`.
         reference: name of the row that gaps are given to.
-        published_trials: how many trials the paper's means are of.
+        trials: how many the paper's means are of.
     """
 
+    experiment: str
+    heading: str
     columns: Sequence[str]
-    heading: str = ""
-    experiment: str = ""
     reference: str | None = None
-    published_trials: int | None = None
+    trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _csv_lines(table: Table) -> Iterable[list]:
                 numbers = cell_json(cell)
                 yield [
                     table.name, group.experiment, row.name, column,
-                    cell.published, group.published_trials,
+                    cell.published, group.trials,
                     numbers["mean"], numbers["sd"], numbers["n"],
                     *_difference_values(numbers["from_published"]),
                     group.reference, *_difference_values(numbers["from_reference"]),
@@ -255,16 +257,7 @@ def table_json(table: Table) -> dict[str, Any]:
         "title": table.title,
         "source": table.source,
         "stamps": list(table.notes),
-        "parts": [
-            {
-                "experiment": group.experiment,
-                "heading": group.heading,
-                "columns": list(group.columns),
-                "reference": group.reference,
-                "trials": group.published_trials,
-            }
-            for group in table.groups
-        ],
+        "parts": [asdict(group) for group in table.groups],
         "rows": [
             {
                 "row": row.name,
@@ -278,12 +271,10 @@ def table_json(table: Table) -> dict[str, Any]:
 
 
 def cell_json(cell: Cell) -> dict[str, Any]:
-    summary = cell.summary
+    summary = asdict(cell.summary) if cell.summary else {"mean": None, "sd": None, "n": 0}
     return {
         "published": cell.published,
-        "mean": summary.mean if summary else None,
-        "sd": summary.sd if summary else None,
-        "n": summary.n if summary else 0,
+        **summary,
         "values": dict(cell.values),
         "from_published": _difference_json(cell.from_published),
         "from_reference": _difference_json(cell.from_reference),
@@ -328,7 +319,7 @@ def trials_table(
 
     return Table(
         title,
-        [ColumnGroup(list(columns.values()))],
+        [ColumnGroup("", "", list(columns.values()))],
         [
             Row(name, name, [count], [[cell(numbers, measured) for measured in columns]])
             for name, (count, numbers) in rows.items()

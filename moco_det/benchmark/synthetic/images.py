@@ -58,10 +58,6 @@ def _regular(corners: int) -> np.ndarray:
     return _on_circle(np.arange(corners) * 2 * np.pi / corners)
 
 
-def _star() -> np.ndarray:
-    return _on_circle(np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5))
-
-
 def _turn(angle: float) -> np.ndarray:
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
@@ -85,8 +81,8 @@ def _heart() -> np.ndarray:
     return np.stack([x, -y - 2.5], axis=1) / 17
 
 
-def _bar() -> np.ndarray:
-    return np.array([[-0.93, -0.36], [0.93, -0.36], [0.93, 0.36], [-0.93, 0.36]])
+STAR = _on_circle(np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5))
+BAR = np.array([[-0.93, -0.36], [0.93, -0.36], [0.93, 0.36], [-0.93, 0.36]])
 
 
 # -- textures: (u, v) in periods, r = radius in periods -> values in [-1, 1] ----------------------
@@ -147,8 +143,8 @@ LOOKS: dict[str, Look] = {
     "brick_square": Look(_regular(4), _bricks, (0.0, 0.5)),
     "checked_cross": Look(_cross(), _checks, (0.12, 0.45)),
     "dotted_heart": Look(_heart(), _dots, (0.25, 0.37)),
-    "grainy_bar": Look(_bar(), _grain, (0.37, 0.77)),
-    "ray_star": Look(_star(), _rays, (0.5, 0.75)),
+    "grainy_bar": Look(BAR, _grain, (0.37, 0.77)),
+    "ray_star": Look(STAR, _rays, (0.5, 0.75)),
     "ringed_disc": Look(_regular(48), _rings, (0.62, 0.12)),
     "striped_triangle": Look(_regular(3), _stripes, (0.75, 0.95)),
     "wavy_crescent": Look(_crescent(), _waves, (0.87, 0.47)),
@@ -355,18 +351,21 @@ def draw_scenes(split: str, seed: int, count: int) -> Iterator[Scene]:
         yield draw_scene(rng, list(itertools.islice(dealer, objects)), radii)
 
 
-def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> None:
-    """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names."""
+def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> dict[str, Scene]:
+    """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names.
+
+    Returns:
+        Name of each image, without its ending -> the scene.
+    """
     folder = Path(root) / "scenes"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    names = []
-    for index, scene in enumerate(draw_scenes(split, seed, count)):
-        names.append(f"{split}_{index:05d}")
-        write_jpeg(folder / "JPEGImages" / f"{names[-1]}.jpg", scene.image)
-        annotation = _annotation(f"{names[-1]}.jpg", scene)
-        (folder / "Annotations" / f"{names[-1]}.xml").write_text(annotation)
-    (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    scenes = {f"{split}_{i:05d}": s for i, s in enumerate(draw_scenes(split, seed, count))}
+    for name, scene in scenes.items():
+        write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene.image)
+        (folder / "Annotations" / f"{name}.xml").write_text(_annotation(f"{name}.jpg", scene))
+    (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(scenes) + "\n")
+    return scenes
 
 
 def main() -> None:

@@ -18,18 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from moco_det.benchmark.synthetic.images import (
-    CLASSES,
-    RADIUS_SCENE,
-    Scene,
-    draw_scene,
-    draw_scenes,
-    generator,
-    tight_box,
-    write_image_folder,
-    write_jpeg,
-    write_voc_scenes,
-)
+from moco_det.benchmark.synthetic import images
+from moco_det.benchmark.synthetic.images import CLASSES, Scene
 
 HEART = CLASSES.index("dotted_heart")
 # Name -> corner of the heart's outline.
@@ -40,9 +30,10 @@ SKELETON = [[1, 2], [2, 4], [4, 3], [3, 1]]  # numbers of keypoints, from 1
 def draw_hearts(split: str, seed: int, count: int) -> Iterator[Scene]:
     """Scenes of one to three hearts; the first n are the same whatever `count` is."""
     for index in range(count):
-        rng = generator(seed, f"hearts/{split}", index)
+        rng = images.generator(seed, f"hearts/{split}", index)
         hearts = int(rng.integers(1, 4))
-        yield draw_scene(rng, [HEART] * hearts, rng.uniform(*RADIUS_SCENE, hearts).tolist())
+        radii = rng.uniform(*images.RADIUS_SCENE, hearts).tolist()
+        yield images.draw_scene(rng, [HEART] * hearts, radii)
 
 
 def coco_annotations(
@@ -56,12 +47,12 @@ def coco_annotations(
     categories = [{"id": i, "name": CLASSES[c]} for i, c in enumerate(classes, start=1)]
     if keypoints:
         categories = [c | {"keypoints": list(KEYPOINTS), "skeleton": SKELETON} for c in categories]
-    images, annotations = [], []
+    pictures, annotations = [], []
     for image_id, (scene, name) in enumerate(zip(scenes, file_names, strict=True), start=1):
         height, width = scene.image.shape[:2]
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        pictures.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for class_, mask, outline in zip(scene.classes, scene.masks, scene.outlines, strict=True):
-            x0, y0, x1, y1 = tight_box(mask)
+            x0, y0, x1, y1 = images.tight_box(mask)
             annotation = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
@@ -76,7 +67,7 @@ def coco_annotations(
                 annotation |= {"keypoints": [n for x, y in points for n in (x, y, 2)]}
                 annotation["num_keypoints"] = len(points)
             annotations.append(annotation)
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {"images": pictures, "annotations": annotations, "categories": categories}
 
 
 def label_map(scene: Scene) -> np.ndarray:
@@ -89,17 +80,15 @@ def label_map(scene: Scene) -> np.ndarray:
 
 def write_scenes(root: Path, split: str, seed: int, count: int) -> None:
     """Write `root`/scenes with boxes, masks and label maps."""
-    write_voc_scenes(root, split, seed, count)
-    scenes, folder = list(draw_scenes(split, seed, count)), Path(root) / "scenes"
-    names = [f"{split}_{index:05d}" for index in range(count)]
-    every = tuple(range(len(CLASSES)))
-    content = coco_annotations(scenes, (f"{n}.jpg" for n in names), every, keypoints=False)
+    scenes, folder = images.write_voc_scenes(root, split, seed, count), Path(root) / "scenes"
+    names, every = [f"{name}.jpg" for name in scenes], tuple(range(len(CLASSES)))
+    content = coco_annotations(scenes.values(), names, every, keypoints=False)
     (folder / f"instances_{split}.json").write_text(json.dumps(content))
     for sub in ("SegmentationClass", "ImageSets/Segmentation"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-    for name, scene in zip(names, scenes, strict=True):
+    for name, scene in scenes.items():
         cv2.imwrite(str(folder / "SegmentationClass" / f"{name}.png"), label_map(scene))
-    (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(scenes) + "\n")
 
 
 def write_hearts(root: Path, split: str, seed: int, count: int) -> None:
@@ -108,7 +97,7 @@ def write_hearts(root: Path, split: str, seed: int, count: int) -> None:
     (folder / split).mkdir(parents=True, exist_ok=True)
     names = [f"{index:05d}.jpg" for index in range(count)]
     for name, scene in zip(names, scenes, strict=True):
-        write_jpeg(folder / split / name, scene.image)
+        images.write_jpeg(folder / split / name, scene.image)
     content = coco_annotations(scenes, names, (HEART,), keypoints=True)
     (folder / f"keypoints_{split}.json").write_text(json.dumps(content))
 
@@ -122,7 +111,7 @@ def main() -> None:
     parser.add_argument("--test-scenes", type=int, default=40, help="of each kind")
     args = parser.parse_args()
     cv2.setNumThreads(1)  # on images this small, handing work to threads costs more than the work
-    write_image_folder(args.output, "train", args.seed, args.train_images)
+    images.write_image_folder(args.output, "train", args.seed, args.train_images)
     for split, count in (("train", args.train_scenes), ("test", args.test_scenes)):
         write_scenes(args.output, split, args.seed, count)
         write_hearts(args.output, split, args.seed, count)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from moco_det.common.errors import UserError, exit_cleanly, import_optional
+from moco_det.common.errors import UserError, command_parser, exit_cleanly, import_optional
 
 
 def test_a_user_error_is_one_line_and_exit_code_1(capsys):
@@ -45,3 +45,10 @@ def test_an_optional_package_that_is_absent():
     with pytest.raises(UserError, match=message) as raised:
         import_optional("no_such", "a test", "no-such")
     assert isinstance(raised.value.__cause__, ImportError)
+
+
+def test_help_keeps_the_layout_and_names_the_exit_codes():
+    text = command_parser("One line.\n\n    an example", "0 done; 1 an error").format_help()
+    assert "One line.\n\n    an example\n" in text
+    assert text.endswith("exit codes: 0 done; 1 an error\n")
+    assert "exit codes" not in command_parser("One line.").format_help()

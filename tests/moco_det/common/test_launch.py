@@ -9,7 +9,7 @@ import pytest
 
 from moco_det.common import processes as comm
 from moco_det.common.errors import UserError
-from moco_det.common.launch import launch
+from moco_det.common.launch import free_local_url, launch, process_group
 
 
 def talk(folder):
@@ -30,6 +30,14 @@ def test_processes_talk_to_each_other(tmp_path):
 def test_one_process_is_this_one(tmp_path):
     launch(talk, num_gpus=1, args=(str(tmp_path),))
     assert (tmp_path / "0").read_text() == repr((1, [[0.0, 7.0]], [[0, 0]], "from 0"))
+
+
+def test_a_run_on_the_cpu_takes_no_gpu(monkeypatch):
+    """Its processes may be more than the GPUs of the machine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: pytest.fail("takes a GPU"))
+    with process_group(free_local_url(), 0, 1, local_rank=5, backend=None):
+        assert comm.gather_rows([1.0]).tolist() == [[1.0]]
 
 
 def fail_on_second_process():

@@ -110,3 +110,13 @@ def test_another_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+def test_signals_have_their_handler_while_it_is_open():
+    numbers, heard = (signal.SIGTERM, signal.SIGINT), []
+    before = [signal.getsignal(number) for number in numbers]
+    with processes.signals_handled(lambda number, frame: heard.append(number), *numbers):
+        for number in numbers:
+            signal.raise_signal(number)
+    assert heard == [*numbers]
+    assert [signal.getsignal(number) for number in numbers] == before

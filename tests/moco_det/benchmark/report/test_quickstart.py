@@ -17,7 +17,7 @@ from moco_det.benchmark.jobs.runs import RunFolder
 from moco_det.benchmark.report import quickstart
 from moco_det.benchmark.report.pages import duration
 from moco_det.benchmark.report.pictures import JudgedPicture
-from moco_det.benchmark.report.quickstart import DetectorPair, Pretraining, StepTaken
+from moco_det.benchmark.report.quickstart import DetectorPair, Pretraining
 from moco_det.benchmark.significance import signed
 from moco_det.benchmark.synthetic import images
 from moco_det.common.errors import UserError
@@ -52,14 +52,14 @@ RESULTS = quickstart.Results(
         "random": [[[20, 3.0], [40, 2.0]], [[20, 3.1], [40, 2.2]]],
         "moco": [[[20, 2.5], [40, 1.5]], [[20, 2.4], [40, 1.4]]],
     },
-    steps=[StepTaken("pretrain", "python x --y '<z>'", 65.0)],
+    steps=[{"name": "pretrain", "command": "python x --y '<z>'", "seconds": 65.0}],
     environment={"processor": "A CPU, 2 cores", "torch": "2.9.9"},
     settings={"recipe.yaml": "lr: 0.06  # see https://example.org\n"},
 )
-PAIR = quickstart.PicturePair(
-    JudgedPicture(Markup("<svg></svg>"), "1 of 2 objects found"),
-    JudgedPicture(Markup("<svg></svg>"), "no <object>"),
-)
+PAIR = {
+    "moco": JudgedPicture(Markup("<svg></svg>"), "1 of 2 objects found"),
+    "random": JudgedPicture(Markup("<svg></svg>"), "no <object>"),
+}
 
 
 def test_statistics_by_hand():
@@ -129,7 +129,7 @@ def test_words_follow_the_numbers(gains, words):
         DetectorPair(i, values | {"AP50": 40.0}, values | {"AP50": 40.0 + gain})
         for i, gain in enumerate(gains)
     ]
-    text = " ".join(quickstart.reading(replace(RESULTS, detection=detection)))
+    text = Page(quickstart.render_page(replace(RESULTS, detection=detection), [])).text
     assert words in text
     assert ("higher" in text) == (sum(gains) > 0)
 
@@ -203,10 +203,10 @@ def test_pairs_show_true_boxes_and_both_detectors(tmp_path):
     nothing = {"boxes": np.zeros((0, 4)), "classes": np.zeros(0, int), "scores": np.zeros(0)}
     found = {"moco": {record["image_id"]: perfect}, "random": {record["image_id"]: nothing}}
     pair = quickstart.draw_pair(record, found, dataset.classes)
-    assert pair.moco.words == f"{total} of {total} objects found, 0 false detections"
-    assert pair.random.words == f"0 of {total} objects found, 0 false detections"
-    assert pair.moco.svg.count('class="right"') == total
-    assert pair.random.svg.count('class="truth"') == total
+    assert pair["moco"].words == f"{total} of {total} objects found, 0 false detections"
+    assert pair["random"].words == f"0 of {total} objects found, 0 false detections"
+    assert pair["moco"].svg.count('class="right"') == total
+    assert pair["random"].svg.count('class="truth"') == total
 
 
 def test_without_its_images_a_run_has_no_pictures(tmp_path, capsys):

@@ -25,7 +25,6 @@ ROWS = {
 }
 PART = Part(
     EXPERIMENT,
-    "",
     {"top-1": None, "AP50": "bbox/AP50", "AP": "bbox/AP"},
     {
         "random": [None, 60.0, 33.0],
@@ -33,7 +32,7 @@ PART = Part(
         "moco": [60.6, 81.5, 56.0],
         "other": [1.0, 2.0, 3.0],
     },
-    "supervised",
+    reference="supervised",
 )
 TABLE = Table("2b", "Table 2 (b)", "MoCo v1", (PART,))
 GRID = Grid(ROWS, {"2b": TABLE})
@@ -225,7 +224,7 @@ def test_report_json_has_the_keys_of_the_first_version(found):
 @pytest.fixture
 def report():
     """A table of two groups of columns, of which "super." has all there can be."""
-    groups = [ColumnGroup(["AP"], heading, "voc", "super", 5) for heading in ("DC5", "C4")]
+    groups = [ColumnGroup("voc", heading, ["AP"], "super", 5) for heading in ("DC5", "C4")]
     whole = Cell({1: 56.15, 2: 56.35}, 54.0, Difference(2.25, 1.0), Difference(-0.31, 1.0))
     single = Cell({1: 40.0})
     table = tables.Table(

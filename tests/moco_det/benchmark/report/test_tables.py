@@ -22,7 +22,7 @@ def split(markdown):
 def table():
     """Two groups of columns; one row with all there can be, one of which a part was run."""
     groups = [
-        ColumnGroup(["AP"], heading, experiment, reference="super", published_trials=5)
+        ColumnGroup(experiment, heading, ["AP"], reference="super", trials=5)
         for heading, experiment in (("DC5", "one"), ("C4", "two"))
     ]
     whole = Cell({1: 56.15, 2: 56.35}, 54.0, Difference(2.25, 1.0), Difference(-0.31, 1.0))

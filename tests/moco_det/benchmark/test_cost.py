@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moco_det.benchmark.speed import cost
-from moco_det.benchmark.speed.cost import Cost, Setting, hours, measure, ratios, table_rows
+from moco_det.benchmark import cost
+from moco_det.benchmark.cost import Cost, Setting, hours, measure, ratios, table_rows
 from moco_det.common.errors import UserError
 
 TINY = {"arch": "resnet18w0.25x", "image_size": 32}

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from moco_det.benchmark.speed.detector import Task, peak_memory, step_functions
+from moco_det.benchmark.speed import DetectorTask, detector_memory, detector_steps
 from moco_det.engines import probe_class
 
 
 @pytest.fixture
 def task(repository):
     config = str(repository / "configs" / "quick" / "quickstart_R18_FPN.yaml")
-    return Task(config, ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""), 64, 96, batch_size=2)
+    return DetectorTask(config, ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""), 64, 96, batch_size=2)
 
 
 def test_steps_train_and_infer_with_the_weights_given(task, monkeypatch):
@@ -22,7 +22,7 @@ def test_steps_train_and_infer_with_the_weights_given(task, monkeypatch):
         lambda self, *args: probes.append(self) or build(self, *args),
     )
     weights = task.weights()
-    steps = step_functions("native", task, weights, ["none", "bf16"])
+    steps = detector_steps("native", task, weights, ["none", "bf16"])
     assert set(steps) == {(p, amp) for p in ("train", "infer") for amp in ("none", "bf16")}
     model = probes[-1].model
     for (phase, _), step in steps.items():
@@ -37,5 +37,5 @@ def test_steps_train_and_infer_with_the_weights_given(task, monkeypatch):
 
 @pytest.mark.usefixtures("forked_launches")
 def test_memory_of_a_process_of_its_own(task):
-    peak = peak_memory("native", task, task.weights(), "none")
+    peak = detector_memory("native", task, task.weights(), "none")
     assert 2**27 < peak < 2**34  # torch alone takes more than the one, nothing here the other

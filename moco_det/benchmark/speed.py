@@ -1,13 +1,15 @@
-"""How fast a training step and the data path are, beside a plain reference timed in the same run.
+"""How fast training and the data path are, each beside a reference that is timed in the same run.
 
 The references are the ones that users come from: the paper's Algorithm 1 as a plain PyTorch program
-on NCHW float images, and the torchvision + PIL pipeline.
+on NCHW float images, the torchvision + PIL pipeline, and, for a detector, the other engine.
 """
 
+import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -16,11 +18,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
 
+from moco_det.benchmark.cost import peak_memory_of_process
 from moco_det.common.errors import UserError
 from moco_det.common.launch import free_local_url, process_group
+from moco_det.config.loading import load_config
+from moco_det.engines import probe_class
+from moco_det.parity import comparison as parity
+from moco_det.parity.probe import EngineProbe
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import UnreadableImage, find_images, read_image
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
@@ -30,6 +37,28 @@ from pretrain.moco.grouped_batchnorm import choose_bn_groups
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD, shuffle_index
 from pretrain.moco.losses import InfoNCE
 from pretrain.moco.momentum_contrast import MoCo
+
+
+def alternate(
+    candidates: dict[str, Callable], rounds: int, synchronize: Callable | None = None
+) -> dict[str, float]:
+    """Median seconds of each candidate over `rounds` rounds in turn, after one untimed round.
+
+    Turns rather than blocks, so that a machine that slows down slows down all candidates.
+    """
+    times = {name: [] for name in candidates}
+    for round_number in range(rounds + 1):
+        for name, candidate in candidates.items():
+            begun = time.perf_counter()
+            candidate()
+            if synchronize:
+                synchronize()
+            if round_number:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# -- a pretraining step ---------------------------------------------------------------------------
 
 
 class PlainMoCo(nn.Module):
@@ -48,7 +77,7 @@ class PlainMoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
         self.position = 0
 
-    def step(self, optimizer: torch.optim.Optimizer, x_q: torch.Tensor, x_k: torch.Tensor) -> float:
+    def step(self, optimizer: torch.optim.Optimizer, x_q: Tensor, x_k: Tensor) -> float:
         """One iteration on float views N x 3 x H x W."""
         q = F.normalize(self.f_q(x_q), dim=1)
         with torch.no_grad():
@@ -72,6 +101,12 @@ class PlainMoCo(nn.Module):
         return loss.item()
 
 
+def _all_gather(tensor: Tensor) -> Tensor:
+    gathered = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.cat(gathered)
+
+
 def pretrain_step(
     arch: str, batch_size: int, image_size: int, device: str, precisions: list[str], rounds: int
 ) -> dict[str, float]:
@@ -85,14 +120,15 @@ def pretrain_step(
     torch.manual_seed(0)
     shape = (batch_size, image_size, image_size, 3)
     im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in "qk")
-    with process_group(free_local_url(), rank=0, world_size=1, local_rank=0):
+    backend = "nccl" if device == "cuda" else None
+    with process_group(free_local_url(), 0, 1, local_rank=0, backend=backend):
         steps = {"reference": _plain_step(arch, im_q, im_k)}
         for precision in precisions:
             steps[precision] = _our_step(arch, im_q, im_k, precision)
         return alternate(steps, rounds, torch.cuda.synchronize if device == "cuda" else None)
 
 
-def _plain_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor) -> Callable:
+def _plain_step(arch: str, im_q: Tensor, im_k: Tensor) -> Callable:
     device = im_q.device
     model = PlainMoCo(arch).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
@@ -103,7 +139,7 @@ def _plain_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor) -> Callable:
     return lambda: model.step(optimizer, x_q, x_k)
 
 
-def _our_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor, precision: str) -> Callable:
+def _our_step(arch: str, im_q: Tensor, im_k: Tensor, precision: str) -> Callable:
     device = im_q.device
     groups = choose_bn_groups(len(im_q), 1)
     model = MoCo(build_encoder(arch, mlp=True), temperature=0.2, bn_groups=groups)
@@ -111,6 +147,9 @@ def _our_step(arch: str, im_q: torch.Tensor, im_k: torch.Tensor, precision: str)
     optimizer = ScheduledSGD(model, 0.03, 0.9, 1e-4, scale_gradients=precision == "fp16")
     inputs, loss = (im_q, im_k, shuffle_index(0, 0, len(im_q)).to(device)), InfoNCE()
     return lambda: contrastive_step(model, loss, optimizer, inputs, AMP_DTYPES[precision])
+
+
+# -- the data path --------------------------------------------------------------------------------
 
 
 def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
@@ -160,26 +199,63 @@ def official_transform(image_size: int) -> transforms.Compose:
     )
 
 
-def alternate(
-    candidates: dict[str, Callable], rounds: int, synchronize: Callable | None = None
-) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` rounds in turn, after one untimed round.
-
-    Turns rather than blocks, so that a machine that slows down slows down all candidates.
-    """
-    times = {name: [] for name in candidates}
-    for round_number in range(rounds + 1):
-        for name, candidate in candidates.items():
-            begun = time.perf_counter()
-            candidate()
-            if synchronize:
-                synchronize()
-            if round_number:
-                times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values) for name, values in times.items()}
+# -- a detector, engine by engine: same weights, same images --------------------------------------
 
 
-def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    gathered = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.cat(gathered)
+@dataclass(frozen=True)
+class DetectorTask:
+    """What is timed: the detector of a YAML on drawn images, the largest `height` x `width`."""
+
+    config_file: str
+    opts: tuple[str, ...]
+    height: int
+    width: int
+    batch_size: int
+
+    def items(self) -> list[dict]:
+        """A training batch; see `moco_det.parity.probe`."""
+        cfg = load_config(self.config_file, self.opts)
+        return parity.build_items(cfg, self.height, self.width, self.batch_size, seed=0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Random ones with which there are proposals and detections to be handled."""
+        torch.manual_seed(0)
+        model = probe_class("native")(self.config_file, self.opts).model
+        parity.randomize_for_parity(model, self.items(), model.state_dict().keys(), seed=0)
+        return model.state_dict()
+
+
+def detector_steps(
+    engine: str, task: DetectorTask, weights: Mapping[str, Tensor], precisions: list[str]
+) -> dict[tuple[str, str], Callable]:
+    """("train" or "infer", "none" or "bf16") -> what does it once."""
+    probe, items = _build_probe(engine, task, weights), task.items()
+    return {
+        ("train", amp): lambda amp=amp: probe.train_step(items, amp != "none") for amp in precisions
+    } | {("infer", amp): lambda amp=amp: probe.infer(items[0], amp != "none") for amp in precisions}
+
+
+def detector_memory(
+    engine: str, task: DetectorTask, weights: Mapping[str, Tensor], amp: str
+) -> int:
+    """Bytes that a process of its own, or its GPU memory, takes at most for two iterations."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        state = {name: value.cpu().numpy() for name, value in weights.items()}
+        return pool.apply(_detector_peak, (engine, task, state, amp))
+
+
+def _detector_peak(engine: str, task: DetectorTask, state: dict, amp: str) -> int:
+    weights = {name: torch.from_numpy(value) for name, value in state.items()}
+    probe, items = _build_probe(engine, task, weights), task.items()
+    for _ in range(2):  # the second also holds the optimizer's momentum
+        probe.train_step(items, amp != "none")
+    return peak_memory_of_process(next(probe.model.parameters()).device)
+
+
+def _build_probe(engine: str, task: DetectorTask, weights: Mapping[str, Tensor]) -> EngineProbe:
+    probe = probe_class(engine)(task.config_file, task.opts)
+    probe.model.load_state_dict(weights)
+    for group in probe.optimizer.param_groups:
+        group["lr"] = 0.0  # the weights stay, and with them the work
+    return probe

@@ -1,7 +1,8 @@
 """Memory and time of a mechanism's training step: Table 3 of MoCo v2 (arXiv:2003.04297)."""
 
 import errno
-import sys
+import os
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -9,12 +10,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import ProcessExitedException
 
-from moco_det.benchmark.speed import peak_memory_of_process
 from moco_det.common.errors import UserError
-from moco_det.common.processes import rank, world_size
+from moco_det.common.launch import free_local_url, spawn
+from moco_det.common.processes import gather_rows, is_main, rank, world_size
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, parallelize
 from pretrain.engine.pretraining import contrastive_step
 from pretrain.moco import MECHANISMS, build_mechanism
@@ -75,35 +75,36 @@ def measure(setting: Setting, steps: int) -> Cost | None:
             f"{torch.cuda.device_count()}: pass --processes, or --device cpu"
         )
     choose_bn_groups(setting.batch_size, setting.processes)
+    backend = "nccl" if setting.device == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "cost"
+        arguments, size = (setting, steps, result), setting.processes
         try:
-            mp.spawn(_run, (setting, steps, Path(folder)), setting.processes)
-        except mp.ProcessExitedException as error:
-            # A killed process: by the kernel, which does so when a CPU's memory is used up.
-            if error.exit_code == errno.ENOMEM or error.signal_name == "SIGKILL":
-                return None
-            raise SystemExit(error.exit_code) from None  # it has said why
-        costs = [torch.load(path) for path in Path(folder).glob("cost*")]
-    return Cost(max(memory for memory, _ in costs), max(seconds for _, seconds in costs))
+            spawn(_run, arguments, size, 0, size, free_local_url(), backend)
+        except SystemExit as end:
+            if end.code != errno.ENOMEM:
+                raise
+            return None
+        except ProcessExitedException as error:
+            # By the kernel, which does so when a CPU's memory is used up.
+            if error.signal_name != "SIGKILL":
+                raise
+            return None
+        memory, seconds = torch.load(result)
+    return Cost(int(memory), seconds)
 
 
-def _run(process: int, setting: Setting, steps: int, folder: Path) -> None:
-    device = torch.device(setting.device, process if setting.device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if setting.processes > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        size = {"rank": process, "world_size": setting.processes}
-        dist.init_process_group(backend, init_method=f"file://{folder / 'store'}", **size)
+def _run(setting: Setting, steps: int, result: Path) -> None:
+    device = torch.device(setting.device)
     try:
         seconds = _time_steps(setting, steps, device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(errno.ENOMEM)  # mp.spawn then ends the processes that wait for this one
-    torch.save((peak_memory_of_process(device), seconds), folder / f"cost{process}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        os._exit(errno.ENOMEM)  # at once: to leave the process group may wait for the others
+    costs = gather_rows([peak_memory_of_process(device), seconds])
+    if is_main():
+        torch.save(costs.amax(dim=0).tolist(), result)
 
 
 def _time_steps(setting: Setting, steps: int, device: torch.device) -> float:
@@ -136,6 +137,20 @@ def _noise(setting: Setting, device: torch.device) -> torch.Tensor:
     shape = (setting.batch_size // world_size(), setting.image_size, setting.image_size, 3)
     generator = torch.Generator(device).manual_seed(rank())
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+
+def peak_memory_of_process(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of `device`'s memory if it is a GPU, else in all.
+
+    On a CPU the libraries count as well.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss counts the parent process as well
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
