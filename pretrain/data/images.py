@@ -15,16 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_image
 from moco_det.common.processes import rank, world_size
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # So many unreadable images one after another are no accident: the run ends.
 UNREADABLE_IN_A_ROW = 100
-
-
-class UnreadableImage(Exception):
-    """The file is no image, or ends too early."""
 
 
 def find_images(folder: Path) -> np.ndarray:
@@ -54,41 +51,6 @@ def find_images(folder: Path) -> np.ndarray:
 def training_folder(data: Path) -> Path:
     """DATA/train of an ImageFolder root, else DATA itself."""
     return data / "train" if (data / "train").is_dir() else data
-
-
-def read_image(path: str) -> np.ndarray:
-    """RGB uint8 (H, W, 3). EXIF orientation is ignored, as PIL does in the papers' code.
-
-    Raises UnreadableImage also for a JPEG or PNG cut short, which OpenCV would fill with grey.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from error
-    return decode_image(data, path)
-
-
-def decode_image(data: bytes, name: str) -> np.ndarray:
-    """The content of an image file, as `read_image` gives it; `name` is for the message."""
-    if _is_truncated(data):
-        raise UnreadableImage(f"{name}: truncated file")
-    try:
-        coded = np.frombuffer(data, dtype=np.uint8)
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UnreadableImage(f"{name}: not an image that OpenCV can decode")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _is_truncated(data: bytes) -> bool:
-    if data.startswith(b"\xff\xd8"):
-        # The end marker must follow the last scan: an EXIF thumbnail brings one of its own earlier.
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-32:]
-    return False
 
 
 class UnreadableImages:
@@ -153,7 +115,7 @@ class ImageViews(Dataset):
             try:
                 image = read_image(os.fsdecode(os.path.join(self.folder, path)))
             except UnreadableImage as error:
-                unreadable.append(str(error))
+                unreadable.append(f"{error.name}: {error.reason}")
                 if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue

@@ -13,13 +13,12 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_image
 from pretrain.data.images import (
     Loading,
     SampledBatches,
-    UnreadableImage,
     UnreadableImages,
     find_images,
-    read_image,
 )
 
 INATURALIST = ("train_val2018", "train2018.json", "val2018.json")

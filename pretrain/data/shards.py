@@ -43,17 +43,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError, import_optional
+from moco_det.common.images import UnreadableImage, decode_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
 from pretrain.data.images import (
     UNREADABLE_IN_A_ROW,
     Augmentation,
     Loading,
-    UnreadableImage,
     UnreadableImages,
     ViewBatch,
     build_loader,
     collate_views,
-    decode_image,
 )
 
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
@@ -127,7 +126,7 @@ class Stream:
             try:
                 image = decode_image(sample[extension], place)
             except UnreadableImage as error:
-                unreadable.append(str(error))
+                unreadable.append(f"{error.name}: {error.reason}")
                 continue
             return [augment(image, rng) for augment in self.augmentations], unreadable
         return [], unreadable
