@@ -34,6 +34,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MAX_PIXELS = 178_956_970  # of an image, unless more are allowed; Pillow's limit
 _ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
@@ -81,7 +82,7 @@ def max_pixels() -> float:
 def _too_large(what: str) -> str:
     return (
         f"{what}, which is more than {max_pixels():,} pixels: if you trust the file, raise the "
-        "limit (--max-image-pixels in pretraining, INPUT.MAX_IMAGE_PIXELS in detection)"
+        "limit (--max-image-pixels, or INPUT.MAX_IMAGE_PIXELS in a detector's config)"
     )
 
 
