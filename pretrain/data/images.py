@@ -12,40 +12,16 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, read_image
 from moco_det.common.processes import rank, world_size
+from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # So many unreadable images one after another are no accident: the run ends.
 UNREADABLE_IN_A_ROW = 100
-
-
-def find_images(folder: Path) -> np.ndarray:
-    """Sorted paths, relative to `folder`, of all images below it; links are followed.
-
-    A byte array rather than a list of str: forked workers then share the memory of 10^6 paths
-    instead of copying it piece by piece as reference counts change.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder} (DATA is a folder of images)")
-
-    def fail(error: OSError):
-        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
-
-    paths = [
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
-        for name in names
-        if is_image_file(name)
-    ]
-    if not paths:
-        hint = f"; for its shards pass '{folder}/*.tar'" if any(folder.glob("*.tar")) else ""
-        raise UserError(f"no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)}){hint}")
-    return np.array(sorted(os.fsencode(p) for p in paths), dtype=np.bytes_)
 
 
 def training_folder(data: Path) -> Path:
@@ -225,14 +201,18 @@ class SampledBatches:
 
 
 class FolderSource(SampledBatches):
-    """ViewBatches of all images below a folder. Raises UserError where they cannot fill one.
+    """ViewBatches of all images below a folder.
+
+    Raises UserError where they cannot fill one, or processes see different ones. Collective.
 
     Args:
         augmentations: one for each view.
     """
 
     def __init__(self, folder: Path, augmentations: list[Augmentation], loading: Loading):
-        dataset = ImageViews(folder, find_images(folder), augmentations, loading.seed)
+        paths = seen_alike(lambda: find_images(folder), fingerprint)
+        self.fingerprint = fingerprint(paths)
+        dataset = ImageViews(folder, paths, augmentations, loading.seed)
         if len(dataset) < loading.batch_size:
             raise UserError(
                 f"{len(dataset)} images below {folder} are fewer than the global batch of "
@@ -250,11 +230,12 @@ class FolderSource(SampledBatches):
         return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))
 
     def state(self) -> dict:
-        """Nothing: all is a function of seed, epoch and step."""
-        return {}
+        """Which images these are: all else is a function of seed, epoch and step."""
+        return self.fingerprint
 
     def resume(self, state: dict, path: Path) -> None:
-        """Nothing, see `state`."""
+        """Raises UserError where the images are other ones."""
+        check_unchanged(state, self.fingerprint, path)
 
     def describe(self) -> str:
         return f"{self.samples} images"

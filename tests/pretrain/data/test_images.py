@@ -2,15 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_det.common.errors import UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     DistributedBatchSampler,
     ImageViews,
     collate_views,
-    find_images,
     training_folder,
 )
+from pretrain.data.listing import find_images
 
 
 def photograph(seed: int = 0) -> Image.Image:
@@ -34,24 +33,10 @@ def views_of(folder, num_views: int = 2) -> ImageViews:
     return ImageViews(folder, find_images(folder), augmentations, seed=3)
 
 
-def test_images_are_found_recursively_in_sorted_order(folder):
-    assert list(find_images(folder)) == [
-        b"class0/0.jpg", b"class0/2.jpg", b"class0/4.jpg",
-        b"class1/1.jpg", b"class1/3.jpg", b"class1/5.jpg",
-    ]  # fmt: skip
-
-
 def test_train_folder_is_preferred(folder):
     assert training_folder(folder) == folder
     (folder / "train").mkdir()
     assert training_folder(folder) == folder / "train"
-
-
-def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such folder: .*absent"):
-        find_images(tmp_path / "absent")
-    with pytest.raises(UserError, match="no images below"):
-        find_images(tmp_path)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
