@@ -188,6 +188,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
     args = knn_parser().parse_args(argv)
     if args.k < 1 or args.image_size < 1:
         raise UserError("--neighbours and --image-size must be at least 1")
+    _check(args, ["max_image_pixels"], lambda count: count >= 1, "at least 1")
     _check(args, ["temperature"], lambda value: value > 0, "above 0")
     return args
 

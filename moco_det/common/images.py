@@ -11,6 +11,8 @@ refused, what follows the end is ignored. Samples of 16 bits are scaled to 8. Sa
 largest value, which are floats and integers of 32 bits, are refused, since they could be anything.
 """
 
+import contextlib
+import math
 import os
 import re
 import stat
@@ -65,18 +67,19 @@ class UnreadableImage(UserError):
 # -- the limit on pixels --------------------------------------------------------------------------
 
 
-def allow_pixels(limit: int) -> None:
+def allow_pixels(limit: float) -> None:
     """Read images of up to `limit` pixels in this process, and in those that it forks.
 
     The limit is Pillow's own, so that it holds for whatever else reads images by Pillow.
     """
-    Image.MAX_IMAGE_PIXELS = (limit + 1) // 2  # Pillow refuses what has twice as many
+    # Pillow refuses what has more than twice as many.
+    Image.MAX_IMAGE_PIXELS = None if limit == math.inf else int(limit + 1) // 2
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def max_pixels() -> float:
     """The limit; without one, infinity."""
-    return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
 def _too_large(what: str) -> str:
@@ -97,15 +100,14 @@ def read_image(path: str | Path) -> np.ndarray:
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """The content of an image file, as `read_image` gives it; `name` is for the message."""
     _check(data, name)
-    if not data.startswith((_JPEG, _PNG)):
-        return np.array(_decode(data, name))
-    try:
+    image = None
+    # In other formats OpenCV passes over a PGM's maximum and a float's missing one.
+    if data.startswith((_JPEG, _PNG)):
         coded = np.frombuffer(data, dtype=np.uint8)
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UnreadableImage(name, "its pixels cannot be decoded")
+        with contextlib.suppress(cv2.error):
+            image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:  # for OpenCV; Pillow may do without its limits, and says what is wrong
+        return np.array(_decode(data, name))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -177,7 +179,7 @@ def _check(data: bytes, name: str) -> None:
 
 
 def _walk_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(height, width), if the end marker is reached: ITU-T T.81, annex B.
+    """(height, width) of its largest frame, if the end marker is reached: ITU-T T.81, annex B.
 
     A segment tells its length, so that the markers of a thumbnail in it are passed over. The scan
     after a segment ends where the next marker is.
@@ -188,7 +190,8 @@ def _walk_jpeg(data: bytes) -> tuple[int, int] | None:
         if kind == _JPEG_END:
             return size
         if kind in _JPEG_FRAMES:  # length, precision, height, width
-            size = _big_endian(data, place + 3, 2), _big_endian(data, place + 5, 2)
+            frame = _big_endian(data, place + 3, 2), _big_endian(data, place + 5, 2)
+            size = max(size, frame, key=math.prod)
         place += _big_endian(data, place, 2)
     return None
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_det.common.errors import UserError
-from moco_det.common.images import UnreadableImage, read_image
+from moco_det.common.images import UnreadableImage, allow_pixels, max_pixels, read_image
 from moco_det.common.processes import rank, world_size
 from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
 
@@ -251,13 +252,14 @@ def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> 
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0 and "batch_sampler" in kwargs,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=partial(_prepare_worker, pixels=max_pixels()),
         generator=torch.Generator(),
         **kwargs,
     )
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(worker: int, pixels: float) -> None:
+    allow_pixels(pixels)  # where a worker is not forked
     cv2.setNumThreads(0)
     # A SIGTERM to the whole process group must not kill the workers under a loop that is about to
     # save its state; they end with the loop that they work for.

@@ -275,9 +275,15 @@ def stated_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def stated_jpeg(width: int, height: int) -> bytes:
+def stated_jpeg(width: int, height: int, again: tuple[int, int] | None = None) -> bytes:
+    """A photograph of another size by its frame header, and by a second one after that."""
     whole = encoded(photograph(), "JPEG")
-    return whole.replace(struct.pack(">HH", 60, 80), struct.pack(">HH", height, width), 1)
+    first = whole.index(struct.pack(">HH", 60, 80)) - 5  # marker, length, precision
+    frame = whole[first : first + 19]
+    headers = frame[:5] + struct.pack(">HH", height, width) + frame[9:]
+    if again:
+        headers += frame[:5] + struct.pack(">HH", *again) + frame[9:]
+    return whole[:first] + headers + whole[first + 19 :]
 
 
 @pytest.mark.parametrize(
@@ -286,10 +292,11 @@ def stated_jpeg(width: int, height: int) -> bytes:
         stated_png(20_000, 20_000),
         stated_png(10**9, 10**9),
         stated_jpeg(60_000, 60_000),
+        stated_jpeg(60_000, 60_000, again=(60, 80)),
         b"P5\n60000 60000\n255\n",
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 60000, 60000, 1, 24, *[0] * 6),
     ],
-    ids=["png", "giant png", "jpeg", "pgm", "bmp"],
+    ids=["png", "giant png", "jpeg", "two frames", "pgm", "bmp"],
 )
 def test_more_pixels_than_allowed_are_refused_before_they_are_decoded(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
