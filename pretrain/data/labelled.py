@@ -135,7 +135,11 @@ def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
         categories = {category["id"] for category in content["categories"]}
         paths = {image["id"]: image["file_name"] for image in content["images"]}
         labels = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-    except (ValueError, TypeError, KeyError) as error:
+        if not all(type(number) is int for number in (*categories, *labels.values())):
+            raise ValueError("its category ids must be whole numbers")
+        if not all(isinstance(name, str) for name in paths.values()):
+            raise ValueError("its file names must be texts")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise UserError(f"{path} is no list in COCO's format: {lacks}{error}") from error
     if not paths or paths.keys() != labels.keys():
