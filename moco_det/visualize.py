@@ -8,6 +8,7 @@ N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, 
 
 import colorsys
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
 from moco_det.common.images import read_upright
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
-from moco_det.datasets.coco import read_categories
+from moco_det.datasets.problems import one_line
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_points
 
@@ -95,6 +96,10 @@ def draw_annotations(
     classes = classes or dataset.classes
     if dataset.evaluator == "sem_seg":
         return _draw_scaled_labels(image, read_labels(record, len(dataset.classes)), classes, scale)
+    stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
+    if stated != size:
+        _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
+        record = record | {"height": size[0], "width": size[1]}
     objects = annotated_objects(record, classes)
     return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
@@ -223,8 +228,16 @@ def _colours(classes: Sequence[int], by_object: bool) -> list[Colour]:
     return [colour(index) for index in (range(len(classes)) if by_object else classes)]
 
 
+def _skip(text: str) -> None:
+    """Say what is not drawn."""
+    print(f"skipped: {one_line(text)}", file=sys.stderr, flush=True)
+
+
 def _mask(shape: list | Mapping[str, Any] | None, size: tuple[int, int]) -> Tensor:
-    """Polygons or an RLE as bool (H, W); nothing for None."""
+    """Polygons or an RLE as bool (H, W); nothing for None, or an RLE of another size."""
+    if isinstance(shape, Mapping) and tuple(shape["size"]) != tuple(size):
+        _skip(f"a mask of (height, width) {list(shape['size'])}; its image has {list(size)}")
+        shape = None
     if not shape:
         return torch.zeros(size, dtype=torch.bool)
     if isinstance(shape, list):
@@ -249,10 +262,7 @@ def skeleton_of(dataset: Dataset) -> list[tuple[int, int]]:
 
     They are COCO's `skeleton`, which the annotation file holds beside the keypoints' names.
     """
-    if not isinstance(dataset, CocoDataset) or not dataset.keypoint_names:
-        return []
-    pairs = [c.get("skeleton", ()) for c in read_categories(dataset.json_file)]
-    return [(a - 1, b - 1) for a, b in next(filter(None, pairs), ())]
+    return list(dataset.skeleton) if isinstance(dataset, CocoDataset) else []
 
 
 def draw_objects(

@@ -23,7 +23,7 @@ ALLOWED = {
     "weights": {"common"},
     "densepose": {"common", "datasets", "weights"},
     "evaluation": {"common", "datasets", "densepose"},
-    "config": {"common", "datasets", "densepose", "weights"},
+    "config": {"common", "datasets", "densepose", "evaluation", "weights"},
     "dataset_doctor": {"common", "config", "datasets", "densepose"},
     "visualize": {"common", "datasets", "densepose", "evaluation"},
     "parity": LIBRARY,

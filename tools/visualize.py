@@ -24,24 +24,31 @@ from moco_det.common.errors import UserError, command_parser, exit_cleanly
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_file, add_config_option, load_config
 from moco_det.datasets import Dataset, Record, get_dataset
+from moco_det.datasets.problems import SkippedProblems
 from moco_det.evaluation.predictions import read_predictions
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
-        dataset = get_dataset(args.dataset or configured_dataset(args))
+        problems = SkippedProblems()
+        dataset = get_dataset(args.dataset or configured_dataset(args), problems)
         if args.max_image_pixels:
             allow_pixels(args.max_image_pixels)
-        records = chosen_records(dataset, args.ids, args.limit)
+        records = chosen_records(dataset.records(problems), dataset.name, args.ids, args.limit)
         predictions = read_predictions(args.predictions, dataset) if args.predictions else None
         pictures = {}
         for record in records:
-            picture = draw(record, dataset, predictions, args)
-            if args.sheet:
-                pictures[record["image_id"]] = picture
-            else:
+            try:
+                pictures[record["image_id"]] = picture = draw(record, dataset, predictions, args)
+            except UserError as error:
+                problems.refuse("image", error)
+                continue
+            if not args.sheet:
                 save(picture, args.output, str(record["image_id"]))
+                pictures[record["image_id"]] = None
+        if not pictures:
+            raise UserError(f"dataset {dataset.name}: there is no image to draw")
         if args.sheet:
             save(visualize.contact_sheet(list(pictures.values())), args.output, "sheet")
 
@@ -77,18 +84,17 @@ def configured_dataset(args: argparse.Namespace) -> str:
     return names[0]
 
 
-def chosen_records(dataset: Dataset, ids: list[str] | None, limit: int) -> list[Record]:
-    """The records of those image ids, or the first `limit`; all where it is 0."""
-    records = dataset.records()
+def chosen_records(
+    records: list[Record], name: str, ids: list[str] | None, limit: int
+) -> list[Record]:
+    """Of a data set's records those of some image ids, or the first `limit`; all where it is 0."""
     if not ids:
         return records[: limit or None]
     record_of = {str(record["image_id"]): record for record in records}
     unknown = [image_id for image_id in ids if image_id not in record_of]
     if unknown:
         some = ", ".join(list(record_of)[:3])
-        raise UserError(
-            f"{dataset.name} has no image {', '.join(unknown)}; its ids are {some}, ..."
-        )
+        raise UserError(f"{name} has no image {', '.join(unknown)}; its ids are {some}, ...")
     return [record_of[image_id] for image_id in ids]
 
 

@@ -4,16 +4,19 @@ All of it is asked before anything runs. What a key means often depends on
 MODEL.META_ARCHITECTURE: a `SemanticSegmentor` labels pixels, every other model finds objects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from fvcore.common.config import CfgNode
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import leaves
-from moco_det.datasets import Dataset, get_dataset
+from moco_det.datasets import NOTHING, Dataset, Problems, Record, Wanted, get_dataset
+from moco_det.datasets.dataset import learnable
+from moco_det.datasets.image_files import check_images
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose import body
+from moco_det.evaluation.rehearsal import rehearse
 
 SEMANTIC = "SemanticSegmentor"
 
@@ -47,6 +50,18 @@ def check_datasets(cfg) -> None:
                 f"({', '.join(dataset.classes)}) have different classes: use sets that share them"
             )
         check_dataset(cfg, dataset)
+        check_keypoints(cfg, dataset)
+
+
+def check_keypoints(cfg, dataset: Dataset) -> None:
+    """UserError unless `dataset` names as many keypoints as the model learns, where it does."""
+    found, wanted = len(dataset.keypoint_names), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if cfg.MODEL.KEYPOINT_ON and found != wanted:
+        raise UserError(
+            f"dataset {dataset.name}: the annotations name {found} keypoints, "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}: set it to {found}, or "
+            "MODEL.KEYPOINT_ON False"
+        )
 
 
 def check_dataset(cfg, dataset: Dataset) -> None:
@@ -69,6 +84,43 @@ def check_dataset(cfg, dataset: Dataset) -> None:
             f"{num_classes_key(cfg)} is {num_classes(cfg)}, but {dataset.name} has {len(classes)} "
             f"classes ({', '.join(classes[:30])}): set it to {len(classes)}"
         )
+
+
+def wanted_of(cfg) -> Wanted:
+    """What the model learns from the annotations of objects."""
+    if is_semantic(cfg):
+        return NOTHING
+    model = cfg.MODEL
+    return Wanted(
+        masks=model.MASK_ON,
+        polygons=model.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon",
+        keypoints=model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if model.KEYPOINT_ON else 0,
+    )
+
+
+def check_learnable(cfg, records: Sequence[Record], names: Sequence[str]) -> None:
+    """UserError where no record of the data sets `names` has an object for the model to learn."""
+    model = cfg.MODEL
+    least = model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0
+    empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    learnable(records, names, empty, least, model.DENSEPOSE_ON)
+
+
+def check_scoring(cfg, names: Sequence[str]) -> None:
+    """UserError where these of DATASETS.TEST cannot be scored, tried on a few images of each."""
+    for name in names:
+        dataset = get_dataset(name)
+        records = dataset.records()
+        check_images(records, Problems())
+        rehearse_scoring(cfg, dataset, records)
+
+
+def rehearse_scoring(cfg, dataset: Dataset, records: Sequence[Record]) -> None:
+    """UserError where one data set cannot be scored; see `rehearse`."""
+    wanted = wanted_of(cfg)
+    posed = cfg.MODEL.DENSEPOSE_ON and dataset.evaluator == "densepose"
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    rehearse(dataset, records, wanted.masks, wanted.keypoints, sigmas, dense_pose=posed)
 
 
 def check_metric_files(cfg) -> None:

@@ -1,9 +1,10 @@
 """The dataset doctor: everything that is wrong with the data sets of a config, before a run.
 
-Where the classes of `moco_det.datasets` stop at the first thing that they cannot read and leave out
-boxes without area, as a run needs it, this reads the same files to the end and reports all that it
-finds. Checks of a config's keys belong in `moco_det.config.checks`. Start with
-`examination.examine`: one `Report` for each data set, filled by the checks of its kind of files.
+The readers of `moco_det.datasets` tell a `Problems` what they find. A run's stops at the first
+thing that cannot be used, and passes over what is left out, such as a box without area; the doctor
+hands them its `Report`, which collects all of it. So it has no checks of files of its own, but that
+it decodes images. Checks of a config's keys belong in `moco_det.config.checks`. Start with
+`examination.examine`: one `Report` for each data set.
 """
 
 from moco_det.dataset_doctor.examination import examine

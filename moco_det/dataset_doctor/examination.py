@@ -7,21 +7,38 @@ from pathlib import Path
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, read_upright
-from moco_det.config.checks import check_dataset
-from moco_det.dataset_doctor.coco import check_coco
-from moco_det.dataset_doctor.folders import check_label_maps, check_voc, evenly_spaced
-from moco_det.dataset_doctor.report import ListedImage, Problem, Report
+from moco_det.config.checks import (
+    check_dataset,
+    check_keypoints,
+    check_learnable,
+    rehearse_scoring,
+    wanted_of,
+)
+from moco_det.dataset_doctor.report import Report
 from moco_det.datasets import (
     BUILT_IN,
     KINDS,
+    NOTHING,
     BuiltIn,
+    CityscapesDataset,
     CocoDataset,
     Dataset,
     Location,
-    VocDataset,
+    Problem,
+    Record,
+    SemanticDataset,
     get_dataset,
     locate,
+    read_labels,
 )
+from moco_det.datasets.cityscapes import read_record
+from moco_det.datasets.image_files import (
+    ListedImage,
+    check_images,
+    evenly_spaced,
+    size_problem,
+)
+from moco_det.datasets.problems import DatasetError
 from moco_det.densepose import body
 
 
@@ -50,49 +67,80 @@ def _examine_one(cfg, report: Report, limit: int | None) -> Dataset | None:
     try:
         location = locate(report.name)
     except UserError as error:
-        report.problem("name", error)
+        report.refuse("name", error)
         return None
-    _check_images(check_files(cfg, location, report, limit), report, limit)
+    dataset, records = _read(cfg, location, report, limit)
     if location.kind == "densepose" and cfg.MODEL.DENSEPOSE_ON:
         _check_body_files(cfg, report)
     if report.official:
         _check_counts(report.official, report)
-    if report.images is None:
-        return None  # files are missing, and that is reported
-    return _check_against_model(cfg, location, report)
+    if dataset is not None:
+        _check_against_model(cfg, dataset, report)
+        _check_use(cfg, dataset, records, report)
+    return dataset
 
 
-def check_files(cfg, location: Location, report: Report, limit: int | None) -> list[ListedImage]:
-    """Check the layout and the annotations; return the images that these list."""
+def _read(
+    cfg, location: Location, report: Report, limit: int | None
+) -> tuple[Dataset | None, list[Record]]:
+    """Open the data set and read it as a run does, problems going to the report."""
     kind, second = KINDS[location.kind], location.second
-    is_coco = issubclass(kind, CocoDataset)
-    parts = (Path(second).expanduser(), ()) if is_coco else (second,)
-    files = kind(report.name, (), location.first, *parts)  # its classes are not known yet
-    if report.lacks(files.required):
-        return []
-    if is_coco:
-        return check_coco(files, report, masks=cfg.MODEL.MASK_ON)
-    if isinstance(files, VocDataset):
-        return check_voc(files, report)
-    return check_label_maps(files, report, limit)
+    parts = (Path(second).expanduser(), ()) if issubclass(kind, CocoDataset) else (second,)
+    if report.lacks(kind(report.name, (), location.first, *parts).required):
+        return None, []
+    try:
+        dataset = get_dataset(report.name, report)
+        records = _read_records(cfg, dataset, report, limit)
+    except DatasetError as error:
+        report.refuse(error.check, error)
+        return None, []
+    except UserError as error:
+        report.refuse("annotation", error)
+        return None, []
+    _decode_images(check_images(records, report), report, limit)
+    return dataset, records
 
 
-def _check_images(images: Sequence[ListedImage], report: Report, limit: int | None) -> None:
-    """Look for all of them; decode `limit`, evenly spaced over the set (None: all)."""
-    present, absent = [], []
-    for image in images:
-        (present if image.path.is_file() else absent).append(image)
-    if images and not present:
-        report.problem(
-            "layout", f"none of the {len(images):,} images exists; expected {images[0].path}"
-        )
-        return
-    for image in absent:
-        report.problem("image", f"{image.path} does not exist")
-    chosen = evenly_spaced(present, limit)
+def _check_use(cfg, dataset: Dataset, records: list[Record], report: Report) -> None:
+    """Whether what is read can be learned from, and scored; asked where nothing else is wrong."""
+    is_sample = isinstance(dataset, CityscapesDataset) and len(records) != report.images
+    learns = report.name in cfg.DATASETS.TRAIN and not isinstance(dataset, SemanticDataset)
+    if learns and not is_sample and not report.problems:
+        _tell(report, "annotation", check_learnable, cfg, records, (report.name,))
+    if report.name in cfg.DATASETS.TEST and records and not report.problems:
+        _tell(report, "scoring", rehearse_scoring, cfg, dataset, records)
+
+
+def _tell(report: Report, check: str, function, *arguments) -> None:
+    """Call a function; what it raises is a problem."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        report.refuse(check, error)
+
+
+def _read_records(cfg, dataset: Dataset, report: Report, limit: int | None) -> list[Record]:
+    """The records; of label maps, which take long to read, `limit`."""
+    if isinstance(dataset, CityscapesDataset):
+        records = []
+        for pair in evenly_spaced(dataset.pairs(report), limit):
+            _tell(report, "labels", lambda pair: records.append(read_record(pair)), pair)
+        return records
+    wanted = wanted_of(cfg) if report.name in cfg.DATASETS.TRAIN else NOTHING
+    records = dataset.records(report, wanted)
+    if isinstance(dataset, SemanticDataset):
+        for record in evenly_spaced(records, limit):
+            _tell(report, "labels", read_labels, record, len(dataset.classes))
+    return records
+
+
+def _decode_images(images: Sequence[ListedImage], report: Report, limit: int | None) -> None:
+    """Decode `limit`, evenly spaced over the set (None: all)."""
+    chosen = evenly_spaced(images, limit)
     report.decoded = len(chosen)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        report.problems += filter(None, threads.map(_image_problem, chosen))
+        for problem in filter(None, threads.map(_image_problem, chosen)):
+            report.refuse(*problem)
 
 
 def _image_problem(image: ListedImage) -> Problem | None:
@@ -100,11 +148,8 @@ def _image_problem(image: ListedImage) -> Problem | None:
         width, height = read_upright(image.path).size
     except UnreadableImage as error:
         return Problem("image", f"{image.path} cannot be decoded: {error.reason}")
-    if image.size in (None, (height, width)):
-        return None
-    stated = f"{image.size[1]}x{image.size[0]}"
-    text = f"{image.path} is {width}x{height} pixels, its annotation says {stated}"
-    return Problem("size", text)
+    size = height, width
+    return None if image.size == size else size_problem(image, size)
 
 
 def _check_body_files(cfg, report: Report) -> None:
@@ -115,7 +160,7 @@ def _check_body_files(cfg, report: Report) -> None:
     if report.name in cfg.DATASETS.TEST:
         needed += body.GEODESICS
     for path in body.missing(needed):
-        report.problem("files", f"{path} does not exist: download {body.SITE}{path.name}")
+        report.refuse("files", f"{path} does not exist: download {body.SITE}{path.name}")
 
 
 def _check_counts(official: BuiltIn, report: Report) -> None:
@@ -125,42 +170,22 @@ def _check_counts(official: BuiltIn, report: Report) -> None:
         (report.objects, official.objects, "annotations"),
     ):
         if None not in (found, wanted) and found != wanted:
-            report.problem("count", f"{found:,} {what}; the official set has {wanted:,}")
+            report.refuse("count", f"{found:,} {what}; the official set has {wanted:,}")
     flaws = [problem for problem in report.problems if problem.check == "area"]
     if flaws and len(flaws) == official.flaws:
-        report.problems = [problem for problem in report.problems if problem not in flaws]
+        report.problems = [problem for problem in report.problems if problem.check != "area"]
         report.notes.append(
             f"{len(flaws)} boxes have no area, as in the official file; they are left out"
         )
 
 
-def _check_against_model(cfg, location: Location, report: Report) -> Dataset | None:
-    """Open the data set as a run does; report what the model cannot learn from it."""
-    try:
-        dataset = get_dataset(report.name)
-    except UserError as error:
-        report.problem("version" if location.kind == "lvis" else "classes", error)
-        return None
+def _check_against_model(cfg, dataset: Dataset, report: Report) -> None:
+    """Report what the model cannot learn from the data set."""
     report.classes = len(dataset.classes)
-    try:
-        check_dataset(cfg, dataset)
-    except UserError as error:
-        report.problem("classes", error)
+    _tell(report, "classes", check_dataset, cfg, dataset)
     if cfg.MODEL.MASK_ON and dataset.evaluator == "voc":
-        report.problem("mask", "PASCAL VOC's layout has no masks, but MODEL.MASK_ON is True")
-    if cfg.MODEL.KEYPOINT_ON:
-        _check_keypoints(cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, dataset, report)
-    return dataset
-
-
-def _check_keypoints(wanted: int, dataset: Dataset, report: Report) -> None:
-    found = len(dataset.keypoint_names)
-    if found != wanted:
-        report.problem(
-            "keypoints",
-            f"the annotations name {found} keypoints, MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
-            f"{wanted}",
-        )
+        report.refuse("mask", "PASCAL VOC's layout has no masks, but MODEL.MASK_ON is True")
+    _tell(report, "keypoints", check_keypoints, cfg, dataset)
 
 
 def _compare_classes(reports: list[Report], datasets: list[Dataset | None]) -> None:
@@ -168,4 +193,4 @@ def _compare_classes(reports: list[Report], datasets: list[Dataset | None]) -> N
     for report, dataset in opened[1:]:
         first = opened[0][1]
         if dataset.classes != first.classes:
-            report.problem("classes", f"its classes are not those of {first.name}, in this order")
+            report.refuse("classes", f"its classes are not those of {first.name}, in this order")

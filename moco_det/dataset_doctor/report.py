@@ -3,33 +3,19 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from tabulate import tabulate
 
-from moco_det.datasets import BuiltIn, data_root
-
-
-class ListedImage(NamedTuple):
-    """An image that a data set lists.
-
-    `size`: the (height, width) that its annotation gives; None where it gives none.
-    """
-
-    path: Path
-    size: tuple[int, int] | None = None
-
-
-class Problem(NamedTuple):
-    """`check`: its kind, in a word or two; `text` names the file and what is wrong with it."""
-
-    check: str
-    text: str
+from moco_det.datasets import BuiltIn, Problem, Problems, data_root
+from moco_det.datasets.problems import one_line
 
 
 @dataclass
-class Report:
-    """`images` and `objects`: how many are listed; None where that could not be found out.
+class Report(Problems):
+    """What the readers find in one data set, collected.
+
+    `images` and `objects`: how many are listed; None where that could not be found out.
 
     `official`: what the set should hold, if it is an official one. `notes` are worth knowing but
     not problems.
@@ -43,6 +29,7 @@ class Report:
     decoded: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    known: set[Problem] = field(default_factory=set, repr=False)
 
     @property
     def remedy(self) -> str:
@@ -59,14 +46,33 @@ class Report:
             "another"
         )
 
-    def problem(self, check: str, text: object) -> None:
-        self.problems.append(Problem(check, str(text)))
+    def refuse(self, check: str, text: object) -> None:
+        """Add a problem, unless it is known: classes and records are read from the same files."""
+        problem = Problem(check, one_line(text))
+        if problem not in self.known:
+            self.known.add(problem)
+            self.problems.append(problem)
+
+    flaw = refuse
+
+    def repeated(self, ids: dict[Any, int]) -> None:
+        if ids and self.official and self.official.repeats:
+            self.note(f"{len(ids)} annotations are listed more than once, as in the official file")
+            return
+        for annotation_id, times in ids.items():
+            self.refuse("list", f"annotation {annotation_id} is listed {times} times")
+
+    def note(self, text: object) -> None:
+        self.notes.append(one_line(text))
+
+    def listed(self, images: int, objects: int | None = None) -> None:
+        self.images, self.objects = images, objects
 
     def lacks(self, paths: Iterable[Path]) -> bool:
         """Report each of `paths` that does not exist; return whether any is missing."""
         missing = [path for path in paths if not path.exists()]
         for path in missing:
-            self.problem("layout", f"{path} does not exist")
+            self.refuse("layout", f"{path} does not exist")
         return bool(missing)
 
 

@@ -34,10 +34,10 @@ from moco_det.datasets.coco import (
     CocoDataset,
     DensePoseDataset,
     LvisDataset,
-    read_coco,
     refuse_other_versions,
 )
-from moco_det.datasets.dataset import BUILT_IN, BuiltIn, Dataset, Record
+from moco_det.datasets.dataset import BUILT_IN, NOTHING, BuiltIn, Dataset, Record, Wanted
+from moco_det.datasets.problems import Problem, Problems
 from moco_det.datasets.semantic import (
     SemanticCityscapesDataset,
     SemanticDataset,
@@ -49,6 +49,7 @@ from moco_det.datasets.voc import VOC_CLASSES, VocDataset
 __all__ = [
     "BUILT_IN",
     "KINDS",
+    "NOTHING",
     "VOC_CLASSES",
     "BuiltIn",
     "CityscapesDataset",
@@ -57,15 +58,17 @@ __all__ = [
     "DensePoseDataset",
     "Location",
     "LvisDataset",
+    "Problem",
+    "Problems",
     "Record",
     "SemanticCityscapesDataset",
     "SemanticDataset",
     "SemanticVocDataset",
     "VocDataset",
+    "Wanted",
     "data_root",
     "get_dataset",
     "locate",
-    "read_coco",
     "read_labels",
 ]
 
@@ -98,14 +101,17 @@ def data_root() -> Path:
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
-def get_dataset(name: str) -> Dataset:
+def get_dataset(name: str, problems: Problems | None = None) -> Dataset:
     """The data set of that name; see the head of this module for the names.
+
+    Args:
+        problems: told what is wrong with its classes; None: the first is raised.
 
     Raises:
         UserError: an unknown name; a missing file or folder.
     """
     found = locate(name)
-    return KINDS[found.kind].open(name, found.first, found.second, found.data_root)
+    return KINDS[found.kind].open(name, found.first, found.second, found.data_root, problems)
 
 
 def locate(name: str) -> Location:

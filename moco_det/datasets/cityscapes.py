@@ -30,7 +30,15 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.dataset import Dataset, Record, read_label_map, require
+from moco_det.datasets.dataset import (
+    NOTHING,
+    Dataset,
+    Record,
+    Wanted,
+    read_label_map,
+    require,
+)
+from moco_det.datasets.problems import Problems
 
 # Class -> labelId, in the order of the trainIds (cityscapesscripts.helpers.labels), which is
 # Detectron2's. Caravan and trailer, 29 and 30, are not evaluated.
@@ -58,7 +66,14 @@ class CityscapesLayout:
     label_endings: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def open(cls, name: str, first: Path, second: str, data_root: Path | None = None) -> Dataset:
+    def open(
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
+    ) -> Dataset:
         dataset = cls(name, cls.all_classes, first, second)
         require(name, dataset.required, data_root)
         return dataset
@@ -91,28 +106,30 @@ class CityscapesLayout:
         paths = (f"{self.label_dir / stem}{ending}" for ending in self.label_endings)
         return " or ".join(paths)
 
-    def pairs(self) -> list[tuple[str, Path, Path]]:
+    def pairs(self, problems: Problems | None = None) -> list[tuple[str, Path, Path]]:
         """(image id, image, label map), sorted by image id, "CITY_SEQUENCE_FRAME".
 
         Raises:
             UserError: an image without a label map, or the reverse; none at all.
         """
+        problems = problems or Problems()
         images, maps = self.files()
+        problems.listed(len(images))
         if not images and not maps:
-            raise UserError(
-                f"dataset {self.name}: no CITY/*{self.label_endings[-1]} in {self.label_dir}"
-            )
-        for found, others, expected, what in (
-            (images, maps, self.label_paths, "images have no label map"),
-            (maps, images, self.image_path, "label maps have no image"),
+            text = f"dataset {self.name}: no CITY/*{self.label_endings[-1]} in {self.label_dir}"
+            problems.refuse("list", text)
+        for check, found, others, expected, what in (
+            ("labels", images, maps, self.label_paths, "images have no label map"),
+            ("image", maps, images, self.image_path, "label maps have no image"),
         ):
             alone = sorted(found.keys() - others.keys())
-            if alone:
-                raise UserError(
-                    f"dataset {self.name}: {len(alone)} {what}, the first is {found[alone[0]]}: "
-                    f"expected {expected(alone[0])}"
-                )
-        pairs = [(Path(stem).name, image, maps[stem]) for stem, image in images.items()]
+            for stem in alone[:1]:
+                text = f"{len(alone)} {what}, the first is {found[stem]}"
+                problems.refuse(check, f"{text}: expected {expected(stem)}, which does not exist")
+            for stem in alone[1:]:
+                problems.refuse(check, f"{expected(stem)} does not exist")
+        both = images.keys() & maps.keys()
+        pairs = [(Path(stem).name, images[stem], maps[stem]) for stem in both]
         return sorted(pairs)
 
 
@@ -132,7 +149,7 @@ class CityscapesDataset(CityscapesLayout, Dataset):
     root: Path
     split: str
 
-    def records(self) -> list[Record]:
+    def records(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> list[Record]:
         """As in `Dataset`, sorted by image id.
 
         An annotation also has "segmentation", a compressed RLE. The 2,975 maps of the training set
@@ -143,19 +160,9 @@ class CityscapesDataset(CityscapesLayout, Dataset):
             UserError: an image without a map, or the reverse; a map that cannot be read or is
                 none; no image at all.
         """
-        pairs = self.pairs()
+        pairs = self.pairs(problems)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            contents = threads.map(_read, (path for _, _, path in pairs))
-            return [
-                {
-                    "file_name": str(image),
-                    "image_id": image_id,
-                    "height": content[0],
-                    "width": content[1],
-                    "annotations": [_annotation(*found, content[:2]) for found in content[2]],
-                }
-                for (image_id, image, _), content in zip(pairs, contents, strict=True)
-            ]
+            return list(threads.map(read_record, pairs))
 
 
 _Object = tuple[int, int, bytes]  # number in the map, class, run lengths
@@ -172,8 +179,25 @@ def _annotation(number: int, label: int, counts: bytes, size: tuple[int, int]) -
     }
 
 
-def _read(path: Path) -> tuple[int, int, tuple[_Object, ...]]:
-    """(height, width, objects of the 8 classes) of a map."""
+def read_record(pair: tuple[str, Path, Path]) -> Record:
+    """Of (image id, image, label map).
+
+    Raises:
+        UserError: the map cannot be read, is none of instances, or has a label that there is not.
+    """
+    image_id, image, labels = pair
+    height, width, objects = read_instances(labels)
+    return {
+        "file_name": str(image),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": [_annotation(*found, (height, width)) for found in objects],
+    }
+
+
+def read_instances(path: Path) -> tuple[int, int, tuple[_Object, ...]]:
+    """(height, width, objects of the 8 classes) of a map; raises as `read_record`."""
     try:
         state = path.stat()
     except OSError as error:

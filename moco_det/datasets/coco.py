@@ -1,22 +1,30 @@
-"""COCO's JSON annotations: boxes, masks, keypoints; LVIS v0.5 and DensePose, which add to them."""
+"""COCO's JSON annotations: boxes, masks, keypoints; LVIS v0.5 and DensePose, which add to them.
+
+The files are read and checked by `coco_file`; here their content becomes records.
+"""
 
 import functools
-import json
-import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pycocotools import mask as coco_mask
-
 from moco_det.common.errors import UserError
-from moco_det.common.images import image_size
-from moco_det.datasets.dataset import Dataset, Record, require
+from moco_det.datasets.coco_file import (
+    CocoContent,
+    load_coco,
+    no_collection,
+    read_categories,
+    read_content,
+)
+from moco_det.datasets.dataset import NOTHING, Dataset, Record, Wanted, require
+from moco_det.datasets.masks import compressed, rle_problem
+from moco_det.datasets.problems import DatasetError, Problems, shown
 
 LVIS_CLASSES = 1230
 _LVIS_V1_CLASSES = 1203
+_LVIS_KNOWN = ("neg_category_ids", "not_exhaustive_category_ids")  # of each image
 _LVIS_FREQUENCIES = {"r", "c", "f"}  # rare, common, frequent
 
 # field -> least and greatest number: across the box, of charts, on the chart
@@ -27,37 +35,59 @@ _DP_MASK_COUNT, _DP_MASK_SIZE = 14, [256, 256]
 
 @dataclass(frozen=True)
 class CocoDataset(Dataset):
-    """COCO's instances format. `category_ids[i]` is the file's id of contiguous category `i`."""
+    """COCO's instances format. `category_ids[i]` is the file's id of contiguous category `i`.
+
+    `skeleton`: pairs of keypoints that are joined by a line, by their number from 0 on.
+    """
 
     evaluator: ClassVar[str] = "coco"
     form: ClassVar[str] = "ANNOTATIONS.json:IMAGE_DIR"
+    image_keys: ClassVar[tuple[str, ...]] = ("id", "file_name")
     json_file: Path
     image_dir: Path
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | str, ...]
+    skeleton: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
 
     @classmethod
     def open(
-        cls, name: str, first: Path, second: str, data_root: Path | None = None
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
     ) -> "CocoDataset":
         image_dir = Path(second).expanduser()
         require(name, (first, image_dir), data_root)
-        categories = read_categories(first)
-        cls._check_categories(first, categories)
+        entries = _category_entries(first)
+        cls._check_version(first, entries)
+        categories = read_categories(entries, problems or Problems(first))
         classes = tuple(category["name"] for category in categories)
         ids = tuple(category["id"] for category in categories)
         keypoints = {tuple(category.get("keypoints", ())) for category in categories} - {()}
         names = keypoints.pop() if len(keypoints) == 1 else ()
-        return cls(name, classes, first, image_dir, ids, keypoint_names=names)
+        lines = next((c["skeleton"] for c in categories if c["skeleton"]), ()) if names else ()
+        skeleton = tuple((a - 1, b - 1) for a, b in lines)
+        return cls(name, classes, first, image_dir, ids, keypoint_names=names, skeleton=skeleton)
 
     @property
     def required(self) -> tuple[Path, ...]:
         return self.json_file, self.image_dir
 
     @classmethod
-    def _check_categories(cls, json_file: Path, categories: tuple[dict[str, Any], ...]) -> None:
+    def _check_version(cls, json_file: Path, entries: tuple[Any, ...]) -> None:
         """UserError where the categories are not those that this kind of data set has."""
 
-    def records(self) -> list[Record]:
+    def content(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> CocoContent:
+        """What the file holds, checked; see `coco_file`. Raises as `records`."""
+        problems = problems or Problems(self.json_file)
+        raw = load_coco(self.json_file)
+        found = read_categories(raw[0]["categories"], problems)
+        categories = {c["id"]: c for c in found if c["id"] in self.category_ids}
+        return read_content(raw, categories, self.image_path, problems, wanted, self.image_keys)
+
+    @no_collection()
+    def records(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> list[Record]:
         """As in `Dataset`, sorted by image id, which is the number in the file.
 
         An annotation also has, where the file has it, "segmentation": a list of polygons
@@ -67,20 +97,21 @@ class CocoDataset(Dataset):
         As in Detectron2, crowds are kept; invalid polygons are left out, and so is an object that
         has only such.
         """
-        content = read_coco(self.json_file)
+        problems = problems or Problems(self.json_file)
+        content = self.content(problems, wanted)
         contiguous = {category_id: index for index, category_id in enumerate(self.category_ids)}
         annotations_of = defaultdict(list)
-        try:
-            for annotation in content["annotations"]:
-                record = self._annotation(annotation, contiguous)
-                if record is not None:
-                    annotations_of[annotation["image_id"]].append(record)
-            images = sorted(content["images"], key=lambda image: image["id"])
-            return [self._record(image, annotations_of[image["id"]]) for image in images]
-        except KeyError as error:
-            raise UserError(f"{self.json_file}: no such field or category: {error}") from error
-        except (TypeError, ValueError, OverflowError) as error:  # the last: a run below zero
-            raise UserError(f"{self.json_file}: malformed annotation: {error}") from error
+        for annotation in content.annotations:
+            record = self._annotation(annotation, contiguous)
+            if record is not None:
+                annotations_of[annotation["image_id"]].append(record)
+        records = []
+        for image_id, image in sorted(content.images.items()):
+            if "height" in image:
+                records.append(self._record(image, annotations_of[image_id]))
+            else:
+                problems.refuse("image", f"{self.image_path(image)} does not exist")
+        return records
 
     def _annotation(self, annotation: dict[str, Any], contiguous: dict) -> dict[str, Any] | None:
         """One object of a record; None if it has no area or, despite polygons, no valid one."""
@@ -88,25 +119,22 @@ class CocoDataset(Dataset):
         record = {
             "bbox": [x, y, x + width, y + height],
             "category_id": contiguous[annotation["category_id"]],
-            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "iscrowd": annotation["iscrowd"],
         }
-        if annotation.get("segmentation"):
-            record["segmentation"] = _segmentation(annotation["segmentation"])
-        if annotation.get("keypoints"):
+        if "segmentation" in annotation:
+            record["segmentation"] = annotation["segmentation"]
+        if "keypoints" in annotation:
             numbers = enumerate(annotation["keypoints"])
             record["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in numbers]
         has_shape = min(width, height) > 0 and record.get("segmentation") != []
         return record if has_shape else None
 
     def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:
-        path = self.image_path(image)
-        has_size = "height" in image and "width" in image
-        height, width = (image["height"], image["width"]) if has_size else image_size(path)
         return {
-            "file_name": str(path),
+            "file_name": str(self.image_path(image)),
             "image_id": image["id"],
-            "height": height,
-            "width": width,
+            "height": image["height"],
+            "width": image["width"],
             "annotations": annotations,
         }
 
@@ -115,36 +143,20 @@ class CocoDataset(Dataset):
         return self.image_dir / image["file_name"]
 
 
-def read_coco(path: Path) -> dict[str, Any]:
-    """The content of a COCO instances file; `UserError` if it is not one."""
+def _category_entries(json_file: Path) -> tuple[Any, ...]:
+    """The section "categories" of a file, unchecked; `UserError` if it is none of COCO's."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read COCO annotations {path}: {error}") from error
-    sections = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or any(section not in content for section in sections):
-        raise UserError(f"{path} is not in COCO's instances format: it needs {', '.join(sections)}")
-    return content
-
-
-def read_categories(json_file: Path) -> tuple[dict[str, Any], ...]:
-    """The categories of a COCO instances file, sorted by id; `UserError` if it is not one."""
-    state = json_file.stat()
-    return _categories(json_file, (state.st_mtime_ns, state.st_size))
+        state = json_file.stat()
+    except OSError as error:
+        raise UserError(f"cannot read COCO annotations {json_file}: {error}") from error
+    return _entries(json_file, (state.st_mtime_ns, state.st_size))
 
 
 @functools.cache
-def _categories(json_file: Path, state: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-    """Sorted by id. Kept for each state of a file, because all of it must be read to get them."""
-    return tuple(sorted(read_coco(json_file)["categories"], key=lambda category: category["id"]))
-
-
-def _segmentation(shape: list | dict[str, Any]) -> list[list[float]] | dict[str, Any]:
-    """Polygons of at least three points, or an RLE in its compressed form."""
-    if isinstance(shape, dict):
-        compressed = not isinstance(shape["counts"], list)
-        return shape if compressed else coco_mask.frPyObjects(shape, *shape["size"])
-    return [polygon for polygon in shape if len(polygon) >= 6 and len(polygon) % 2 == 0]
+def _entries(json_file: Path, state: tuple[int, int]) -> tuple[Any, ...]:
+    """Kept for each state of a file, because all of it must be read to get them."""
+    sections, _ = load_coco(json_file)
+    return tuple(sections["categories"])
 
 
 # -- LVIS v0.5 -------------------------------------------------------------------------------------
@@ -162,30 +174,56 @@ class LvisDataset(CocoDataset):
     """
 
     evaluator: ClassVar[str] = "lvis"
+    image_keys: ClassVar[tuple[str, ...]] = ("id", "coco_url", *_LVIS_KNOWN)
+
+    @property
+    def frequencies(self) -> list[str]:
+        """Of each class: "r", "c" or "f"."""
+        of = {entry["id"]: entry["frequency"] for entry in _category_entries(self.json_file)}
+        return [of[number] for number in self.category_ids]
 
     @classmethod
     def open(
-        cls, name: str, first: Path, second: str, data_root: Path | None = None
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
     ) -> "LvisDataset":
         if data_root is not None:
             _, split = name.rsplit("_", 1)
             require(name, [Path(second) / f"{split}2017"], data_root)
-        return super().open(name, first, second, data_root)
+        return super().open(name, first, second, data_root, problems)
 
     @classmethod
-    def _check_categories(cls, json_file: Path, categories: tuple[dict[str, Any], ...]) -> None:
+    def _check_version(cls, json_file: Path, entries: tuple[Any, ...]) -> None:
         """The file names no version; its categories tell."""
-        if len(categories) != LVIS_CLASSES:
-            version = "LVIS v1" if len(categories) == _LVIS_V1_CLASSES else "not LVIS v0.5"
-            raise UserError(
-                f"{json_file} has {len(categories):,} categories, so it is {version}: the paper's "
+        if len(entries) != LVIS_CLASSES:
+            version = "LVIS v1" if len(entries) == _LVIS_V1_CLASSES else "not LVIS v0.5"
+            raise DatasetError(
+                "version",
+                f"{json_file} has {len(entries):,} categories, so it is {version}: the paper's "
                 f"LVIS is v0.5, with {LVIS_CLASSES:,}; take its files, lvis_v0.5_train.json and "
-                "_val.json"
+                "_val.json",
             )
-        if any(category.get("frequency") not in _LVIS_FREQUENCIES for category in categories):
-            raise UserError(
-                f"{json_file} is not LVIS v0.5: each of its categories has a frequency, r, c or f"
+        known = [entry.get("frequency") for entry in entries if isinstance(entry, dict)]
+        if not all(isinstance(found, str) and found in _LVIS_FREQUENCIES for found in known):
+            raise DatasetError(
+                "version",
+                f"{json_file} is not LVIS v0.5: each of its categories has a frequency, r, c or f",
             )
+
+    def content(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> CocoContent:
+        problems = problems or Problems(self.json_file)
+        content = super().content(problems, wanted)
+        for image in content.images.values():
+            for key in _LVIS_KNOWN:
+                if not isinstance(image[key], list):
+                    text = f"image {image['id']} has {key} {shown(image[key])}: it is a list"
+                    problems.refuse("annotation", text)
+                    image[key] = []
+        return content
 
     def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:
         """COCO's, and as in Detectron2 what is known of an image, as the file's category ids.
@@ -193,12 +231,12 @@ class LvisDataset(CocoDataset):
         "neg_category_ids": not in the image. "not_exhaustive_category_ids": in it, but not every
         object is annotated. Of all other classes without an annotation nothing is known.
         """
-        known = {key: image[key] for key in ("neg_category_ids", "not_exhaustive_category_ids")}
+        known = {key: image[key] for key in _LVIS_KNOWN}
         return super()._record(image, annotations) | known
 
     def image_path(self, image: dict[str, Any]) -> Path:
         """By the URL as in Detectron2: "file_name" may be a name of 2014, "COCO_val2014_...jpg"."""
-        folder, name = image["coco_url"].split("/")[-2:]
+        *_, folder, name = "", *image["coco_url"].split("/")
         within = self.image_dir / folder
         return (within if within.is_dir() else self.image_dir) / name
 
@@ -225,15 +263,32 @@ class DensePoseDataset(CocoDataset):
 
     evaluator: ClassVar[str] = "densepose"
 
+    def content(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> CocoContent:
+        """COCO's, with the fields of `dense_pose` checked, and their masks compressed."""
+        problems = problems or Problems(self.json_file)
+        content = super().content(problems, wanted)
+        count = 0
+        for annotation in content.annotations:
+            try:
+                found = dense_pose(annotation)
+            except (TypeError, ValueError) as error:
+                problems.refuse("dense pose", f"{content.label(annotation)} {error}")
+                found = {}
+            count += bool(found)
+            for key in (*_DP_RANGES, _DP_MASKS):
+                annotation.pop(key, None)
+            annotation.update(found)
+        problems.note(f"{count:,} of {len(content.annotations):,} objects have dense pose")
+        if not count:
+            text = "no object has dp_x, dp_y, dp_I, dp_U and dp_V"
+            problems.flaw("dense pose", text)
+        return content
+
     def _annotation(self, annotation: dict[str, Any], contiguous: dict) -> dict[str, Any] | None:
         """COCO's and, where the file has them, the fields of `dense_pose`, as in Detectron2."""
         record = super()._annotation(annotation, contiguous)
-        try:
-            return record and record | dense_pose(annotation)
-        except ValueError as error:
-            raise UserError(
-                f"{self.json_file}: annotation {annotation.get('id', '?')} {error}"
-            ) from error
+        posed = {k: annotation[k] for k in (*_DP_RANGES, _DP_MASKS) if k in annotation}
+        return record and record | posed
 
 
 def dense_pose(annotation: dict[str, Any]) -> dict[str, Any]:
@@ -248,20 +303,24 @@ def dense_pose(annotation: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: what is wrong with the annotation, to be read after its name.
     """
-    fields = [field for field in _DP_RANGES if field in annotation]
+    fields = [field for field in _DP_RANGES if annotation.get(field) is not None]
     if not fields:
         return {}
     if len(fields) < len(_DP_RANGES):
-        lacking = ", ".join(field for field in _DP_RANGES if field not in annotation)
+        lacking = ", ".join(field for field in _DP_RANGES if field not in fields)
         raise ValueError(f"has {', '.join(fields)} and lacks {lacking}")
+    if not all(isinstance(annotation[field], list) for field in fields):
+        raise ValueError(f"has a {', '.join(fields)} that is no list of numbers")
     lengths = {field: len(annotation[field]) for field in fields}
     if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{length} {field}" for field, length in lengths.items())
-        raise ValueError(f"has {shown}, which are to be of one length")
-    for field, (least, greatest) in _DP_RANGES.items():
-        for number in annotation[field]:
-            if not (math.isfinite(number) and least <= number <= greatest):
-                raise ValueError(f"has {number} in {field}, which goes from {least} to {greatest}")
+        listed = ", ".join(f"{length} {field}" for field, length in lengths.items())
+        raise ValueError(f"has {listed}, which are to be of one length")
+    for key, (least, greatest) in _DP_RANGES.items():
+        for number in annotation[key]:
+            if type(number) not in (int, float):
+                raise ValueError(f"is a malformed annotation: {shown(number)} in {key}")
+            if not least <= number <= greatest:
+                raise ValueError(f"has {number} in {key}, which goes from {least} to {greatest}")
     if any(chart != int(chart) for chart in annotation["dp_I"]):
         raise ValueError("has charts in dp_I that are not whole numbers")
     found = {field: annotation[field] for field in fields}
@@ -285,8 +344,11 @@ def _checked_mask(shape: Any) -> dict[str, Any] | list:
         return []
     if not isinstance(shape, dict) or not {"size", "counts"} <= shape.keys():
         raise ValueError(f"has a mask in {_DP_MASKS} that is not an RLE: it needs size and counts")
-    if list(shape["size"]) != _DP_MASK_SIZE:
+    if shape["size"] != _DP_MASK_SIZE:
         raise ValueError(
-            f"has a mask of size {shape['size']} in {_DP_MASKS}, not of {_DP_MASK_SIZE}"
+            f"has a mask of size {shown(shape['size'])} in {_DP_MASKS}, not of {_DP_MASK_SIZE}"
         )
-    return _segmentation(shape)
+    problem = rle_problem(shape)
+    if problem:
+        raise ValueError(f"has a mask in {_DP_MASKS} {problem}")
+    return compressed(shape)

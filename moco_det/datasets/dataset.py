@@ -5,7 +5,7 @@ thing below the data root, under Detectron2's name (`BUILT_IN`). So each kind is
 `Dataset` that says what its two parts are (`form`) and how a data set is opened.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +17,27 @@ from PIL import Image
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, read_bytes
+from moco_det.datasets.problems import Problems
 
 Record = dict[str, Any]
+
+REACH = 10  # in sides of an image, the longer one: how far from its origin an annotation may lie
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model is to learn from annotations, without which a reader refuses them.
+
+    `masks`: of every object but crowds; `polygons`: not run-length encoded; `keypoints`: how many
+    of every object but crowds, 0 for none.
+    """
+
+    masks: bool = False
+    polygons: bool = False
+    keypoints: int = 0
+
+
+NOTHING = Wanted()
 
 
 class Source(NamedTuple):
@@ -68,11 +87,19 @@ class Dataset:
     keypoint_names: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
-    def open(cls, name: str, first: Path, second: str, data_root: Path | None = None) -> "Dataset":
+    def open(
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
+    ) -> "Dataset":
         """The data set called `name`, with the parts that `form` names.
 
         Args:
             data_root: of a built-in data set; None for one of the user's own.
+            problems: told what is wrong with the classes; None: the first is raised.
 
         Raises:
             UserError: a file or folder is missing or is not of this kind.
@@ -90,12 +117,19 @@ class Dataset:
         pairs = ((name, name.replace("left_", "right_", 1)) for name in self.keypoint_names)
         return tuple((a, b) for a, b in pairs if a != b and b in self.keypoint_names)
 
-    def records(self) -> list[Record]:
+    def records(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> list[Record]:
         """One dict per image, always in the same order.
 
         {"file_name", "image_id", "height", "width", "annotations": [{"bbox": [x0, y0, x1, y1] in
         continuous pixel coordinates, "category_id": contiguous, "iscrowd": 0 or 1}]}. Boxes without
-        area are left out. Raises `UserError` for a missing or malformed file.
+        area are left out.
+
+        Args:
+            problems: told what is wrong with the files; None: the first is raised.
+            wanted: what a model is to learn.
+
+        Raises:
+            UserError: a missing or malformed file.
         """
         raise NotImplementedError
 
@@ -110,6 +144,49 @@ def require(name: str, paths: Iterable[Path], data_root: Path | None) -> None:
                     f"; set DETECTRON2_DATASETS to the folder that is to hold it, now {data_root}"
                 )
             raise UserError(message)
+
+
+def has_objects(record: Record) -> bool:
+    """Whether anything but a crowd is annotated."""
+    return any(not a.get("iscrowd", 0) for a in record["annotations"])
+
+
+def count_keypoints(record: Record) -> int:
+    """Labelled keypoints of all objects, crowds included (Detectron2)."""
+    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+
+
+def learnable(
+    records: Sequence[Record],
+    names: Sequence[str],
+    filter_empty: bool,
+    min_keypoints: int = 0,
+    with_densepose: bool = False,
+) -> list[Record]:
+    """The records that a detector is trained on.
+
+    Args:
+        names: of the data sets, for the message.
+        filter_empty: leave out the images that hold nothing but crowds.
+        min_keypoints: leave out the images with fewer labelled keypoints.
+        with_densepose: leave out the images without any dense pose.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    used = [
+        record
+        for record in records
+        if (has_objects(record) or not filter_empty)
+        and count_keypoints(record) >= min_keypoints
+        and (any("dp_x" in a for a in record["annotations"]) or not with_densepose)
+    ]
+    if not used:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
+            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    return used
 
 
 def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:

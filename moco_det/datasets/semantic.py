@@ -26,7 +26,8 @@ Cityscapes, or `cityscapes_sem_seg:ROOT:SPLIT` in a folder of its layout:
         cityscapes/gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or ..._labelIds.png
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -38,12 +39,15 @@ from moco_det.common.images import image_size
 from moco_det.datasets.cityscapes import CityscapesLayout
 from moco_det.datasets.dataset import (
     BUILT_IN,
+    NOTHING,
     Dataset,
     Record,
+    Wanted,
     read_label_map,
     require,
 )
-from moco_det.datasets.voc import VOC_CLASSES
+from moco_det.datasets.problems import Problems, refuse_each
+from moco_det.datasets.voc import VOC_CLASSES, read_split
 
 IGNORED = 255  # in a label map: void, or a class that the benchmark does not have
 _TRAIN_AUG = "voc_2012_sem_seg_train_aug"
@@ -79,7 +83,7 @@ class SemanticDataset(Dataset):
     root: Path
     split: str
 
-    def records(self) -> list[Record]:
+    def records(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> list[Record]:
         """{"file_name", "image_id", "height", "width", "sem_seg_file_name"}; see `read_labels`.
 
         The image id is what the image and its label map are both called.
@@ -87,9 +91,13 @@ class SemanticDataset(Dataset):
         Raises:
             UserError: an image without a label map, or the reverse; no image at all.
         """
-        records = []
-        for image_id, image, labels in self.pairs():
-            height, width = image_size(image)
+        problems, records = problems or Problems(), []
+        for image_id, image, labels in self.pairs(problems):
+            try:
+                height, width = image_size(image)
+            except UserError as error:
+                problems.refuse("image", f"{image} cannot be decoded: {error}")
+                continue
             records.append(
                 {
                     "file_name": str(image),
@@ -99,11 +107,9 @@ class SemanticDataset(Dataset):
                     "sem_seg_file_name": str(labels),
                 }
             )
-        if not records:
-            raise UserError(f"dataset {self.name}: no image in {self.root}, split {self.split}")
         return records
 
-    def pairs(self) -> Iterable[tuple[str, Path, Path]]:
+    def pairs(self, problems: Problems | None = None) -> Iterable[tuple[str, Path, Path]]:
         """(image id, image, label map), both of which exist, always in the same order."""
         raise NotImplementedError
 
@@ -116,7 +122,12 @@ class SemanticVocDataset(SemanticDataset):
 
     @classmethod
     def open(
-        cls, name: str, first: Path, second: str, data_root: Path | None = None
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
     ) -> "SemanticVocDataset":
         dataset = cls(name, cls.all_classes, first, second)
         try:
@@ -147,32 +158,35 @@ class SemanticVocDataset(SemanticDataset):
         augmented = self.split.endswith("_aug")
         return self.root / ("SegmentationClassAug" if augmented else "SegmentationClass")
 
-    def image_ids(self) -> list[str]:
-        """Those of the split file: a line is an id, or in some lists of train_aug two paths."""
-        lines = self.split_file.read_text().splitlines()
-        return [Path(line.split()[0]).stem for line in lines if line.strip()]
-
     def paths(self, image_id: str) -> tuple[Path, Path]:
         """Where an image and its label map belong."""
         return self.image_dir / f"{image_id}.jpg", self.label_dir / f"{image_id}.png"
 
-    def pairs(self) -> Iterator[tuple[str, Path, Path]]:
-        image_ids = self.image_ids()
+    def pairs(self, problems: Problems | None = None) -> list[tuple[str, Path, Path]]:
+        """As in the list, of which a line is an id, or in some lists of train_aug two paths."""
+        problems = problems or Problems()
+        image_ids = read_split(self.split_file, problems, bare=True)
+        problems.listed(len(image_ids))
+        if not image_ids:
+            text = f"dataset {self.name}: no image in {self.root}, split {self.split}"
+            problems.refuse("list", text)
         published = BUILT_IN[_TRAIN_AUG].images
         if self.name == _TRAIN_AUG and len(image_ids) != published:
-            raise UserError(
+            text = (
                 f"dataset {self.name}: {self.split_file} lists {len(image_ids)} images, the "
                 f"published list {published}; name a list of your own voc_sem_seg:ROOT:SPLIT"
             )
-        for image_id in image_ids:
-            image, labels = self.paths(image_id)
-            for path in (image, labels):
-                if not path.is_file():
-                    raise UserError(
-                        f"dataset {self.name}: {self.split_file} lists {image_id}, but there is "
-                        f"no {path}"
-                    )
-            yield image_id, image, labels
+            problems.refuse("count", text)
+        paths = [(image_id, *self.paths(image_id)) for image_id in image_ids]
+        images, maps = set(os.listdir(self.image_dir)), set(os.listdir(self.label_dir))
+        lists = f"{self.split_file} lists"
+        no_image = [
+            f"{lists} {i}, but there is no {x}" for i, x, _ in paths if x.name not in images
+        ]
+        no_map = [f"{lists} {i}, but there is no {y}" for i, _, y in paths if y.name not in maps]
+        refuse_each("image", no_image, problems)
+        refuse_each("labels", no_map, problems)
+        return [path for path in paths if path[1].name in images and path[2].name in maps]
 
 
 @dataclass(frozen=True)

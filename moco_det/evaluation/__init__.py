@@ -7,7 +7,7 @@ Reading annotations is `moco_det.datasets`' work. Start with `evaluate` below, a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -37,6 +37,7 @@ def evaluate(
     dataset: Dataset,
     predictions: Sequence[dict[str, Any]],
     keypoint_sigmas: Sequence[float] = (),
+    only: Collection[int | str] | None = None,
 ) -> Results:
     """Score predictions with the metrics of the data set.
 
@@ -50,6 +51,7 @@ def evaluate(
             An image without one counts as an image without detections. Of a semantic data set
             {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`.
         keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
+        only: the images that count; None for all of the data set.
 
     Returns:
         {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}, "segm": ..., "keypoints": ...,
@@ -69,11 +71,11 @@ def evaluate(
             f"{len(predictions)} predictions for {len(seen)} images; one each is expected"
         )
     if dataset.evaluator == "sem_seg":
-        return {"sem_seg": evaluate_semantic(dataset, predictions)}
+        return {"sem_seg": evaluate_semantic(dataset, predictions, only)}
     detections = [checked(prediction, len(dataset.classes)) for prediction in predictions]
     if dataset.evaluator == "coco":
-        return evaluate_coco(dataset, detections, keypoint_sigmas)
-    return _EVALUATORS[dataset.evaluator](dataset, detections)
+        return evaluate_coco(dataset, detections, keypoint_sigmas, only)
+    return _EVALUATORS[dataset.evaluator](dataset, detections, only)
 
 
 def print_table(results: Results) -> None:

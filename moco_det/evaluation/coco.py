@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moco_det.common.errors import UserError
-from moco_det.common.images import image_size
-from moco_det.datasets import CocoDataset, read_coco
+from moco_det.datasets import CocoDataset
+from moco_det.datasets.coco_file import CocoContent, no_collection
 from moco_det.evaluation.predictions import check_masks, tasks_of
 
 # COCOeval.stats, in its order. Precision has Detectron2's names; AR1, AR10 and AR100 are recall
@@ -28,7 +28,10 @@ KEYPOINT_METRICS = (
 
 
 def evaluate_coco(
-    dataset: CocoDataset, predictions: list[dict[str, Any]], keypoint_sigmas: Sequence[float] = ()
+    dataset: CocoDataset,
+    predictions: list[dict[str, Any]],
+    keypoint_sigmas: Sequence[float] = (),
+    only: Collection[int | str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """For each task of the predictions COCO's metrics, then AP-<class>, in percent.
 
@@ -48,6 +51,7 @@ def evaluate_coco(
         predictions: as checked by `moco_det.evaluation.evaluate`.
         keypoint_sigmas: of the object keypoint similarity, one per keypoint; () for those of COCO's
             17 keypoints of a person.
+        only: the images that count; None for all.
 
     Raises:
         UserError: the ground truth has no masks or keypoints, or another number of keypoints.
@@ -55,12 +59,13 @@ def evaluate_coco(
     """
     tasks = tasks_of(predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = load_ground_truth(dataset)
-        check_masks(predictions, image_sizes(ground_truth))
+        content = dataset.content()
         if "segm" in tasks:
-            _require_masks(ground_truth, dataset)
+            require_masks(content, dataset)
         if "keypoints" in tasks:
-            _require_keypoints(ground_truth, dataset)
+            require_keypoints(content, dataset)
+        ground_truth = load_ground_truth(dataset, content, only)
+        check_masks(predictions, image_sizes(ground_truth))
         return {
             task: _metrics(ground_truth, dataset, predictions, task, keypoint_sigmas)
             for task in tasks
@@ -104,62 +109,67 @@ def percent(value: float) -> float:
     return float(100 * value) if value >= 0 else float("nan")
 
 
-def load_ground_truth(dataset: CocoDataset) -> COCO:
-    """The annotation file, with what the tool needs and users' own files often lack."""
-    content = read_coco(dataset.json_file)
-    for image in content["images"]:
-        if "height" not in image or "width" not in image:
-            image["height"], image["width"] = image_size(dataset.image_dir / image["file_name"])
-    ground_truth = _indexed(content)
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
+@no_collection()
+def load_ground_truth(
+    dataset: CocoDataset,
+    content: CocoContent | None = None,
+    only: Collection[int | str] | None = None,
+) -> COCO:
+    """The annotation file, with what the tool needs and users' own files often lack.
+
+    Args:
+        content: of `dataset`; None: it is read.
+        only: the images that count; None for all.
+    """
+    content = content or dataset.content()
+    images = [image for number, image in content.images.items() if only is None or number in only]
+    for image in images:
+        if "height" not in image:
+            raise UserError(f"{dataset.json_file}: {dataset.image_path(image)} does not exist")
+    annotations = [a for a in content.annotations if only is None or a["image_id"] in only]
+    categories = [
+        {"id": number, "name": name}
+        for number, name in zip(dataset.category_ids, dataset.classes, strict=True)
+    ]
+    ground_truth = _indexed(
+        {"images": images, "annotations": annotations, "categories": categories}
+    )
+    for annotation in annotations:
         if "area" not in annotation:
-            annotation["area"] = _area(ground_truth, annotation, dataset)
+            annotation["area"] = _area(ground_truth, annotation)
     return ground_truth
 
 
-def _area(ground_truth: COCO, annotation: dict[str, Any], dataset: CocoDataset) -> float:
+def _area(ground_truth: COCO, annotation: dict[str, Any]) -> float:
     """COCO's: of the mask where there is one, else of the box."""
     if annotation.get("segmentation"):
-        return float(coco_mask.area(_run_lengths(ground_truth, annotation, dataset)))
+        return float(coco_mask.area(ground_truth.annToRLE(annotation)))
     return annotation["bbox"][2] * annotation["bbox"][3]
 
 
-def _run_lengths(
-    ground_truth: COCO, annotation: dict[str, Any], dataset: CocoDataset
-) -> dict[str, Any]:
-    try:
-        return ground_truth.annToRLE(annotation)
-    except Exception as error:  # the tool raises that very class, and others
-        raise UserError(
-            f"{dataset.json_file}: the segmentation of annotation {annotation['id']} is broken: "
-            f"{error}"
-        ) from error
-
-
-def _require_masks(ground_truth: COCO, dataset: CocoDataset) -> None:
-    for number, annotation in ground_truth.anns.items():
+def require_masks(content: CocoContent, dataset: CocoDataset) -> None:
+    """UserError for an object without a mask: none can be scored then."""
+    for annotation in content.annotations:
         if not annotation.get("segmentation"):
+            has = "no valid polygon" if "segmentation" in annotation else "no segmentation"
             raise UserError(
-                f"{dataset.json_file}: annotation {number} has no segmentation, without which "
-                "masks cannot be scored: add it, or set MODEL.MASK_ON False"
+                f"{dataset.json_file}: {content.label(annotation)} has {has}, without which masks "
+                "cannot be scored: add it, or set MODEL.MASK_ON False"
             )
-        annotation["segmentation"] = _run_lengths(ground_truth, annotation, dataset)
 
 
-def _require_keypoints(ground_truth: COCO, dataset: CocoDataset) -> None:
+def require_keypoints(content: CocoContent, dataset: CocoDataset) -> None:
     """An object without keypoints is, as in COCO's files, one with none of them labelled."""
-    counts = {len(a["keypoints"]) for a in ground_truth.anns.values() if a.get("keypoints")}
-    if len(counts) != 1 or min(counts) % 3:
+    counts = {len(a["keypoints"]) for a in content.annotations if "keypoints" in a}
+    if len(counts) != 1:
         raise UserError(
             f"{dataset.json_file}: keypoints are scored where all objects have the same number of "
             f"them, (x, y, visibility) each; here are lists of length {sorted(counts) or 0}: "
             "correct them, or set MODEL.KEYPOINT_ON False"
         )
     length = counts.pop()
-    for annotation in ground_truth.anns.values():
-        if not annotation.get("keypoints"):
-            annotation["keypoints"] = [0] * length
+    for annotation in content.annotations:
+        annotation.setdefault("keypoints", [0] * length)
         labelled = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
         annotation.setdefault("num_keypoints", labelled)
 
@@ -167,7 +177,9 @@ def _require_keypoints(ground_truth: COCO, dataset: CocoDataset) -> None:
 def _check_keypoint_counts(
     ground_truth: COCO, dataset: CocoDataset, predictions: list[dict[str, Any]], sigmas: int
 ) -> None:
-    annotated = len(next(iter(ground_truth.anns.values()))["keypoints"]) // 3
+    annotated = max((len(a["keypoints"]) for a in ground_truth.anns.values()), default=0) // 3
+    if not annotated:
+        return
     if sigmas != annotated:
         raise UserError(
             f"{dataset.json_file} has {annotated} keypoints per object and there are {sigmas} "

@@ -6,7 +6,7 @@ to 0.95, at most 20 detections per image, medium and large objects, precision ov
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from pycocotools.cocoeval import COCOeval
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import DensePoseDataset
-from moco_det.datasets.coco import dense_pose
 from moco_det.densepose.body import Geodesics, read_geodesics
 from moco_det.densepose.similarity import Pairs, pairwise_similarity
 from moco_det.evaluation.coco import (
@@ -39,7 +38,9 @@ _SAME_BOX = 0.8  # overlap from which an unmatched detection is taken to be of t
 
 
 def evaluate_densepose(
-    dataset: DensePoseDataset, predictions: list[dict[str, Any]]
+    dataset: DensePoseDataset,
+    predictions: list[dict[str, Any]],
+    only: Collection[int | str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """COCO's metrics as `evaluate_coco` gives them, and those of dense pose where it was predicted.
 
@@ -51,20 +52,20 @@ def evaluate_densepose(
     As in Detectron2, an object without annotated points is neither missed nor found wrongly; all
     detections are ignored in an image in which no object counts, and one that fits none at 0.95
     but has the box of one is ignored where that object is. No files of the template body are
-    needed for predictions without dense pose.
+    needed for predictions without dense pose. `only`: the images that count; None for all.
 
     Raises:
         UserError: files of the template body are missing; the ground truth has no dense pose or a
             broken one.
         ValueError: predictions for other images, or with charts that do not exist.
     """
-    results = evaluate_coco(dataset, predictions)
+    results = evaluate_coco(dataset, predictions, only=only)
     if not have(predictions, "densepose"):
         return results
     geodesics = read_geodesics()
     with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = load_ground_truth(dataset)
-        _check_ground_truth(ground_truth, dataset)
+        ground_truth = load_ground_truth(dataset, only=only)
+        require_dense_pose(ground_truth.anns.values(), dataset)
         found = load_results(ground_truth, _results(dataset, predictions))
         similarities = _Similarities(ground_truth, geodesics)
         return results | {
@@ -75,13 +76,9 @@ def evaluate_densepose(
         }
 
 
-def _check_ground_truth(ground_truth: COCO, dataset: DensePoseDataset) -> None:
-    for number, annotation in ground_truth.anns.items():
-        try:
-            annotation.update(dense_pose(annotation))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{dataset.json_file}: annotation {number} {error}") from error
-    if not any("dp_x" in annotation for annotation in ground_truth.anns.values()):
+def require_dense_pose(annotations: Iterable[dict], dataset: DensePoseDataset) -> None:
+    """UserError where none has dense pose."""
+    if not any("dp_x" in annotation for annotation in annotations):
         raise UserError(
             f"{dataset.json_file}: no annotation has dp_x and its like, without which dense pose "
             "cannot be scored: add them, or set MODEL.DENSEPOSE_ON False"

@@ -9,10 +9,11 @@ they did, so the metrics are the official ones.
 
 import contextlib
 import copy
+import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +24,14 @@ from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError, import_optional
 from moco_det.datasets import CityscapesDataset, LvisDataset
-from moco_det.datasets.cityscapes import LABEL_IDS
-from moco_det.evaluation.coco import as_results, image_sizes, percent
+from moco_det.datasets.cityscapes import LABEL_IDS, read_instances
+from moco_det.evaluation.coco import (
+    as_results,
+    image_sizes,
+    load_ground_truth,
+    percent,
+    require_masks,
+)
 from moco_det.evaluation.predictions import check_masks, tasks_of
 
 DETECTIONS_PER_IMAGE = 300  # LVIS's rule, where COCO has 100
@@ -59,7 +66,9 @@ def old_numpy(module: ModuleType) -> Iterator[None]:
 
 
 def evaluate_lvis(
-    dataset: LvisDataset, predictions: list[dict[str, Any]]
+    dataset: LvisDataset,
+    predictions: list[dict[str, Any]],
+    only: Collection[int | str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """For each task of the predictions, "bbox" and "segm", LVIS's nine precisions in percent.
 
@@ -70,17 +79,18 @@ def evaluate_lvis(
     LVIS does not have, are not scored.
 
     Args:
-        dataset: whose annotation file is the ground truth; all its images count.
+        dataset: whose annotation file is the ground truth.
         predictions: as checked by `moco_det.evaluation.evaluate`.
+        only: the images that count; None for all.
 
     Raises:
         UserError: the package `lvis` is not installed.
         ValueError: predictions for other images.
     """
     tool = _lvis()
-    ground_truth = tool.LVIS(str(dataset.json_file))
-    check_masks(predictions, image_sizes(ground_truth))
     tasks = [task for task in tasks_of(predictions) if task in ("bbox", "segm")]
+    ground_truth = _lvis_ground_truth(tool, dataset, "segm" in tasks, only)
+    check_masks(predictions, image_sizes(ground_truth))
     return {task: _lvis_metrics(tool, ground_truth, dataset, predictions, task) for task in tasks}
 
 
@@ -93,6 +103,28 @@ def _lvis() -> ModuleType:
     root.setLevel(level)
     logging.getLogger("lvis").setLevel(logging.ERROR)  # it warns of results given as a list
     return tool
+
+
+def _lvis_ground_truth(
+    tool: ModuleType, dataset: LvisDataset, masks: bool, only: Collection[int | str] | None
+):
+    """The tool's own object, which it would fill from the file, unchecked and with the file's ids.
+
+    `masks`: whether they are scored, and every object needs one.
+    """
+    content = dataset.content()
+    if masks:
+        require_masks(content, dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load_ground_truth(dataset, content, only).dataset
+    frequency = dict(zip(dataset.category_ids, dataset.frequencies, strict=True))
+    for category in found["categories"]:
+        category["frequency"] = frequency[category["id"]]
+    ground_truth = tool.LVIS.__new__(tool.LVIS)
+    ground_truth.logger = logging.getLogger("lvis.lvis")
+    ground_truth.dataset = found
+    ground_truth._create_index()
+    return ground_truth
 
 
 def _lvis_metrics(
@@ -122,7 +154,9 @@ def _nothing(ground_truth) -> dict[str, Any]:
 
 
 def evaluate_cityscapes(
-    dataset: CityscapesDataset, predictions: list[dict[str, Any]]
+    dataset: CityscapesDataset,
+    predictions: list[dict[str, Any]],
+    only: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{"segm": {"AP", "AP50", "AP-<class>"}} in percent, NaN where there is no ground truth.
 
@@ -134,15 +168,17 @@ def evaluate_cityscapes(
     and a global object, of which this is a copy.
 
     Args:
-        dataset: whose maps are the ground truth; all images of the split count.
+        dataset: whose maps are the ground truth.
         predictions: as checked by `moco_det.evaluation.evaluate`.
+        only: the images that count; None for all of the split.
 
     Raises:
         UserError: the package is not installed; there are boxes but no masks.
         ValueError: predictions for other images.
     """
     tool = import_optional(_CITYSCAPES_TOOL, "this data set's metric", "cityscapesscripts")
-    sizes = {r["image_id"]: (r["height"], r["width"]) for r in dataset.records()}
+    pairs = [pair for pair in dataset.pairs() if only is None or pair[0] in only]
+    sizes = {image_id: read_instances(labels)[:2] for image_id, _, labels in pairs}
     check_masks(predictions, sizes)
     if any("segmentations" not in prediction for prediction in predictions):
         raise UserError(
@@ -150,18 +186,22 @@ def evaluate_cityscapes(
             "MODEL.MASK_ON True"
         )
     with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
-        averages = _cityscapes_averages(tool, dataset, predictions, Path(folder))
+        averages = _cityscapes_averages(tool, dataset, predictions, Path(folder), pairs)
     results = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
     results |= {f"AP-{name}": averages["classes"][name]["ap"] for name in dataset.classes}
     return {"segm": {name: float(100 * value) for name, value in results.items()}}
 
 
 def _cityscapes_averages(
-    tool: ModuleType, dataset: CityscapesDataset, predictions: list[dict[str, Any]], folder: Path
+    tool: ModuleType,
+    dataset: CityscapesDataset,
+    predictions: list[dict[str, Any]],
+    folder: Path,
+    pairs: list[tuple[str, Path, Path]],
 ) -> dict[str, Any]:
-    """The tool's averages, from files that are written to `folder`."""
+    """The tool's averages over `pairs`, from files that are written to `folder`."""
     prediction_of = {prediction["image_id"]: prediction for prediction in predictions}
-    maps = {image_id: str(path) for image_id, _, path in dataset.pairs()}
+    maps = {image_id: str(path) for image_id, _, path in pairs}
     lists = [str(_write(folder, name, prediction_of.get(name), dataset.classes)) for name in maps]
     args = copy.copy(tool.args)
     args.predictionPath = str(folder)
@@ -171,7 +211,26 @@ def _cityscapes_averages(
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # no ground truth
         instances = tool.instances2dict(list(maps.values()))
         matches = tool.matchGtWithPreds(lists, list(maps.values()), instances, args)
-        return tool.computeAverages(tool.evaluateMatches(matches, args), args)
+        return tool.computeAverages(_cityscapes_precisions(tool, matches, args), args)
+
+
+def _cityscapes_precisions(tool: ModuleType, matches: dict[str, Any], args) -> np.ndarray:
+    """The tool's AP, (distances, classes, overlaps), and 0 where it fails.
+
+    It takes the last element of an empty list where none of a class's predictions counts, all of
+    them lying on void, and nothing was found: an AP of 0, as it says itself without predictions.
+    """
+    try:
+        return tool.evaluateMatches(matches, args)
+    except IndexError:
+        pass
+    found = np.zeros((1, len(args.instLabels), len(args.overlaps)))
+    one = copy.copy(args)
+    for row, one.instLabels in enumerate([[label] for label in args.instLabels]):
+        for column, one.overlaps in enumerate([[overlap] for overlap in args.overlaps]):
+            with contextlib.suppress(IndexError):
+                found[0, row, column] = tool.evaluateMatches(matches, one)[0, 0, 0]
+    return found
 
 
 def _write(

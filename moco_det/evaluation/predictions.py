@@ -17,7 +17,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
+from moco_det.common.files import read_regular
 from moco_det.datasets import Dataset
+from moco_det.datasets.masks import is_whole
 from moco_det.densepose.points import encode_iuv
 
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
@@ -100,11 +102,15 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
         UserError: the file cannot be read, is none of predictions, or is of other classes.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_regular(path))
         if dataset.evaluator == "sem_seg":
             return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
-        return {str(record["image_id"]): checked(record, len(dataset.classes)) for record in found}
-    except (OSError, ValueError) as error:
+        found = [checked(record, len(dataset.classes)) for record in found]
+        for prediction in found:
+            if not (prediction["boxes"].isfinite().all() and prediction["scores"].isfinite().all()):
+                raise ValueError(f"image {prediction['image_id']}: a number is not finite")
+        return {str(prediction["image_id"]): prediction for prediction in found}
+    except (OSError, ValueError, RuntimeError, AttributeError, UserError) as error:
         raise UserError(f"cannot read predictions {path}: {error}") from error
     except (KeyError, TypeError) as error:
         kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
@@ -143,7 +149,7 @@ def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
         raise ValueError(f"{where}: a class is outside [0, {num_classes})")
     for shape in found.get("segmentations", ()):
-        if not _is_whole(shape):
+        if not is_whole(shape):
             raise ValueError(f"{where}: the runs of a mask do not make up its size")
     for surface, box in zip(found.get("densepose", ()), found["boxes"].tolist(), strict=False):
         if not _fits(surface, box):
@@ -167,38 +173,6 @@ def _fits(surface: dict[str, Any], box: list[float]) -> bool:
         found >= 1 and -1.001 < found - side < 0.001
         for found, side in zip(shape[1:], sides, strict=True)
     )
-
-
-def _is_whole(shape: dict[str, Any]) -> bool:
-    """Whether the runs of a compressed RLE add up to its size; the COCO API does not look."""
-    try:
-        (height, width), counts = shape["size"], shape["counts"]
-        code = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
-    except (KeyError, TypeError, ValueError):
-        return False
-    runs = _runs(code)
-    return len(runs) > 0 and runs.min() >= 0 and int(runs.sum()) == height * width
-
-
-def _runs(code: bytes) -> np.ndarray:
-    """The run lengths of a compressed RLE, int64; empty where `code` is none.
-
-    A number is five bits a character, the lowest first, 32 marking that more follow; the last has
-    its sign in bit 16. From the fourth on it is the difference from the run but one before.
-    """
-    bits = np.frombuffer(code, np.uint8).astype(np.int64) - 48
-    last = (bits & 32) == 0
-    if not len(bits) or bits.min() < 0 or bits.max() > 63 or not last[-1]:
-        return np.empty(0, np.int64)
-    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    shift = 5 * (np.arange(len(bits)) - np.repeat(starts, np.diff(starts, append=len(bits))))
-    if shift.max() > 50:
-        return np.empty(0, np.int64)
-    values = np.add.reduceat((bits & 31) << shift, starts)
-    values -= np.where(bits[last] & 16, 1 << (shift[last] + 5), 0)
-    values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()
-    return values
 
 
 def tasks_of(predictions: Sequence[dict[str, Any]]) -> tuple[str, ...]:

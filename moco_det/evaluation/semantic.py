@@ -9,7 +9,7 @@ Unlike there, a pixel for which nothing was predicted counts against the class t
 prediction may be incomplete. The boundary IoU that Detectron2 adds with OpenCV is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,16 @@ from moco_det.evaluation.predictions import check_images
 
 
 def evaluate_semantic(
-    dataset: SemanticDataset, predictions: Sequence[dict[str, Any]]
+    dataset: SemanticDataset,
+    predictions: Sequence[dict[str, Any]],
+    only: Collection[str] | None = None,
 ) -> dict[str, float]:
     """See `semantic_metrics`.
 
     Args:
         predictions: at most one {"image_id", "sem_seg": [{"category_id", "segmentation"}, ...]} per
             image, with one compressed RLE in the original image for each class that was found.
+        only: the images that count; None for all.
 
     Raises:
         ValueError: a prediction of an image that is not in the data set, or one that `label_map`
@@ -36,7 +39,7 @@ def evaluate_semantic(
     segments_of = {found["image_id"]: found["sem_seg"] for found in predictions}
     count = len(dataset.classes)
     confusion = np.zeros((count + 1, count + 1), dtype=np.int64)
-    records = dataset.records()
+    records = [r for r in dataset.records() if only is None or r["image_id"] in only]
     check_images(predictions, [record["image_id"] for record in records])
     for record in records:
         target = read_labels(record, count)

@@ -20,6 +20,7 @@ Unlike Detectron2, a class without an object to find has AP NaN and takes no par
 (there: 0 at eleven points; NaN for all classes otherwise).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,17 @@ class _Matches:
 
 
 def evaluate_voc(
-    dataset: VocDataset, predictions: list[dict[str, Any]]
+    dataset: VocDataset,
+    predictions: list[dict[str, Any]],
+    only: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{"bbox": AP, AP50, AP75 and, per class, AP-<class> and AP50-<class>}, all in percent.
 
-    `predictions` as checked by `moco_det.evaluation.evaluate`.
+    `predictions` as checked by `moco_det.evaluation.evaluate`; `only`: the images that count, None
+    for all.
     """
-    matches = _match(dataset.records(), predictions)
+    records = [r for r in dataset.records() if only is None or r["image_id"] in only]
+    matches = _match(records, predictions)
     labels = range(len(dataset.classes))
     table = np.stack([100 * _class_aps(matches, label, dataset.eleven_point) for label in labels])
     present = table[~np.isnan(table[:, 0])]

@@ -1,7 +1,11 @@
 """The data sets of `moco_det.datasets` in Detectron2: catalogs, loaders, evaluators."""
 
+import contextlib
+import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -17,7 +21,6 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
-from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -31,24 +34,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
+from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
 from moco_det.config.checks import is_semantic, num_classes, num_classes_key
 from moco_det.datasets import (
+    BUILT_IN,
+    NOTHING,
     CityscapesDataset,
     CocoDataset,
     Dataset,
     DensePoseDataset,
-    LvisDataset,
+    Problems,
     SemanticDataset,
     VocDataset,
+    Wanted,
     get_dataset,
     read_labels,
 )
+from moco_det.datasets.image_files import check_images
 from moco_det.datasets.semantic import IGNORED
+from moco_det.datasets.voc import read_lines
 from moco_det.densepose import body
 from moco_det.densepose.points import KEYS, has_points
 from moco_det.evaluation import evaluate, print_table
-from moco_det.evaluation.predictions import prediction_record, save_predictions
+from moco_det.evaluation.coco import load_ground_truth, require_keypoints
+from moco_det.evaluation.predictions import (
+    prediction_record,
+    predictions_file,
+    save_predictions,
+)
 from moco_det.native.modeling.semantic_head import pad, scaled_size
 
 # -- image files ----------------------------------------------------------------------------------
@@ -82,8 +96,17 @@ detection_utils.read_image = read_image
 _READ_HERE = ("lvis_", "cityscapes_", "densepose_")
 
 
-def register_datasets(names: Iterable[str]) -> None:
+def is_ours(name: str) -> bool:
+    """Whether `moco_det.datasets` knows the data set; others are the user's own in Detectron2."""
+    return name in BUILT_IN or ":" in name
+
+
+def register_datasets(names: Iterable[str], wanted: Wanted | None = None) -> None:
     """Register those of `names` that Detectron2 does not know, or does not read as they should be.
+
+    Args:
+        wanted: what every object that is trained on must have, on images that are looked for;
+            None: nothing, and the images are not.
 
     Raises:
         UserError: an unknown name; a missing file or folder.
@@ -96,28 +119,25 @@ def register_datasets(names: Iterable[str]) -> None:
         if read_here:
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
-        register(dataset)
+        register(dataset, wanted)
 
 
-def register(dataset: Dataset) -> None:
+def register(dataset: Dataset, wanted: Wanted | None = None) -> None:
     """Put the records of `dataset`, and what Detectron2's evaluators ask of it, in the catalogs.
-
-    COCO's instances go through Detectron2's own reader, everything else through ours.
 
     Raises:
         UserError: an annotation that Detectron2's evaluator cannot read.
     """
     if isinstance(dataset, VocDataset):
         _require_tags(dataset)
-    if type(dataset) is CocoDataset:
-        register_coco_instances(dataset.name, {}, str(dataset.json_file), str(dataset.image_dir))
-    else:
-        DatasetCatalog.register(dataset.name, lambda: _records(dataset))
+    DatasetCatalog.register(dataset.name, lambda: _records(dataset, wanted))
     MetadataCatalog.get(dataset.name).set(**_metadata(dataset))
 
 
-def _records(dataset: Dataset) -> list[dict]:
-    records = dataset.records()
+def _records(dataset: Dataset, wanted: Wanted | None) -> list[dict]:
+    records = dataset.records(wanted=wanted or NOTHING)
+    if wanted is not None:
+        check_images(records, Problems())
     for record in records:
         for annotation in record.get("annotations", ()):
             annotation["bbox_mode"] = BoxMode.XYXY_ABS
@@ -138,28 +158,66 @@ def _metadata(dataset: Dataset) -> dict[str, Any]:
         case CityscapesDataset():
             found = {"image_dir": str(dataset.image_dir), "gt_dir": str(dataset.label_dir)}
             return names | found | {"evaluator_type": "cityscapes_instance"}
-        case DensePoseDataset() | LvisDataset():
+        case CocoDataset():
             found = {"json_file": str(dataset.json_file), "image_root": str(dataset.image_dir)}
             if isinstance(dataset, DensePoseDataset):
                 found["densepose_transform_src"] = str(body.file_path(body.SYMMETRIES))
+            if type(dataset) is CocoDataset:
+                numbers = enumerate(dataset.category_ids)
+                found["thing_dataset_id_to_contiguous_id"] = {i: place for place, i in numbers}
+            if dataset.keypoint_names:
+                found["keypoint_names"] = list(dataset.keypoint_names)
+                found["keypoint_flip_map"] = list(dataset.keypoint_flips)
             return names | found | {"evaluator_type": dataset.evaluator}
-    # COCO's: all but the classes is set by `register_coco_instances`.
-    if dataset.keypoint_names:
-        names["keypoint_names"] = list(dataset.keypoint_names)
-        names["keypoint_flip_map"] = list(dataset.keypoint_flips)
-    return names
+    raise TypeError(f"{type(dataset).__name__} is no kind of data set")
 
 
 def _require_tags(dataset: VocDataset) -> None:
     """UserError where Detectron2's evaluator would stumble over an annotation."""
-    for path in sorted((dataset.root / "Annotations").glob("*.xml")):
-        for node in ElementTree.parse(path).findall("object"):
+    for path in sorted(dataset.annotation_dir.glob("[!.]*.xml")):
+        for node in _objects(path):
             for tag in ("pose", "truncated", "difficult"):
                 if node.find(tag) is None:
                     raise UserError(
                         f"{path}: an <object> without <{tag}>, which Detectron2's VOC evaluator "
                         "reads: add it, or use --engine native"
                     )
+
+
+def _objects(path: Path) -> list[ElementTree.Element]:
+    """Of an annotation, as Detectron2's VOC evaluator reads it."""
+    try:
+        return ElementTree.parse(path).findall("object")
+    except (ElementTree.ParseError, ValueError, OSError) as error:
+        raise UserError(
+            f"cannot read annotation {path}: {error}; Detectron2's VOC evaluator reads XML in "
+            "UTF-8: convert it, or use --engine native"
+        ) from error
+
+
+def check_voc_scoring(name: str) -> None:
+    """UserError where Detectron2's evaluator cannot read what a test set of VOC's layout has.
+
+    It wants an id and nothing else in a line of the list, and whole numbers in the annotations.
+    """
+    dataset = get_dataset(name) if name.startswith("voc:") else None
+    if dataset is None:
+        return
+    numbers = ["truncated", "difficult", *(f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax"))]
+    for line in read_lines(dataset.split_file):
+        if len(line.split()) != 1:
+            raise UserError(
+                f"{dataset.split_file} has the line {line[:40]!r}, where Detectron2's VOC "
+                "evaluator reads an id and nothing else: correct it, or use --engine native"
+            )
+        path = dataset.annotation_dir / f"{line.strip()}.xml"
+        for node, tag in ((node, tag) for node in _objects(path) for tag in numbers):
+            text = (node.findtext(tag) or "").strip()
+            if not text.removeprefix("-").isdecimal():
+                raise UserError(
+                    f"{path}: <{tag}> is {text[:40]!r}, which Detectron2's VOC evaluator reads as "
+                    "a whole number: correct it, or use --engine native"
+                )
 
 
 def check_classes(cfg) -> None:
@@ -332,6 +390,8 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
     if kind == "pascal_voc":
         official = PascalVOCDetectionEvaluator(dataset_name)
     elif kind == "coco":
+        if is_ours(dataset_name):
+            _complete_ground_truth(cfg, get_dataset(dataset_name))
         official = COCOEvaluator(
             dataset_name,
             output_dir=f"{cfg.OUTPUT_DIR}/inference",
@@ -341,6 +401,28 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
         raise UserError(f"data set {dataset_name}: no evaluator for the kind {kind!r}")
     # The records first: on a CPU, COCOEvaluator moves the keypoints by half a pixel where they lie.
     return DatasetEvaluators([records, official])
+
+
+def _complete_ground_truth(cfg, dataset: CocoDataset) -> None:
+    """Let Detectron2 score by a copy of the annotation file, as the native engine's tool has it.
+
+    It has what users' own files lack (an area, iscrowd, sizes), and annotation ids from 1 on.
+    """
+    path = predictions_file(cfg.OUTPUT_DIR, dataset.name)
+    path = path.with_name(f"ground_truth_{path.name}")
+    if comm.is_main_process():
+        content = dataset.content()
+        if cfg.MODEL.KEYPOINT_ON:
+            require_keypoints(content, dataset)
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = load_ground_truth(dataset, content).dataset
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:  # the runs of masks are bytes
+            temporary.write_text(json.dumps(truth, default=lambda code: code.decode("ascii")))
+    comm.synchronize()
+    fields = MetadataCatalog.pop(dataset.name).as_dict() | {"json_file": str(path)}
+    del fields["name"]
+    MetadataCatalog.get(dataset.name).set(**fields)
 
 
 @dataclass

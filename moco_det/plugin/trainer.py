@@ -21,7 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import BatchPlan, plan_batch
-from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
+from moco_det.config.checks import (
+    check_input,
+    check_metric_files,
+    check_scoring,
+    check_weights,
+    is_semantic,
+    wanted_of,
+)
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
 from moco_det.plugin.data import (
     build_dense_pose_loader,
@@ -29,6 +36,8 @@ from moco_det.plugin.data import (
     build_semantic_mapper,
     build_semantic_test_loader,
     check_classes,
+    check_voc_scoring,
+    is_ours,
     register_datasets,
 )
 from moco_det.plugin.extensions import load_config
@@ -97,9 +106,12 @@ def prepare(cfg, eval_only: bool) -> None:
             )
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     check_input(cfg, crops_objects=True)
-    register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), wanted_of(cfg))
+    for name in cfg.DATASETS.TEST:
+        check_voc_scoring(name)
     check_classes(cfg)
     check_metric_files(cfg)
+    check_scoring(cfg, [name for name in cfg.DATASETS.TEST if is_ours(name)])
     try:
         default_setup(cfg, Namespace(eval_only=eval_only))
     except OSError as error:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from commands import load_command
 from PIL import Image
+from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.evaluation.predictions import encode_masks
@@ -124,3 +125,17 @@ def test_the_limit_on_pixels_is_a_flag_or_the_config_s(voc, draw, tmp_path, monk
             draw(*arguments)
         assert "more than 1,000 pixels" in capsys.readouterr().err
     assert draw("--config-file", config, "--max-image-pixels", 9999, "--opts", *small)
+
+
+def test_a_bad_shape_is_skipped_with_a_line_and_the_rest_is_drawn(tmp_path, capsys):
+    content = tiny_coco()
+    content["annotations"][0]["segmentation"] = [[1, 2, float("inf"), 4, 5, 6]]
+    content["images"][1] |= {"height": 10**9, "width": 10**9}
+    name = write_tiny_coco(tmp_path / "data", content)
+    output = tmp_path / "out"
+    load_command("tools/visualize.py").main(["--dataset", name, "--output", str(output)])
+    assert sorted(path.name for path in output.iterdir()) == ["1.png", "2.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("skipped: ") for line in lines)
+    assert "image 2 has a height and width of [1000000000, 1000000000]" in lines[0]
+    assert "annotation 1 of image 1 has a polygon with inf" in lines[1]

@@ -23,10 +23,11 @@ from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import print_on_main, rank, world_size
 from moco_det.config.batch_plan import BatchPlan
-from moco_det.config.checks import is_semantic
-from moco_det.datasets import get_dataset
+from moco_det.config.checks import is_semantic, wanted_of
+from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
+from moco_det.datasets.dataset import learnable
+from moco_det.datasets.image_files import check_images
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
-from moco_det.densepose.points import has_points
 from moco_det.native.data.mapper import (
     DatasetMapper,
     SemanticDatasetMapper,
@@ -39,21 +40,16 @@ Key = tuple[int, int]  # (position in the stream, index of the record)
 # -- records --------------------------------------------------------------------------------------
 
 
-def has_objects(record: dict) -> bool:
-    """Whether anything but a crowd is annotated."""
-    return any(not a.get("iscrowd", 0) for a in record["annotations"])
-
-
-def count_keypoints(record: dict) -> int:
-    """Labelled keypoints of all objects, crowds included (Detectron2)."""
-    return sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
-
-
-def all_records(names: Sequence[str]) -> list[dict]:
-    """Of the data sets `names`, at least one; UserError where there is none."""
+def all_records(names: Sequence[str], wanted: Wanted = NOTHING) -> list[dict]:
+    """Of the data sets `names`, at least one; UserError where there is none, or no image of it."""
     if not names:
         raise UserError("DATASETS.TRAIN is empty: name the data sets to train on")
-    return [record for name in names for record in get_dataset(name).records()]
+    records = []
+    for name in names:
+        found = get_dataset(name).records(wanted=wanted)
+        check_images(found, Problems())
+        records += found
+    return records
 
 
 def training_records(
@@ -63,6 +59,7 @@ def training_records(
     with_keypoints: bool = False,
     min_keypoints: int = 0,
     with_densepose: bool = False,
+    wanted: Wanted = NOTHING,
 ) -> list[dict]:
     """The records of all data sets.
 
@@ -72,26 +69,16 @@ def training_records(
         with_masks, with_keypoints: keep these annotations; they take far more memory than boxes.
         min_keypoints: leave out the images with fewer labelled keypoints.
         with_densepose: keep dense pose, and leave out the images without any.
+        wanted: what every object must have.
 
     Raises:
         UserError: nothing is left.
     """
-    records = all_records(names)
-    used = [
-        record
-        for record in records
-        if (has_objects(record) or not filter_empty)
-        and count_keypoints(record) >= min_keypoints
-        and (any(map(has_points, record["annotations"])) or not with_densepose)
-    ]
+    records = all_records(names, wanted)
+    used = learnable(records, names, filter_empty, min_keypoints, with_densepose)
     boxes = sum(len(record["annotations"]) for record in used)
     left_out = len(records) - len(used)
     print_on_main(f"training on {len(used)} images, {boxes} boxes ({left_out} images left out)")
-    if not used:
-        raise UserError(
-            f"DATASETS.TRAIN {tuple(names)} holds no annotated image: check its split and "
-            "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
-        )
     kept = {"segmentation": with_masks, "keypoints": with_keypoints}
     kept |= dict.fromkeys((*DENSEPOSE_KEYS, "dp_masks"), with_densepose)
     for annotation in (a for record in used for a in record["annotations"]):
@@ -113,6 +100,7 @@ def build_training_records(cfg) -> list[dict]:
         with_keypoints=model.KEYPOINT_ON,
         min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
         with_densepose=model.DENSEPOSE_ON,
+        wanted=wanted_of(cfg),
     )
 
 

@@ -38,6 +38,7 @@ from moco_det.config.checks import (
     check_datasets,
     check_input,
     check_metric_files,
+    check_scoring,
     check_weights,
 )
 from moco_det.config.loading import load_config, on_available_device
@@ -121,6 +122,7 @@ def prepare(cfg):
     check_input(cfg, crops_objects=False)
     check_datasets(cfg)
     check_metric_files(cfg)
+    check_scoring(cfg, cfg.DATASETS.TEST)
     if is_main():
         try:
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from moco_det.common.files import file_hash, replacing, write_json, write_text
+from moco_det.common.errors import UserError
+from moco_det.common.files import file_hash, read_regular, replacing, write_json, write_text
 
 
 @pytest.fixture
@@ -81,3 +82,18 @@ def test_the_hash_is_that_of_the_content_now(tmp_path):
         path.write_bytes(b"x" * size)
         os.utime(path, ns=(modified, modified))
         assert file_hash(path) == f"sha256:{hashlib.sha256(b'x' * size).hexdigest()}"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """A FIFO would be waited for, a device has no end."""
+    (tmp_path / "a").write_bytes(b"abc")
+    assert read_regular(tmp_path / "a") == b"abc"
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match=f"cannot read {path}: it is no regular file"):
+            read_regular(path)
+    for path in (tmp_path / "absent", f"{tmp_path}/a\0b", "x" * 5000):
+        with pytest.raises(UserError, match="cannot read"):
+            read_regular(path)
+    with pytest.raises(UserError, match="it has 3 bytes; 2 are allowed"):
+        read_regular(tmp_path / "a", 2)

@@ -37,7 +37,7 @@ def annotation(number, **fields):
 ONE_CLASS = ("MODEL.ROI_HEADS.NUM_CLASSES", 1)
 
 
-MASKS = (*ONE_CLASS, "MODEL.MASK_ON", True)
+MASKS = (*ONE_CLASS, "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask")
 
 
 def test_healthy_coco(coco):
@@ -72,7 +72,7 @@ def test_healthy_coco(coco):
             "has a mask without a pixel",
         ),
         ({"keypoints": [1, 1, 2]}, "keypoints", "has 3 numbers for 0 keypoints; it needs 3"),
-        ({"bbox": None}, "annotation", "is malformed: TypeError"),
+        ({"bbox": None}, "annotation", "has the bbox None: it needs four finite numbers"),
     ],
 )
 def test_wrong_annotation_is_found_among_right_ones(coco, fields, check, text):

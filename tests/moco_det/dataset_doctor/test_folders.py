@@ -7,8 +7,8 @@ from PIL import Image
 from tiny_voc import write_tiny_voc
 
 from moco_det.common.errors import UserError
-from moco_det.dataset_doctor.folders import evenly_spaced
 from moco_det.datasets import get_dataset
+from moco_det.datasets.image_files import evenly_spaced
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def test_all_that_is_wrong_with_a_voc_set_is_found(voc):
         ("size", photographs["002"], "is 30x20 pixels, its annotation says 64x48"),
         ("image", photographs["003"], "cannot be decoded"),
         ("area", annotations / "004.xml", "a box of zero area, (5, 7, 5, 7)"),
-        ("annotation", annotations / "005.xml", "cannot be read"),
-        ("annotation", annotations / "006.xml", "cannot be read"),
+        ("annotation", annotations / "005.xml", "cannot read annotation"),
+        ("annotation", annotations / "006.xml", "cannot read annotation"),
         ("annotation", annotations / "007.xml", "lacks the numbers of a <bndbox>"),
         ("list", split, "lists 004 2 times"),
-        ("annotation", annotations / "absent.xml", "cannot be read"),
+        ("annotation", annotations / "absent.xml", "cannot read annotation"),
         ("image", images / "absent.jpg", "does not exist"),
     ):
         matching = [text for c, text in found if c == check and all(str(w) in text for w in words)]
@@ -77,7 +77,7 @@ def test_the_split_list_is_read_as_in_training(voc):
     assert len(get_dataset(name).records()) == report.images == 2
     split.write_text("001.jpg\n")
     (report,) = doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 2).values()
-    assert any("001.jpg.xml cannot be read" in text for _, text in problems(report))
+    assert any("001.jpg.xml: it does not exist" in text for _, text in problems(report))
     with pytest.raises(UserError, match="no image 001.jpg"):
         get_dataset(name).records()
 
@@ -123,23 +123,27 @@ def test_cityscapes(kind, cityscapes):
     labels = cityscapes / "gtFine/train/aachen"
     Image.new("RGB", (16, 8)).save(labels / f"aachen_000000_000019_gtFine_{ending}.png")
     (labels / f"aachen_000001_000019_gtFine_{ending}.png").unlink()
+    found = problems(doctor(name, config=config)[name])
+    assert [check for check, _ in found] == ["labels", "labels"]
+    assert f"aachen_000001_000019_gtFine_{ending}.png, which does not exist" in found[0][1]
+    assert "Pillow's mode RGB" in found[1][1]
     (cityscapes / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png").unlink()
     found = problems(doctor(name, config=config)[name])
-    assert [check for check, _ in found] == ["labels", "labels", "image"]
-    assert f"aachen_000001_000019_gtFine_{ending}.png does not exist" in found[0][1]
-    assert "Pillow's mode RGB" in found[1][1]
-    assert "aachen_000000_000019_leftImg8bit.png does not exist" in found[2][1]
+    assert [check for check, _ in found] == ["labels", "image"]
+    assert "aachen_000000_000019_leftImg8bit.png, which does not exist" in found[1][1]
 
 
 def test_cityscapes_map_of_another_size_and_with_unknown_labels(cityscapes):
     path = cityscapes / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
-    Image.fromarray(np.full((8, 10), 40001, np.uint16)).save(path)
+    image = cityscapes / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
     name = f"cityscapes:{cityscapes}:train"
-    found = problems(doctor(name, config="cityscapes_R50_FPN_instance_moco")[name])
-    assert [text for _, text in found] == [
-        f"{path} is 10x8 pixels, its image 16x8",
-        f"{path} holds the label 40; Cityscapes' labels are 0 to 33",
-    ]
+    for size, number, text in (
+        ((8, 10), 26001, f"{image} is 16x8 pixels, its annotation says 10x8"),
+        ((8, 16), 40001, f"{path} holds the number 40001, which is of label 40; Cityscapes' "),
+    ):
+        Image.fromarray(np.full(size, number, np.uint16)).save(path)
+        ((_, found),) = problems(doctor(name, config="cityscapes_R50_FPN_instance_moco")[name])
+        assert found.startswith(text)
 
 
 @pytest.fixture
@@ -164,7 +168,7 @@ def test_semantic_voc(semantic_voc):
     (semantic_voc / "SegmentationClass/b.png").unlink()
     found = problems(doctor(name, config="voc_R50_FCN16_30k_moco")[name])
     assert [check for check, _ in found] == ["labels", "labels"]
-    assert "b.png does not exist" in found[0][1]
+    assert "lists b, but there is no " in found[0][1]
     assert "a.png holds the label 21, but there are 21 classes" in found[1][1]
 
 

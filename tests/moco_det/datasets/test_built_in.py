@@ -3,11 +3,10 @@
 import json
 
 import pytest
+from examined import doctor
 
 from moco_det.common.errors import UserError
-from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import Report
-from moco_det.dataset_doctor.examination import check_files
 from moco_det.datasets import BUILT_IN, get_dataset, locate
 
 NAMES = sorted(BUILT_IN)
@@ -20,12 +19,10 @@ def root(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layout_is_what_the_data_set_asks_for(name, root, repository):
+def test_layout_is_what_the_data_set_asks_for(name, root):
     """Once all that the doctor misses is there, the data set opens; it misses nothing else."""
-    cfg = load_config(repository / "configs" / "Base-RCNN-FPN-BN.yaml")
-    report = Report(name)
-    check_files(cfg, locate(name), report, None)
-    missing = [problem.text.removesuffix(" does not exist") for problem in report.problems]
+    (report,) = doctor(name).values()
+    missing = [text.removesuffix(" does not exist") for check, text in report.problems]
     assert missing
     with pytest.raises(UserError) as error:
         get_dataset(name)

@@ -75,7 +75,10 @@ def test_masks_may_lack_and_be_uncompressed(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dp_x": [1.0]}, "annotation 1 has 1 dp_x, 2 dp_y, .* which are to be of one length"),
+        (
+            {"dp_x": [1.0]},
+            "annotation 1 of image 7 has 1 dp_x, 2 dp_y, .* to be of one length",
+        ),
         ({"dp_I": [1, 25]}, "has 25 in dp_I, which goes from 0 to 24"),
         ({"dp_I": [1, -1]}, "has -1 in dp_I"),
         ({"dp_I": [1, 1.5]}, "not whole numbers"),
@@ -102,7 +105,7 @@ def test_lists_that_are_absent_are_named(tmp_path):
     content = json.loads(path.read_text())
     del content["annotations"][0]["dp_U"], content["annotations"][0]["dp_I"]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 has dp_x, dp_y, dp_V and lacks dp_I, dp_U"):
+    with pytest.raises(UserError, match="1 of image 7 has dp_x, dp_y, dp_V and lacks dp_I, dp_U"):
         get_dataset(f"densepose:{path}:{tmp_path}").records()
 
 

@@ -186,3 +186,13 @@ def test_saved_palettes_hide_no_labels(tmp_path):
         assert image.mode == "P"
         assert np.array(image).tolist() == labels.tolist()
         assert np.array(image.convert("L")).tolist() != labels.tolist()
+
+
+def test_names_with_dots_keep_their_tails(tmp_path):
+    root = write_tiny_semantic(tmp_path / "voc", images=1)
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        path = root / folder / f"000.{ending}"
+        path.rename(path.with_name(f"IMG_jpg.rf.fe2a.{ending}"))
+    (root / "ImageSets/Segmentation/train.txt").write_text("IMG_jpg.rf.fe2a\n")
+    (record,) = get_dataset(f"voc_sem_seg:{root}:train").records()
+    assert record["image_id"] == "IMG_jpg.rf.fe2a"

@@ -1,6 +1,10 @@
 """VOC's layout against hand-written files, against real ones, and against Detectron2's loader."""
 
+import re
+import time
+
 import pytest
+from examined import doctor, problems
 from PIL import Image
 
 from moco_det.common.errors import UserError
@@ -125,7 +129,7 @@ def test_foreign_class_in_builtin_voc_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     xml = SIZE + voc_object("unicorn", (1, 1, 9, 9))
     write_voc(tmp_path / "VOC2012", {"a": xml}, {"val": "a\n"})
-    with pytest.raises(UserError, match="a.xml: class 'unicorn' is not in aeroplane"):
+    with pytest.raises(UserError, match="a.xml: class 'unicorn' is not one of VOC's 20"):
         get_dataset("voc_2012_val").records()
 
 
@@ -154,3 +158,83 @@ def strip(record):
     """What both VOC loaders give, with the file as a string."""
     annotations = [{key: a[key] for key in ("bbox", "category_id")} for a in record["annotations"]]
     return {**record, "file_name": str(record["file_name"]), "annotations": annotations}
+
+
+def test_encodings_and_the_twins_of_macos(tmp_path):
+    """GB2312 is beyond the parser; ._a.xml is no annotation."""
+    xml = SIZE + voc_object("\u7ea2", (1, 1, 9, 9))
+    write_voc(tmp_path, {"a": xml}, {"t": "\ufeffa\n"})
+    path = tmp_path / "Annotations" / "a.xml"
+    for encoding in ("gb2312", "utf-8-sig", "utf-16"):
+        stated = "utf-8" if encoding == "utf-8-sig" else encoding
+        text = f'<?xml version="1.0" encoding="{stated}"?><annotation>{xml}</annotation>'
+        path.write_bytes(text.encode(encoding))
+        path.with_name("._a.xml").write_bytes(b"\0\5\26\7")
+        dataset = get_dataset(f"voc:{tmp_path}:t")
+        assert dataset.classes == ("\u7ea2",)
+        assert len(dataset.records()[0]["annotations"]) == 1
+    path.write_bytes(text.replace("utf-16", "gb2312").encode("latin-1", "replace")[:-4] + b"\xff")
+    with pytest.raises(UserError, match="cannot read annotation .*a.xml: "):
+        get_dataset(f"voc:{tmp_path}:t")
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        (voc_object("ant", (1, 1, "inf", 9)), r"'ant' has the box \('1', '1', 'inf', '9'\): it"),
+        (voc_object("ant", (1, "nan", 9, 9)), "'ant' has the box"),
+        (voc_object("ant", (1, 1, 1e9, 9)), "'ant' has the box"),
+        (voc_object(" ", (1, 1, 9, 9)), "an <object> lacks a <name>"),
+        (
+            voc_object("ant", (1, 1, 9, 9), "<difficult>Unspecified</difficult>"),
+            "'ant' has <difficult>Unspecified</difficult>, which is 0 or 1",
+        ),
+    ],
+)
+def test_an_object_is_refused_in_training_and_by_the_doctor(tmp_path, xml, message):
+    write_voc(tmp_path, {"a": SIZE + xml, "b": SIZE + voc_object("ant", (1, 1, 9, 9))}, {"t": "a"})
+    name = f"voc:{tmp_path}:t"
+    with pytest.raises(UserError, match=f"a.xml: {message}"):
+        get_dataset(name)
+    found = problems(doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 1)[name])
+    assert re.search(f"a.xml: {message}", found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a\na\n", "t.txt lists a 2 times: keep one of the lines"),
+        ("a.jpg\n", r"there is no image a.jpg.\*; write a instead"),
+        ("JPEGImages/a.jpg\n", r"there is no image JPEGImages/a.jpg.\*; write a instead"),
+        ("a\0\n", "t.txt: it has a zero byte"),
+    ],
+)
+def test_a_list_is_refused_in_training_and_by_the_doctor(tmp_path, lines, message):
+    write_voc(tmp_path, {"a": SIZE + voc_object("ant", (1, 1, 9, 9))}, {"t": lines})
+    name = f"voc:{tmp_path}:t"
+    with pytest.raises(UserError, match=message):
+        get_dataset(name).records()
+    found = problems(doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 1)[name])
+    assert any(re.search(message, text) for _, text in found)
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    write_voc(tmp_path, {"a": SIZE + voc_object("ant", (1, 1, 9, 9))}, {"t": "a"})
+    path = tmp_path / "ImageSets" / "Main" / "t.txt"
+    path.write_bytes("a\n".encode("utf-16"))  # as PowerShell writes it
+    assert len(get_dataset(f"voc:{tmp_path}:t").records()) == 1
+    path.write_bytes(b"\xff\xe9\n")
+    with pytest.raises(UserError, match=r"cannot read .*t\.txt: it is not in UTF-8"):
+        get_dataset(f"voc:{tmp_path}:t").records()
+
+
+def test_a_long_list_of_missing_files_does_not_stall(tmp_path):
+    write_voc(tmp_path, {"a": SIZE + voc_object("ant", (1, 1, 9, 9))}, {"t": "a"})
+    lines = "\n".join(f"missing{i}" for i in range(20_000))
+    (tmp_path / "ImageSets" / "Main" / "t.txt").write_text(lines)
+    start, name = time.process_time(), f"voc:{tmp_path}:t"
+    report = doctor(name, None, "MODEL.ROI_HEADS.NUM_CLASSES", 1)[name]
+    images = [text for check, text in report.problems if check == "image"]
+    assert len(images) == 1001
+    assert images[-1] == "and 19,000 more, 20,000 in all"
+    assert time.process_time() - start < 10

@@ -151,10 +151,10 @@ EMPTY = {"image_id": 4, "boxes": [], "scores": [], "classes": []}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "annotation 7 has no segmentation.*MODEL.MASK_ON False"),
-        ({"segmentation": []}, "annotation 7 has no segmentation"),
-        ({"segmentation": {"size": [100, 100]}}, "segmentation of annotation 7 is broken"),
-        ({"segmentation": [[]]}, "segmentation of annotation 7 is broken"),
+        ({}, "annotation 7 of image 4 has no segmentation.*MODEL.MASK_ON False"),
+        ({"segmentation": []}, "annotation 7 of image 4 has no segmentation"),
+        ({"segmentation": {"size": [100, 100]}}, "annotation 7 .* whose runs do not make up its"),
+        ({"segmentation": [[]]}, "annotation 7 of image 4 has no valid polygon"),
     ],
 )
 def test_ground_truth_without_masks_is_named(tmp_path, changes, message):
@@ -164,8 +164,8 @@ def test_ground_truth_without_masks_is_named(tmp_path, changes, message):
 
 def test_ground_truth_without_keypoints_is_named(tmp_path):
     prediction = EMPTY | {"keypoints": []}
-    for keypoints in ([], [1, 2]):
-        with pytest.raises(UserError, match="a.json.*MODEL.KEYPOINT_ON False"):
+    for keypoints, message in (([], "MODEL.KEYPOINT_ON False"), ([1, 2], "annotation 7 .* 2 numb")):
+        with pytest.raises(UserError, match=f"a.json.*{message}"):
             evaluate(shapes_file(tmp_path, keypoints=keypoints), [prediction])
     dataset = shapes_file(tmp_path, keypoints=[1, 2, 2, 3, 4, 0])
     with pytest.raises(UserError, match="2 keypoints .* 17 sigmas: set TEST.KEYPOINT_OKS_SIGMAS"):

@@ -332,7 +332,7 @@ def test_a_part_that_does_not_exist_is_refused(score):
     ("item", "message"),
     [
         (unposed(), "no annotation has dp_x"),
-        (person(dp_U=[0.2]), "annotation 1 has 4 dp_x, 4 dp_y, 4 dp_I, 1 dp_U, 4 dp_V"),
+        (person(dp_U=[0.2]), "annotation 1 of image 1 has 4 dp_x, 4 dp_y, 4 dp_I, 1 dp_U, 4 dp_V"),
     ],
 )
 def test_a_broken_truth_is_refused(score, item, message):

@@ -194,3 +194,21 @@ def test_photographs_are_not_looked_at(recorded):
     assert isinstance(dataset, CityscapesDataset)
     assert all(p.stat().st_size == 0 for p in dataset.image_dir.rglob("*.png"))
     assert evaluate(dataset, predictions)["segm"]["AP"] > 0
+
+
+def test_a_class_whose_predictions_all_lie_on_void_has_ap_0(tmp_path):
+    """The script takes the last of an empty list there; a class without predictions it gives 0."""
+    numbers = np.full((100, 300), 7, dtype=np.uint16)
+    numbers[:, :50], numbers[:, 100:150], numbers[:, 150:] = 26001, 24001, 0
+    record_cityscapes_ap.write_case(tmp_path, {"aachen_000000_000019": numbers})
+    dataset = get_dataset(f"cityscapes:{tmp_path}:val")
+    masks = torch.zeros(2, 100, 300, dtype=torch.bool)
+    masks[0, :, :50], masks[1, :, 200:280] = True, True  # the car, and a person on void
+    output = {
+        "boxes": torch.zeros(2, 4),
+        "scores": torch.tensor([0.7, 0.8]),
+        "classes": torch.tensor([2, 0]),
+        "masks": masks,
+    }
+    found = evaluate(dataset, [prediction_record("aachen_000000_000019", output)])["segm"]
+    assert (found["AP-person"], found["AP-car"], found["AP"]) == pytest.approx((0, 100, 50))

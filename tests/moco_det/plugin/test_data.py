@@ -8,19 +8,27 @@ import pytest
 import record_cityscapes_ap
 import record_coco_shapes
 import record_lvis_ap
+import torch
 
 pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
 
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
+from detectron2.structures import Boxes, Instances
 from PIL import Image
+from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
 from moco_det.plugin import load_config
-from moco_det.plugin.data import build_evaluator, check_classes, register_datasets
+from moco_det.plugin.data import (
+    build_evaluator,
+    check_classes,
+    check_voc_scoring,
+    register_datasets,
+)
 
 
 @pytest.fixture
@@ -203,3 +211,45 @@ def test_detectron2_s_mapper_reads_as_the_native_engine_does(cfg, tmp_path):
     with pytest.raises(UserError, match=r"cannot read image .*a\.png: truncated file"):
         mapper(dict(item))
     assert detection_utils.read_image(str(tmp_path / "a.png"), "L").shape == (96, 128, 1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_perfect_predictions_have_ap_100_from_a_file_that_lacks_what_detectron2_asks_for(
+    cfg, tmp_path, start
+):
+    """No iscrowd, area, height or width; annotation ids from 0, anew in each image, or none."""
+    content = tiny_coco()
+    for place, annotation in enumerate(content["annotations"]):
+        del annotation["iscrowd"], annotation["area"], annotation["keypoints"], annotation["id"]
+        if start < 5:
+            annotation["id"] = place if start == 0 else place % 2 + 1
+    for image in content["images"]:
+        del image["height"], image["width"]
+    name = write_tiny_coco(tmp_path / str(start), content)
+    register_datasets([name])
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        assert (record["height"], record["width"]) == (96, 128)
+        found = Instances((96, 128))
+        found.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in record["annotations"]]).float())
+        found.scores = torch.full((2,), 0.9)
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        evaluator.process([record], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_what_detectron2_s_voc_evaluator_cannot_read_is_said_before(tmp_path):
+    root = write_tiny_voc(tmp_path / "voc")
+    name = f"voc:{root}:test"
+    check_voc_scoring(name)
+    split = root / "ImageSets" / "Main" / "test.txt"
+    text = split.read_text()
+    split.write_text(text.replace("009", "009 1"))
+    with pytest.raises(UserError, match="has the line '009 1'.*--engine native"):
+        check_voc_scoring(name)
+    split.write_text(text)
+    path = root / "Annotations" / "009.xml"
+    path.write_text(path.read_text().replace("</xmin>", ".5</xmin>"))
+    with pytest.raises(UserError, match=r"009.xml: <bndbox/xmin> is '\d+\.5', which Detectron2's"):
+        check_voc_scoring(name)

@@ -14,6 +14,7 @@ from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import plan_batch
 from moco_det.config.loading import get_cfg, load_config
 from moco_det.datasets import get_dataset
+from moco_det.datasets.dataset import count_keypoints, has_objects
 from moco_det.native.data import loader
 from moco_det.native.data.loader import (
     batches_by_aspect,
@@ -21,8 +22,6 @@ from moco_det.native.data.loader import (
     build_test_loader,
     build_train_loader,
     build_training_records,
-    count_keypoints,
-    has_objects,
     repeat_factors,
     repeating_stream,
     training_batches,
@@ -261,9 +260,10 @@ def test_images_without_objects_are_left_out_on_request(cfg, monkeypatch):
 
     class Fake:
         @staticmethod
-        def records():
+        def records(wanted):
             return records
 
+    monkeypatch.setattr("moco_det.native.data.loader.check_images", lambda records, problems: None)
     monkeypatch.setattr("moco_det.native.data.loader.get_dataset", lambda name: Fake)
     assert training_records(("a",), filter_empty=True) == [records[1], records[3]]
     assert len(training_records(("a", "b"), filter_empty=False)) == 8
