@@ -118,7 +118,7 @@ def load_resumable(path: Path) -> dict:
     state = load(path)
     with entries_of(path):
         check_text("arch", state.get("arch", ""))
-        for name in ("epoch", "step", "step_in_epoch"):
+        for name in ("epoch", "step", "step_in_epoch", "numbered_from"):
             if name in state or name == "epoch":
                 check_count(name, state.get(name))
         config = check_dict("config", state.get("config", {}))

@@ -41,12 +41,10 @@ class Checkpoints:
         self._tag = self.folder / "last_checkpoint"
 
     def last(self) -> Path | None:
-        """The newest checkpoint, or None where nothing was saved yet.
-
-        Raises:
-            UserError: `last_checkpoint` names none, or one outside the folder.
-        """
-        return named_last(self._tag)
+        """The newest checkpoint, for messages; None where nothing was saved that can be named."""
+        with contextlib.suppress(UserError):
+            return named_last(self._tag)
+        return None
 
     def newest_whole(self, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
         """The last checkpoint and what `read` makes of it; None where nothing was saved yet.
@@ -54,7 +52,7 @@ class Checkpoints:
         Where it is damaged, the newest one that is whole, with a warning.
 
         Raises:
-            UserError: see `last`; none is whole.
+            UserError: `last_checkpoint` names a file outside the folder, or none is whole.
         """
         return newest_whole(self._tag, self.folder.glob("model_*.pth"), read)
 
