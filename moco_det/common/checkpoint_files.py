@@ -29,11 +29,9 @@ import torch
 from torch import Tensor
 
 from moco_det.common.errors import UserError
-from moco_det.common.safe_pickle import (
+from moco_det.common.pickled_arrays import (
     STORAGES,
-    BoundedFile,
     Fault,
-    Interpreter,
     NumpyArray,
     OddTensor,
     Reference,
@@ -41,6 +39,7 @@ from moco_det.common.safe_pickle import (
     TensorView,
     UnsafeName,
 )
+from moco_det.common.safe_pickle import BoundedFile, Interpreter
 
 BLOCK = 1 << 20  # bytes read at a time
 INFLATION = 3  # how many times its size a file may take in memory

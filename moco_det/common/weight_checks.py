@@ -52,7 +52,8 @@ def _checked(path: str | Path, name: str, value: object) -> Tensor:
     if value.numel() == 0:
         raise refuse(f"is empty: its shape is {tuple(value.shape)}")
     if value.dtype not in FLOATS:
-        if value.is_complex() or value.numel() > 1 or _WEIGHT.search(name):
+        is_count = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+        if not is_count or _WEIGHT.search(name):
             raise refuse(f"holds values of type {_name(value)}, where a weight is of float32")
         if not 0 <= int(value) < 2**53:
             raise refuse(f"is a count, but its value is {int(value)}")

@@ -133,7 +133,7 @@ def resumable(path: Sequence, value: Any, state: dict) -> str:
 def odd_tensor(rng: random.Random, name: str, tensor: torch.Tensor) -> tuple[str, Any, str]:
     """(what it is, a tensor in the place of another, what must come of it)."""
     ones, floating = torch.ones(tensor.shape), tensor.is_floating_point()
-    one_nan = tensor.clone().float()
+    one_nan = tensor.float().clone(memory_format=torch.contiguous_format)
     one_nan.view(-1)[rng.randrange(max(1, one_nan.numel()))] = rng.choice(mutations.NOT_FINITE)
     kinds: dict[str, tuple[Callable[[], Any], str]] = {
         "not finite": (lambda: one_nan, "refuse"),

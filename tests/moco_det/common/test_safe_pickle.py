@@ -8,14 +8,8 @@ import tracemalloc
 import pytest
 
 from moco_det.common import safe_pickle
-from moco_det.common.safe_pickle import (
-    BoundedFile,
-    Fault,
-    Interpreter,
-    NumpyArray,
-    TensorView,
-    UnsafeName,
-)
+from moco_det.common.pickled_arrays import Fault, NumpyArray, TensorView, UnsafeName
+from moco_det.common.safe_pickle import BoundedFile, Interpreter
 from tests.fuzz.pickles import build, call, dictionary, dtype, pack, plain, reference
 
 PLAIN = {"a": [1, -2.5, "b", None, True], "c": (1, (2,), ()), "d": {"e": b"f"}, "g": {1, "h"}}

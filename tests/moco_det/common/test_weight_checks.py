@@ -42,6 +42,7 @@ def test_counters_stay_whole_numbers():
         ("res2_0_branch2a_bn_riv", np.float32([-1]), "is a variance, but holds -1"),
         ("a.weight", torch.ones(2, 2).int(), "holds values of type int32"),
         ("a.weight", torch.ones(1).bool(), "holds values of type bool"),
+        ("bn.num_batches_tracked", torch.tensor(True), "holds values of type bool"),
         ("queue", torch.ones(2, 2).long(), "holds values of type int64"),
         ("a.weight", torch.ones(2).cfloat(), "holds values of type complex64"),
         ("a.weight", torch.ones(0, 3), r"is empty: its shape is \(0, 3\)"),
