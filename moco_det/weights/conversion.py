@@ -114,7 +114,7 @@ def _check_arrays(weights, layout: Layout, architecture: Architecture) -> None:
         network = architecture.build().state_dict()
     network = {name: value for name, value in network.items() if not name.startswith("fc.")}
     expected = rename(network, "torchvision", layout.vocabulary)
-    faults = [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
+    faults = [f"{name} is unexpected" for name in sorted(weights.keys() - expected.keys())]
     for name, value in expected.items():
         if name not in weights:
             # Files older than PyTorch 0.4.1 and frozen BN have no such counter.
@@ -126,7 +126,7 @@ def _check_arrays(weights, layout: Layout, architecture: Architecture) -> None:
         elif not weights[name].isfinite().all():
             faults.append(f"{name} is not finite")
     if faults:
-        raise UserError(f"not a whole {architecture}: {shorten(sorted(faults))}")
+        raise UserError(f"not a whole {architecture}: {shorten(faults)}")
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_feature_difference_is_the_largest_of_all_stages():
         (lambda s: s.pop("conv1.weight"), r"conv1\.weight is missing"),
         (
             lambda s: [s.pop(k) for k in list(s) if k.startswith("layer3.1.")],
-            r"layer3\.1\.bn1\.bias is missing, .* is missing and 7 more$",
+            r"layer3\.1\.bn1\.bias is missing and 7 more$",
         ),
         (
             lambda s: s.update({"layer1.2.conv1.weight": torch.ones(64, 64, 3, 3)}),
