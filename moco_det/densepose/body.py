@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from moco_det.common.checkpoint_files import read_checkpoint
 from moco_det.common.errors import UserError, import_optional
 from moco_det.datasets import data_root
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, Symmetries
-from moco_det.weights.files import read_pickle
 
 SITE = "https://dl.fbaipublicfiles.com/densepose/data/"
 SYMMETRIES = "UV_symmetry_transforms.mat"  # what becomes of U and V in a mirrored image
@@ -173,7 +173,7 @@ def read_geodesics() -> Geodesics:
     uv = np.stack([_column(mesh, f"{axis}_subdiv", vertices) for axis in "UV"])
     index = read_mat(points)
     index = _column(index, "index", points).astype(np.int64) - 1
-    condensed = _column(read_pickle(distances), "Pdist_matrix", distances)
+    condensed = _column(read_checkpoint(distances), "Pdist_matrix", distances)
     _check(charts, uv, index, condensed)
 
     def between(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ paper's numbers to chance.
 import os
 import weakref
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -20,6 +21,13 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
+from moco_det.common.resume_state import (
+    check_count,
+    check_dict,
+    check_optimizer,
+    entries_of,
+    newest_whole,
+)
 from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import (
     check_input,
@@ -41,6 +49,7 @@ from moco_det.plugin.data import (
     register_datasets,
 )
 from moco_det.plugin.extensions import load_config
+from moco_det.weights.files import read_state_dict
 from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
@@ -236,7 +245,8 @@ class SamePreciseBN(hooks.PreciseBN):
 
 
 class StrictCheckpointer(DetectionCheckpointer):
-    """Initial weights through `weights.loading`; all else, resuming too, as Detectron2 does it.
+    """Every file through our checked readers; initial weights through `weights.loading`, and what
+    is resumed goes where Detectron2 puts it.
 
     Detectron2 only warns of backbone arrays that a file lacks, and looks at neither the channel
     order nor the place of the stride that its weights were trained with.
@@ -254,10 +264,42 @@ class StrictCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Raises UserError for initial weights that do not fill the backbone or do not fit cfg."""
         if not path or checkpointables != []:  # [] is what `resume_or_load` asks of other weights
-            return super().load(path, checkpointables)
+            try:
+                return super().load(path, checkpointables)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                why = str(error).splitlines()[0][:120]
+                raise UserError(f"{path} is from another configuration: {why}") from error
         model = self.model
         if isinstance(model, DistributedDataParallel):
             model = model.module
         report = load_backbone_weights(model, path, self.allow_missing)
         check_weights(self.cfg, report.metadata)
         return {}
+
+    def get_checkpoint_file(self) -> str:
+        """The last checkpoint or, where it is damaged, the newest whole one, with a warning.
+
+        Raises UserError for one outside of the folder."""
+        folder = Path(self.save_dir)
+        others = folder.glob("model_*.pth")
+        found = newest_whole(folder / "last_checkpoint", others, read_state_dict)
+        return str(found[0]) if found else ""
+
+    def _load_file(self, filename: str) -> dict:
+        weights, metadata = read_state_dict(filename)
+        if "trainer" in metadata and "trainer" in self.checkpointables:
+            with entries_of(filename):
+                _check_trainer(metadata["trainer"], self.checkpointables["trainer"])
+        return {"model": weights, **metadata}
+
+
+def _check_trainer(saved: object, trainer: Trainer) -> None:
+    """The state of Detectron2's DefaultTrainer. Raises StateFault."""
+    saved = check_dict("trainer", saved)
+    check_count("trainer.iteration", saved.get("iteration"))
+    check_dict("trainer.hooks", saved.get("hooks", {}))
+    inner = check_dict("trainer._trainer", saved.get("_trainer"))
+    check_count("trainer._trainer.iteration", inner.get("iteration"))
+    # float16 leaves out steps, with which the first momentum may be still to come.
+    stepped = not inner.get("grad_scaler")
+    check_optimizer(inner.get("optimizer"), trainer._trainer.optimizer, stepped)

@@ -13,14 +13,16 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from moco_det.common.errors import UserError
 from moco_det.common.resnets import BLOCKS
+from moco_det.common.weight_checks import describe_stripping, shorten
 from moco_det.weights.files import read_state_dict, write_weights
 from moco_det.weights.names import (
     DETECTRON2,
+    LIGHTNING,
     MOCO,
     TORCHVISION,
     Architecture,
     Layout,
-    find_layout,
+    find_wrapped_layout,
     infer_architecture,
     name_map,
     rename,
@@ -34,7 +36,9 @@ class Source:
     """The ResNet of one file.
 
     `weights` has the names of `layout.vocabulary`, without the file's prefix; `kept` gives for each
-    used name of the file the name in `weights`; `dropped` are the file's other names.
+    used name of the file the name in `weights`; `dropped` are the file's other names; `stripped`
+    are its names that a wrapper (torch.compile, DataParallel, Lightning) had lengthened, each with
+    the name as it was taken.
     """
 
     layout: Layout
@@ -42,6 +46,7 @@ class Source:
     weights: dict[str, Tensor]
     kept: dict[str, str]
     dropped: tuple[str, ...]
+    stripped: dict[str, str]
 
 
 def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -> Source:
@@ -52,26 +57,29 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -
 
     Raises:
         UserError: an unknown layout, a small stem, another architecture than `metadata["arch"]`, or
-            arrays that are unexpected, missing, of the wrong shape or not finite, each named.
+            arrays that are unexpected, missing, of the wrong shape or not finite, with names.
     """
-    layout = find_layout(weights)
+    layout, inner = find_wrapped_layout(weights)
     if layout is None:
         known = ", ".join(x.title for x in (MOCO, TORCHVISION, DETECTRON2))
-        some = ", ".join(list(weights)[:3])
+        some = shorten(list(weights)[:3])
         raise UserError(f"its names ({some}, ...) are not those of a known kind of file: {known}")
-    kept = {name: layout.strip(name) for name in weights}
+    kept = {name: layout.strip(new) for name, new in inner.items()}
     kept = {name: stripped for name, stripped in kept.items() if stripped}
     dropped = tuple(name for name in weights if name not in kept)
-    unexpected = [name for name in dropped if not re.fullmatch(layout.dropped, name)]
-    if unexpected:
-        raise UserError(f"unexpected keys in a {layout.title}: {', '.join(unexpected)}")
+    unexpected = [name for name in dropped if not re.fullmatch(layout.dropped, inner[name])]
+    # A module of Lightning has parts beside the backbone whose names nobody knows.
+    wrapped = any(old != new for old, new in inner.items())
+    if unexpected and not wrapped:
+        raise UserError(f"unexpected keys in a {layout.title}: {shorten(unexpected)}")
     if len(set(kept.values())) < len(kept):
         raise UserError("it holds two ResNets: some of its names differ only in their prefix")
-    stripped = {new: weights[old] for old, new in kept.items()}
-    _refuse_small_stem(stripped, layout, metadata)
-    architecture = _decide_architecture(stripped, layout, metadata)
-    _check_arrays(stripped, layout, architecture)
-    return Source(layout, architecture, stripped, kept, dropped)
+    resnet = {new: weights[old] for old, new in kept.items()}
+    _refuse_small_stem(resnet, layout, metadata)
+    architecture = _decide_architecture(resnet, layout, metadata)
+    _check_arrays(resnet, layout, architecture)
+    stripped = {o: n for o, n in (inner | (kept if layout is LIGHTNING else {})).items() if o != n}
+    return Source(layout, architecture, resnet, kept, dropped, stripped)
 
 
 def _refuse_small_stem(weights, layout: Layout, metadata) -> None:
@@ -106,7 +114,7 @@ def _check_arrays(weights, layout: Layout, architecture: Architecture) -> None:
         network = architecture.build().state_dict()
     network = {name: value for name, value in network.items() if not name.startswith("fc.")}
     expected = rename(network, "torchvision", layout.vocabulary)
-    faults = [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
+    faults = [f"{name} is unexpected" for name in sorted(weights.keys() - expected.keys())]
     for name, value in expected.items():
         if name not in weights:
             # Files older than PyTorch 0.4.1 and frozen BN have no such counter.
@@ -118,7 +126,7 @@ def _check_arrays(weights, layout: Layout, architecture: Architecture) -> None:
         elif not weights[name].isfinite().all():
             faults.append(f"{name} is not finite")
     if faults:
-        raise UserError(f"not a whole {architecture}: {'; '.join(sorted(faults))}")
+        raise UserError(f"not a whole {architecture}: {shorten(faults)}")
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,10 @@ class Conversion:
         else:
             pairs = (f"{_part(old)} -> {_part(new)}" for old, new in mapped)
             rows = _counted(pairs), _counted(map(_part, dropped))
+        stripping = describe_stripping(self.source.stripped)
         lines = [
             f"{self.source.layout.title}, {self.source.architecture}",
+            *([stripping] if stripping else []),
             f"{len(mapped)} keys mapped",
             *rows[0],
             f"{len(dropped)} keys dropped",

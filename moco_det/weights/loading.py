@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.processes import print_on_main
+from moco_det.common.weight_checks import describe_stripping, shorten, unwrapped
 from moco_det.weights.files import read_state_dict
-from moco_det.weights.names import DETECTRON2, find_layout, infer_architecture, name_map
+from moco_det.weights.names import DETECTRON2, find_wrapped_layout, infer_architecture, name_map
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def load_backbone_weights(
         for name, value in differing.items()
     )
     if any(map(_is_resnet, differing)):
-        raise UserError(f"{path} does not fit the config: {'; '.join(skipped)}")
+        wrong = "; ".join(skipped[:2]) + (f" and {len(skipped) - 2} more" if skipped[2:] else "")
+        raise UserError(f"{path} does not fit the config: {wrong}")
     values = {name: value for name, value in values.items() if name not in differing}
     missing = tuple(name for name in state if name not in values and not _is_counter(name))
     if not allow_missing:
@@ -87,15 +90,18 @@ def load_backbone_weights(
 
 def _read_detectron2(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     weights, metadata = read_state_dict(path)
-    layout = find_layout(weights)
+    layout, names = find_wrapped_layout(weights)
     if layout is not None and layout.vocabulary == "torchvision":
         raise UserError(
             f"{path} is a {layout.title}; convert it first: "
             f"python tools/convert_to_d2.py {path} weights.pkl"
         )
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights, metadata
+    if layout is None or all(name.startswith("module.") for name in weights):
+        names = unwrapped(weights)
+    stripping = describe_stripping(names)
+    if stripping:
+        print_on_main(f"{path}: {stripping}")
+    return {names[name]: value for name, value in weights.items()}, metadata
 
 
 def _is_counter(name: str) -> bool:
@@ -159,9 +165,7 @@ def _affine_statistics(
 def _refuse_missing(path, weights: Mapping[str, Tensor], missing: list[str]) -> None:
     if not missing:
         return
-    shown = ", ".join(missing[:20]) + (
-        f" and {len(missing) - 20} more" if len(missing) > 20 else ""
-    )
+    shown = shorten(missing)
     advice = "convert the checkpoint again or name other weights"
     if not any(name.endswith("running_mean") for name in weights):
         advice = "without running statistics only MODEL.RESNETS.NORM FrozenBN can take the file"

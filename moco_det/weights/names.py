@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.models import resnet
 
 from moco_det.common.resnets import BLOCKS, WidenedResNet
+from moco_det.common.weight_checks import unwrapped
 
 VOCABULARIES = ("torchvision", "detectron2", "caffe2")
 
@@ -91,6 +92,8 @@ MOCO = Layout(
 TORCHVISION = Layout(
     "torchvision state_dict", "torchvision", "torchvision", ("module.", ""), r"(module\.)?fc\..+"
 )
+# The method's own heads and keys, of whatever name, are no part of the backbone.
+LIGHTNING = Layout("Lightning checkpoint", "MOCO", "torchvision", ("backbone.",), r".+")
 DETECTRON2 = Layout(
     "Detectron2 file",
     "Detectron2",
@@ -104,8 +107,18 @@ DETECTRON2 = Layout(
 def find_layout(names: Iterable[str]) -> Layout | None:
     """The first layout that knows at least one of the names, or None."""
     names = tuple(names)
-    layouts = (MOCO, TORCHVISION, DETECTRON2)
+    layouts = (MOCO, TORCHVISION, DETECTRON2, LIGHTNING)
     return next((x for x in layouts if any(x.strip(name) for name in names)), None)
+
+
+def find_wrapped_layout(names: Iterable[str]) -> tuple[Layout | None, dict[str, str]]:
+    """`find_layout`, behind the prefixes of wrappers too; each name with the one that it knows."""
+    names = tuple(names)
+    layout = find_layout(names)
+    if layout is not None:
+        return layout, {name: name for name in names}
+    inner = unwrapped(names)
+    return find_layout(inner.values()), inner
 
 
 @dataclass(frozen=True)

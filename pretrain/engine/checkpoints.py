@@ -19,7 +19,6 @@ facebookresearch/moco, so its tools read our files and this file reads its relea
 """
 
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +26,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
-from moco_det.common.processes import all_objects
+from moco_det.common.processes import all_objects, print_on_main
+from moco_det.common.resume_state import (
+    check_count,
+    check_dict,
+    check_generators,
+    check_list,
+    check_number,
+    check_scaler,
+    check_text,
+    entries_of,
+    newest_whole,
+)
+from moco_det.common.weight_checks import checked_weights, describe_stripping, unwrapped
 
 LAST = "checkpoint_last.pth.tar"
 
@@ -42,11 +54,20 @@ class Checkpoint(NamedTuple):
 
 
 def find(resume: str, output: Path) -> Checkpoint | None:
-    """The checkpoint `resume`: a path, "auto" for the last one of `output`, if any, or ""."""
-    path = output / LAST if resume == "auto" else Path(resume)
-    if not resume or (resume == "auto" and not path.exists()):
+    """The checkpoint `resume`: a path, "auto" for the last one of `output`, if any, or "".
+
+    Where the last one is damaged, "auto" is the newest one beside it that is whole.
+
+    Raises:
+        UserError: there is none at the path, or it cannot be resumed from.
+    """
+    if resume and resume != "auto":
+        return Checkpoint(Path(resume), load_resumable(Path(resume)))
+    last = output / LAST
+    if not resume or not os.path.lexists(last):
         return None
-    return Checkpoint(path, load(path))
+    others = output.glob("checkpoint_[0-9]*.pth.tar")
+    return Checkpoint(*newest_whole(last, others, load_resumable))
 
 
 def restart_epoch(checkpoint: Checkpoint) -> Checkpoint:
@@ -81,16 +102,64 @@ def keep_epoch(output: Path, epoch: int, keep: int, save_every: int) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint safely, on the CPU. Raises UserError for anything that is none."""
-    if not path.is_file():
+    """Read a checkpoint safely, on the CPU, its weights checked and under the official names.
+
+    Raises UserError for anything that is none."""
+    if not os.path.lexists(path):
         raise UserError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be read safely: {error}") from error
-    if not isinstance(state, dict) or "state_dict" not in state:
-        raise UserError(f"{path} is not a MoCo checkpoint: it has no 'state_dict'")
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise UnreadableFile(f"{path} is not a MoCo checkpoint: it has no 'state_dict'")
+    weights = checked_weights(path, state["state_dict"])
+    names = unwrapped(weights)
+    beyond = {old: new for old, new in names.items() if old.removeprefix("module.") != new}
+    if beyond:
+        print_on_main(f"{path}: {describe_stripping(beyond)}")
+        weights = {f"module.{names[old]}": value for old, value in weights.items()}
+    return state | {"state_dict": weights}
+
+
+def load_resumable(path: Path) -> dict:
+    """`load`, and all that a run continues from is of the schema above.
+
+    The optimizer is checked where there is one to compare it with, see `ScheduledSGD.load_state`.
+    """
+    state = load(path)
+    with entries_of(path):
+        check_text("arch", state.get("arch", ""))
+        for name in ("epoch", "step", "step_in_epoch", "numbered_from"):
+            if name in state or name == "epoch":
+                check_count(name, state.get(name))
+        config = check_dict("config", state.get("config", {}))
+        for name, largest in (("batch_size", 2**31), ("seed", 2**63)):
+            if config.get(name) is not None:
+                check_count(f"config.{name}", config[name], largest)
+        check_dict("loss", state.get("loss", {}))
+        check_scaler(state.get("scaler", {}))
+        check_number("best_acc1", state.get("best_acc1", 0.0), -1, 100)
+        for index, generators in enumerate(check_list("rng", state.get("rng", []))):
+            check_generators(f"rng[{index}]", generators)
+        _check_positions(check_dict("data", state.get("data", {})))
+        _check_queue(weights(state))
     return state
+
+
+def _check_positions(data: dict) -> None:
+    for name, value in data.items():
+        if name == "processes":
+            for index, process in enumerate(check_list("data.processes", value)):
+                place = f"data.processes[{index}]"
+                process = check_dict(place, process)
+                check_count(f"{place}.turn", process.get("turn"))
+                positions = check_list(f"{place}.positions", process.get("positions"))
+                for position in positions:
+                    for number in check_list(f"{place}.positions", position, 2):
+                        check_count(f"{place}.positions", number)
+
+
+def _check_queue(arrays: dict[str, torch.Tensor]) -> None:
+    if "queue" in arrays and "queue_ptr" in arrays:
+        check_count("queue_ptr", int(arrays["queue_ptr"]), arrays["queue"].shape[-1] - 1)
 
 
 def check_arch(checkpoint: Checkpoint, arch: str) -> None:
@@ -109,13 +178,26 @@ def load_model(model: torch.nn.Module, checkpoint: Checkpoint, arch: str) -> Non
     """Load `state_dict` strictly. Raises UserError that names what does not fit."""
     path, state = checkpoint
     check_arch(checkpoint, arch)
-    try:
-        model.load_state_dict(weights(state))
-    except RuntimeError as error:
+    held = weights(state)
+    wrong = misfit(model.state_dict(), held)
+    if wrong:
         raise UserError(
-            f"{path} does not fit this model; check --moco-dim, --moco-k, --mlp and --small-stem. "
-            f"{error}"
-        ) from error
+            f"{path} does not fit this model; check --moco-dim, --moco-k, --mlp and --small-stem: "
+            f"{wrong}"
+        )
+    model.load_state_dict(held)
+
+
+def misfit(wanted: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> str:
+    """In a few words the first arrays that keep `held` from filling `wanted`, or ""."""
+    faults = [f"{name} is missing" for name in wanted if name not in held]
+    faults += [f"{name} is unexpected" for name in held if name not in wanted]
+    faults += [
+        f"{name} has the shape {tuple(held[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in held and held[name].shape != value.shape
+    ]
+    return "; ".join(faults[:2]) + (f" and {len(faults) - 2} more" if len(faults) > 2 else "")
 
 
 def model_state(model: torch.nn.Module) -> dict:
@@ -140,6 +222,7 @@ def restore_rng(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -336,7 +336,10 @@ def last_good(output: Path) -> Path | None:
     numbered = sorted(output.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
     for path in (output / checkpoints.LAST, *numbered):
         if path.exists():
-            weights = checkpoints.load(path)["state_dict"].values()
+            try:
+                weights = checkpoints.load(path)["state_dict"].values()
+            except UserError:  # damaged, or not finite
+                continue
             if all((value.abs() < EXPLODED).all() for value in weights):  # never true of NaN
                 return path
     return None

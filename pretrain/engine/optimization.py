@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.processes import world_size
+from moco_det.common.resume_state import check_optimizer, check_scaler
 
 # torch 2.14 renamed it, and warns of the old name; under the new one, buffers are broadcast once,
 # by the constructor, which changes nothing where all processes have loaded the same.
@@ -67,7 +68,15 @@ class ScheduledSGD:
         return {"optimizer": self.sgd.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: dict) -> None:
-        """From a checkpoint; those of the official code have no scaler."""
+        """From a checkpoint; those of the official code have no scaler.
+
+        Raises:
+            StateFault: the entry is not of this optimizer, or would lose the momentum.
+        """
+        scaled = bool(check_scaler(state.get("scaler", {})))
+        # fp16 leaves out steps, with which the first momentum may be still to come.
+        stepped = not scaled and bool(state.get("step", state.get("epoch")))
+        check_optimizer(state.get("optimizer"), self.sgd, stepped, own="step" in state)
         self.sgd.load_state_dict(state["optimizer"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])

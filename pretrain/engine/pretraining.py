@@ -96,7 +96,11 @@ class MoCoPretraining(Task):
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint
-        self.loss.load_state_dict(state.get("loss", {}))
+        saved = state.get("loss", {})
+        wrong = checkpoints.misfit(self.loss.state_dict(), saved)
+        if wrong:
+            raise UserError(f"cannot resume from {path}: its entry 'loss': {wrong}")
+        self.loss.load_state_dict(saved)
         self.batches.resume(state.get("data", {}), path)
         if rank() < len(state.get("rng", [])):
             checkpoints.restore_rng(state["rng"][rank()])

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.processes import StopRequest, from_main, is_main, print_on_main, world_size
+from moco_det.common.resume_state import entries_of
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.diagnosis import LOG, Doctor, read_records
@@ -223,7 +224,8 @@ class Trainer:
         """Continue where it stopped; one of the official code continues at its epoch."""
         path, state = checkpoint
         self.task.load_state(checkpoint)
-        self.task.optimizer.load_state(state)
+        with entries_of(path):
+            self.task.optimizer.load_state(state)
         self.epoch = max(self.epoch, state["epoch"])
         self.step_in_epoch = state.get("step_in_epoch", 0)
         self.step = state.get("step", self.epoch * self.steps_per_epoch)

@@ -73,18 +73,17 @@ def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
 
 
 def query_encoder(checkpoint: Checkpoint, arch: str) -> dict[str, torch.Tensor]:
-    """The weights of f_q. Raises UserError where there are none."""
+    """The weights of f_q, or of what Lightning's modules call the backbone; UserError where there
+    are none."""
     checkpoints.check_arch(checkpoint, arch)
-    weights = {
-        name.removeprefix("encoder_q."): value
-        for name, value in checkpoints.weights(checkpoint.state).items()
-        if name.startswith("encoder_q.")
-    }
-    if not weights:
-        raise UserError(
-            f"{checkpoint.path} has no encoder_q: it is not a checkpoint of pretraining"
-        )
-    return weights
+    held = checkpoints.weights(checkpoint.state)
+    for prefix in ("encoder_q.", "backbone."):
+        found = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
+        if found and prefix == "backbone.":
+            print_on_main(f"{checkpoint.path}: stripped 'backbone.' from {len(found)} names")
+        if found:
+            return found
+    raise UserError(f"{checkpoint.path} has no encoder_q: it is not a checkpoint of pretraining")
 
 
 def pooled(encoder: nn.Module) -> nn.Module:

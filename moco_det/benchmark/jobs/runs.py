@@ -23,7 +23,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
 from moco_det.config.loading import load_config
 from moco_det.weights.files import read_state_dict
-from moco_det.weights.names import DETECTRON2, find_layout
+from moco_det.weights.names import DETECTRON2, find_wrapped_layout
 
 
 class RunFolder(JobFolder):
@@ -186,7 +186,9 @@ def weight_file(name: str, source: Path, output: Path) -> Path:
 
     A file that is still to be made, by a pretraining, is taken for a checkpoint.
     """
-    is_detectron2 = source.is_file() and find_layout(read_state_dict(source)[0]) is DETECTRON2
+    is_detectron2 = (
+        source.is_file() and find_wrapped_layout(read_state_dict(source)[0])[0] is DETECTRON2
+    )
     return source if is_detectron2 else output / "weights" / f"{name}.pkl"
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
@@ -12,7 +14,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
+from moco_det.common.resume_state import (
+    check_count,
+    check_dict,
+    check_scaler,
+    entries_of,
+    named_last,
+    newest_whole,
+)
 from moco_det.weights.files import read_state_dict, write_weights
+
+Content = TypeVar("Content")
 
 # -- checkpoints ----------------------------------------------------------------------------------
 
@@ -29,8 +41,20 @@ class Checkpoints:
         self._tag = self.folder / "last_checkpoint"
 
     def last(self) -> Path | None:
-        """The newest checkpoint, or None where nothing was saved yet."""
-        return self.folder / self._tag.read_text().strip() if self._tag.is_file() else None
+        """The newest checkpoint, for messages; None where nothing was saved that can be named."""
+        with contextlib.suppress(UserError):
+            return named_last(self._tag)
+        return None
+
+    def newest_whole(self, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
+        """The last checkpoint and what `read` makes of it; None where nothing was saved yet.
+
+        Where it is damaged, the newest one that is whole, with a warning.
+
+        Raises:
+            UserError: `last_checkpoint` names a file outside the folder, or none is whole.
+        """
+        return newest_whole(self._tag, self.folder.glob("model_*.pth"), read)
 
     def save(self, name: str, content: dict) -> Path:
         """Write `{name}.pth` and make it the last one. For one process of a run only.
@@ -61,6 +85,12 @@ class Checkpoints:
         missing = {"optimizer", "scheduler", "iteration"} - rest.keys()
         if missing:
             raise UserError(f"cannot resume from {path}: it lacks {', '.join(sorted(missing))}")
+        with entries_of(path):
+            check_count("iteration", rest["iteration"])
+            check_count("seed", rest.get("seed", 0), 2**63)
+            for name in ("optimizer", "scheduler"):
+                check_dict(name, rest[name])
+            check_scaler(rest.get("grad_scaler", {}))
         return {"model": model, **rest}
 
 

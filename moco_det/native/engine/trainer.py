@@ -33,6 +33,8 @@ from moco_det.common.processes import (
     synchronize,
     world_size,
 )
+from moco_det.common.resume_state import check_optimizer, checked_schedule, entries_of
+from moco_det.common.weight_checks import shorten
 from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
 from moco_det.config.checks import (
     check_datasets,
@@ -48,6 +50,7 @@ from moco_det.native.engine.output_dir import Checkpoints, MetricLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
 from moco_det.native.modeling.meta_arch import build_model
+from moco_det.weights.files import read_state_dict
 from moco_det.weights.loading import load_backbone_weights
 
 __all__ = ["evaluate_weights", "load_config", "train"]
@@ -73,7 +76,8 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
     print_on_main(plan.describe(cfg.SOLVER.BASE_LR))
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     checkpoints = Checkpoints(cfg.OUTPUT_DIR)
-    state = build_state(cfg, checkpoints.last() if resume else None, allow_missing)
+    checkpoint = checkpoints.newest_whole(Checkpoints.load) if resume else None
+    state = build_state(cfg, checkpoint, allow_missing)
     first, max_iter = state.iteration, cfg.SOLVER.MAX_ITER
     print_on_main(
         f"iterations {first} to {max_iter} on {world_size()} x {cfg.MODEL.DEVICE}, "
@@ -94,9 +98,9 @@ def evaluate_weights(cfg, resume: bool = False, allow_missing: bool = False) -> 
     """
     cfg = prepare(cfg)
     model = build_model(cfg)
-    last = Checkpoints(cfg.OUTPUT_DIR).last() if resume else None
+    last = Checkpoints(cfg.OUTPUT_DIR).newest_whole(read_state_dict) if resume else None
     if last:
-        load_backbone_weights(model, last, allow_missing)
+        load_backbone_weights(model, last[0], allow_missing)
     else:
         load_initial_weights(cfg, model, allow_missing)
     return evaluate_model(cfg, model)
@@ -158,9 +162,15 @@ class TrainingState:
         return {**parts, "iteration": iteration, "seed": self.seed}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises StateFault, or what torch raises, where a part does not fit."""
+        self.model.load_state_dict(state["model"])
+        done, scaled = state["iteration"] + 1, bool(state.get("grad_scaler"))
+        # float16 leaves out steps, with which the first momentum may be still to come.
+        check_optimizer(state["optimizer"], self.optimizer, stepped=not scaled)
+        schedule = checked_schedule(state["scheduler"], self.scheduler, done)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.iteration = state["iteration"] + 1
+            part.load_state_dict(schedule if part is self.scheduler else state[name])
+        self.iteration = done
 
     def step(self) -> float:
         """Update the parameters by their gradients, and the schedule.
@@ -177,15 +187,17 @@ class TrainingState:
         return lr
 
 
-def build_state(cfg, checkpoint: Path | None = None, allow_missing: bool = False) -> TrainingState:
-    """A run before its first iteration or, given a checkpoint, where that was saved.
+def build_state(
+    cfg, checkpoint: tuple[Path, dict] | None = None, allow_missing: bool = False
+) -> TrainingState:
+    """A run before its first iteration or, given a checkpoint and its content, where it was saved.
 
     `allow_missing`: as for `load_initial_weights`.
 
     Raises:
         UserError: the weights or the checkpoint cannot be read, or do not fit the model.
     """
-    saved = Checkpoints.load(checkpoint) if checkpoint else {}
+    path, saved = checkpoint or (None, {})
     seed = cfg.SEED
     if seed < 0:
         seed = saved.get("seed", from_main(int.from_bytes(os.urandom(4), "big")))
@@ -204,10 +216,12 @@ def build_state(cfg, checkpoint: Path | None = None, allow_missing: bool = False
         load_initial_weights(cfg, model, allow_missing)
         return state
     try:
-        state.load_state_dict(saved)
+        with entries_of(path):
+            state.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint} is from another configuration: {error}") from error
-    print_on_main(f"resuming from {checkpoint}: iteration {state.iteration} is next")
+        why = shorten(str(error).split("\n\t")[1:] or [str(error)])
+        raise UserError(f"{path} is from another configuration: {why}") from error
+    print_on_main(f"resuming from {path}: iteration {state.iteration} is next")
     return state
 
 
@@ -292,7 +306,8 @@ class Trainer:
                 start = time.perf_counter()
                 losses, data_time = self.compute_gradients(model, batches, iteration)
                 metrics, stop = shared_metrics(losses, data_time, request.received)
-                check_finite(metrics, iteration, self.checkpoints)
+                first = iteration == self.state.iteration
+                check_finite(metrics, iteration, self.checkpoints, first)
                 lr = self.state.step()
                 if self.log:
                     self.log.step(iteration, lr, time.perf_counter() - start, metrics)
@@ -371,13 +386,19 @@ def shared_metrics(
     return metrics, bool(rows[:, -1].any())
 
 
-def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Checkpoints) -> None:
+def check_finite(
+    metrics: dict[str, float], iteration: int, checkpoints: Checkpoints, first: bool
+) -> None:
+    """Raises UserError. Before the `first` step of a process no learning rate can be to blame."""
     if not math.isfinite(metrics["total_loss"]):
         losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "_" in name)
         good = checkpoints.last()
+        remedy = "Lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS"
+        if first:
+            remedy = "No step was taken yet: the weights or the data are not what they should be"
         raise UserError(
             f"the loss is not finite at iteration {iteration} ({losses}); last good checkpoint: "
-            f"{good or 'none was saved yet'}. Lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS"
+            f"{good or 'none was saved yet'}. {remedy}"
         )
 
 

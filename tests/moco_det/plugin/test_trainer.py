@@ -109,6 +109,22 @@ def test_the_command_trains_resumes_and_evaluates(tiny, tmp_path, repository):
     assert "error: 2 processes on CPUs" in done.stderr
 
 
+def test_the_newest_whole_checkpoint_stands_in_for_a_damaged_last_one(tmp_path, capsys):
+    model = nn.Linear(2, 1)
+    for name in ("model_0000001", "model_0000003"):
+        DetectionCheckpointer(model, str(tmp_path)).save(name, iteration=int(name[-1]))
+    checkpointer = StrictCheckpointer(model, str(tmp_path), cfg=None)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+    data = bytearray((tmp_path / "model_0000003.pth").read_bytes())
+    data[data.index(model.weight.detach().numpy().tobytes())] ^= 1
+    (tmp_path / "model_0000003.pth").write_bytes(data)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    assert "model_0000003.pth is damaged or no checkpoint" in capsys.readouterr().out
+    (tmp_path / "last_checkpoint").write_text("/tmp/model_0000001.pth")
+    with pytest.raises(UserError, match="outside of its folder"):
+        checkpointer.resume_or_load("", resume=True)
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_accumulated_gradients_are_the_mean_over_the_passes(tiny, amp):
     """The oracle: the gradients of each batch alone, averaged by hand."""

@@ -245,7 +245,7 @@ def test_feature_difference_is_the_largest_of_all_stages():
         (lambda s: s.pop("conv1.weight"), r"conv1\.weight is missing"),
         (
             lambda s: [s.pop(k) for k in list(s) if k.startswith("layer3.1.")],
-            r"layer3\.1\.bn1\.bias is missing.*layer3\.1\.conv2\.weight is missing",
+            r"layer3\.1\.bn1\.bias is missing and 7 more$",
         ),
         (
             lambda s: s.update({"layer1.2.conv1.weight": torch.ones(64, 64, 3, 3)}),
@@ -353,3 +353,32 @@ def test_detectron2_loads_the_file(tmp_path, checkpoint, arch, suffix):
     assert rest["requires"] == config  # tolerated and handed back
     assert feature_difference(network, detector.backbone) <= 1e-5
     assert read_state_dict(out)[0].keys() == detector.backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("_orig_mod.encoder_q.", "'_orig_mod.' from 1"),
+        ("module._orig_mod.encoder_q.", "'module._orig_mod.' from 1"),
+        ("model.encoder_q.", "'model.' from 1"),
+        ("model.", "'model.' from 1"),
+        ("backbone.", "'backbone.' from 1"),
+        ("model.backbone.", "'model.backbone.' from 1"),
+        ("module.encoder_q.", ""),
+        ("module.", ""),
+    ],
+)
+def test_prefixes_that_occur_in_life(tmp_path, prefix, said):
+    encoder = torchvision.models.resnet18().state_dict()
+    state = {f"{prefix}{k}": v for k, v in encoder.items() if not k.startswith("fc.")}
+    if "backbone" in prefix:
+        state["projection_head.0.weight"] = torch.ones(1)
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    done = convert(tmp_path / "a.ckpt", tmp_path / "w.pkl")
+    found = read_state_dict(tmp_path / "w.pkl")[0]
+    assert torch.equal(found["stem.conv1.weight"], encoder["conv1.weight"])
+    assert (f"stripped {said}" in done.describe()) if said else "stripped" not in done.describe()
+    del state[f"{prefix}layer4.1.conv2.weight"]
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"layer4\.1\.conv2\.weight is missing"):
+        convert(tmp_path / "a.ckpt", tmp_path / "w.pkl")

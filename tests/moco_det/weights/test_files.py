@@ -239,3 +239,29 @@ def test_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_weights(tmp_path / "file" / "w.pkl", FILE)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.weight", torch.tensor([float("nan")]), "is not finite"),
+        ("a.running_var", torch.tensor([-1.0]), "is a variance"),
+        ("a.weight", torch.ones(3, dtype=torch.int32), "type int32"),
+        ("a.weight", torch.ones(3, dtype=torch.bool), "type bool"),
+    ],
+)
+def test_what_is_no_weight_is_named(tmp_path, suffix, name, value, message):
+    write_weights(tmp_path / f"w{suffix}", {"model": {name: value}})
+    with pytest.raises(UserError, match=rf"w\{suffix}: {name} .*{message}"):
+        read_state_dict(tmp_path / f"w{suffix}")
+
+
+def test_a_flipped_bit_in_what_we_wrote_is_noticed(tmp_path):
+    write_weights(tmp_path / "w.pkl", FILE)
+    data = bytearray((tmp_path / "w.pkl").read_bytes())
+    data[data.index(np.arange(6, dtype="f4").tobytes()) + 9] ^= 0x40
+    assert pickle.loads(data)["model"]  # which a pickle does not show by itself
+    (tmp_path / "w.pkl").write_bytes(data)
+    with pytest.raises(UserError, match="its checksum is not that of its content"):
+        read_state_dict(tmp_path / "w.pkl")

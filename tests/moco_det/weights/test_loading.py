@@ -130,7 +130,7 @@ def test_batch_counter_may_be_missing(weight_file):
 
 def test_names_of_no_detector(weight_file):
     path = weight_file({"patch_embed.weight": torch.ones(1)})
-    with pytest.raises(UserError, match=r"backbone\.bottom_up\.stem\.conv1\.weight.* and 80 more"):
+    with pytest.raises(UserError, match=r"backbone\.bottom_up\.stem\.conv1\.weight.* and 97 more"):
         load_backbone_weights(FPN(), path)
 
 
@@ -193,12 +193,12 @@ def test_one_array_for_two_places(weight_file):
 def caffe2_arrays(network, norms):
     """The arrays of `network` under Caffe2's names; `norms` spells the kinds that a norm has."""
     arrays = {}
-    places = product(FIELDS["stage"], FIELDS["block"], FIELDS["conv"], norms.items())
+    places = product(FIELDS["s"], FIELDS["b"], FIELDS["c"], norms.items())
     for (_, stage, _), (_, block, _), (_, conv, letter), (kind, short) in places:
         for _, detectron2, caffe2 in NAMES:
-            name = detectron2.format(stage=stage, block=block, conv=conv, norm=kind)
+            name = detectron2.format(s=stage, b=block, c=conv, n=kind)
             if name in network:
-                old = caffe2.format(stage=stage, block=block, conv=letter, norm=short)
+                old = caffe2.format(s=stage, b=block, c=letter, n=short)
                 arrays[old] = network[name]
     return arrays
 

@@ -134,8 +134,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
     ids=["done", "left after its last step", "official, without steps"],
 )
 def test_a_run_goes_on_where_a_checkpoint_says(tmp_path, position, left):
-    state = {"state_dict": {}, "optimizer": Line().optimizer.sgd.state_dict()} | position
-    task = Line()
+    before, task = Line(), Line()
+    before.optimizer.minimize(before.model(torch.ones(1, 2)).mean())  # gives it its momentum
+    state = {"state_dict": {}, "optimizer": before.optimizer.sgd.state_dict()} | position
     trainer = run(tmp_path, task, Checkpoint(tmp_path, state))
     assert task.seen == left
     assert (trainer.epoch, trainer.step_in_epoch) == (2, 0)

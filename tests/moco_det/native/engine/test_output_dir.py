@@ -23,6 +23,13 @@ def test_the_last_checkpoint_is_what_was_saved(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_name_outside_of_the_folder_does_not_keep_a_run_from_saving(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("../model_final.pth")
+    assert checkpoints.last() is None
+    assert checkpoints.save("model_0000007", CONTENT) == checkpoints.last()
+
+
 def test_weights_alone_cannot_be_resumed_from(tmp_path):
     path = Checkpoints(tmp_path).save("weights", {"model": CONTENT["model"]})
     with pytest.raises(UserError, match=r"resume from .*weights\.pth: it lacks iteration, opt"):

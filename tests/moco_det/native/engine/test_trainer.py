@@ -245,23 +245,69 @@ def test_a_checkpoint_of_another_model_is_refused(make_cfg, stub, monkeypatch):
         train(cfg, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(make_cfg, stub, tmp_path):
+def test_the_newest_whole_checkpoint_stands_in_for_a_damaged_last_one(
+    make_cfg, stub, tmp_path, capsys
+):
+    cfg = make_cfg("out", "SOLVER.CHECKPOINT_PERIOD", "1")
+    train(cfg)
+    expected, numbered = final(cfg), sorted((tmp_path / "out").glob("model_0*.pth"))
+    for path in (tmp_path / "out" / "model_final.pth", numbered[-1]):
+        path.write_bytes(b"garbage")
+    train(cfg, resume=True)
+    said = capsys.readouterr().out
+    assert "model_final.pth is damaged" in said
+    assert f"going on from {numbered[-2]}, the newest that is whole" in said
+    assert same(final(cfg), expected)
+    for path in (tmp_path / "out").glob("*.pth"):
+        path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"model_final\.pth is damaged.* beside it is whole"):
+        train(cfg, resume=True)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_last_checkpoint_outside_of_the_folder_is_refused(make_cfg, stub, tmp_path, evaluating):
+    cfg = make_cfg("out")
+    train(make_cfg("other"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last_checkpoint").write_text("../other/model_final.pth")
+    with pytest.raises(UserError, match="outside of its folder"):
+        (trainer.evaluate_weights if evaluating else train)(cfg, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(iteration=-1), "iteration is -1"),
+        (lambda s: s.update(iteration=True), "iteration is True"),
+        (lambda s: s["optimizer"].update(state={}), "the momentum would be lost"),
+        (lambda s: s["scheduler"].update(last_epoch=0), "scheduler.last_epoch is 0"),
+        (lambda s: s.update(scheduler=[]), "scheduler is a list"),
+        (lambda s: s["model"]["bn.running_var"].neg_(), "bn.running_var is a variance"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_from_is_refused(
+    make_cfg, stub, tmp_path, change, message
+):
     cfg = make_cfg("out")
     train(cfg)
-    (tmp_path / "out" / "model_final.pth").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"model_final\.pth"):
+    state = final(cfg)
+    change(state)
+    for path in (tmp_path / "out").glob("*.pth"):
+        path.unlink()
+    torch.save(state, tmp_path / "out" / "model_final.pth")
+    with pytest.raises(UserError, match=message):
         train(cfg, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, stub):
     stub[3] = lambda: float("nan")
     with pytest.raises(
-        UserError, match=r"iteration 3 .*last good checkpoint: .*model_0000001\.pth"
+        UserError, match=r"iteration 3 .*last good checkpoint: .*model_0000001\.pth.*BASE_LR"
     ):
         train(make_cfg("out"))
     stub.clear()
     stub[0] = lambda: float("inf")
-    with pytest.raises(UserError, match=r"iteration 0 .*none was saved"):
+    with pytest.raises(UserError, match=r"iteration 0 .*none was saved.*No step was taken yet"):
         train(make_cfg("empty"))
 
 
