@@ -162,9 +162,8 @@ def main() -> int:
         todo = inputs(classes, args.seed, corpora, args.seconds, args.inputs)
         outcomes = dict(run_all(todo, root, args.jobs))
     seconds, used = time.monotonic() - begun, sum(o.seconds for o in outcomes.values())
-    print(
-        f"{len(outcomes)} inputs in {seconds:.0f} s, {used / len(outcomes):.2f} s of a processor each\n"
-    )
+    each = used / len(outcomes)
+    print(f"{len(outcomes)} inputs in {seconds:.0f} s, {each:.2f} s of a processor each\n")
     print(table(outcomes), failures(outcomes), sep="\n\n")
     return int(any(outcome.failed for outcome in outcomes.values()))
 

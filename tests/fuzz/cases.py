@@ -285,7 +285,7 @@ def told(outcome: Outcome) -> str:
     line = ""
     if step:
         lines = [x for x in step.out.splitlines() if x.strip() and x[0] != "|"] or [""]
-        line = (step.message or (lines[1:] or lines)[0 if step.code else -1]).splitlines()[0]
+        line = (step.message or (lines[1:] or lines)[0 if step.code else -1]).split("\n")[0]
     where = f" at {outcome.place}" if outcome.place else ""
     kind = f"{outcome.kind}{where}: {outcome.detail}" if outcome.failed else outcome.kind
     return f"{kind} [{line[:170]}] {outcome.rss >> 20} MB".replace("|", "/")
