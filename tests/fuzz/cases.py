@@ -52,8 +52,8 @@ def unreadable(step: Step) -> str:
     return accepted(step) or ("" if named == {"f", "g"} else f"unreadable: {sorted(named)}")
 
 
-def quick(step: Step) -> str:
-    return refused(step) or ("" if step.seconds < 1 else f"takes {step.seconds:.1f} s")
+def quick(step: Step, *words: str) -> str:
+    return refused(step, *words) or ("" if step.seconds < 1 else f"takes {step.seconds:.1f} s")
 
 
 # -- the commands ---------------------------------------------------------------------------------
@@ -164,7 +164,8 @@ def checks(folder: Path) -> Iterator[tuple[str, Run, Check]]:
             yield f"convert {path.name}", convert(path, *back), partial(names_file, path.name)
     elif case == "yaml":
         for path in sorted(folder.iterdir()):
-            yield f"--recipe {path.name}", recipe(path), quick
+            words = ["lr"] if path.name in ("nan.yaml", "date.yaml", "recursive.yaml") else []
+            yield f"--recipe {path.name}", recipe(path), lambda step, w=words: quick(step, *w)
             yield f"--config-file {path.name}", config_file(path), quick
     elif case == "images":
         flags = [*MOCO, "-b", 6, "--epochs", 1, "--max-unreadable", 0.5]
@@ -196,6 +197,9 @@ def any_line(step: Step) -> str:
 
 
 def names_file(name: str, step: Step) -> str:
+    """Refused by the reader, not because what it has read is no whole network."""
+    if "ResNet" in step.message:
+        return "was read"
     return refused(step, name)
 
 
@@ -208,7 +212,7 @@ def config_file(path: Path) -> Run:
 
 def recipe(path: Path) -> Run:
     def run(corpus: Path, folder: Path) -> Step:
-        arguments = [corpus / "images", "--recipe", path, "--iterations", 1]
+        arguments = [corpus / "images", *MOCO, "--recipe", path, "--iterations", 1]
         return pretrain(*arguments)(corpus, folder)
 
     return run

@@ -50,6 +50,7 @@ def attacks(shape: tuple[int, ...]) -> dict[str, bytes]:
     size = int(np.prod(shape)) * 4
     array, rebuilt = "numpy.ndarray", "numpy.core.multiarray._reconstruct"
     raw = plain(bytearray(size)) if size < 1 << 20 else call("builtins.bytearray", plain(size))
+    pointers = plain(bytearray(b"A" * 2 * size))
     empty = call(rebuilt, reference(array), plain((0,)), plain("b"))
     strides = (0,) * len(shape)
 
@@ -58,9 +59,9 @@ def attacks(shape: tuple[int, ...]) -> dict[str, bytes]:
 
     return {
         "forged dtype": call("numpy.core.multiarray.scalar", FORGED, plain("AAAAAAAA")),
-        "forged dtype in an array": call(array, plain(shape), FORGED, raw),
-        "pointers in a buffer": call("numpy.core.numeric._frombuffer", raw, FORGED, plain(shape),
-                                     plain("C")),
+        "forged dtype in an array": call(array, plain(shape), FORGED, pointers),
+        "pointers in a buffer": call("numpy.core.numeric._frombuffer", pointers, FORGED,
+                                     plain(shape), plain("C")),
         "negative offset": call(array, plain(shape), plain("f4"), raw, plain(-4096)),
         "offset": call(array, plain((1,)), plain("f4"), raw, plain(size - 4)),
         "uninitialised": call(array, plain(shape), plain("f4")),
