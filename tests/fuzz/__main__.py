@@ -25,21 +25,21 @@ import moco_det.native.engine.trainer  # noqa: E402, F401
 import moco_det.visualize  # noqa: E402, F401
 import pretrain.engine.pretraining  # noqa: E402, F401
 import pretrain.evaluation.weighted_knn  # noqa: E402, F401
-from tests.fuzz import data, subjects  # noqa: E402
+from tests.fuzz import annotations, detection, folders, images, settings, weights  # noqa: E402
 from tests.fuzz.cases import run_cases  # noqa: E402
 from tests.fuzz.sandbox import FAILURES, Outcome, run_all  # noqa: E402
 from tests.fuzz.subjects import Subject  # noqa: E402
 
 # Class -> subject, and how many of its inputs to each round.
 CLASSES = {
-    "checkpoints": (Subject(subjects.prepare_checkpoints, subjects.attempt_checkpoint), 3),
-    "pickles": (Subject(subjects.prepare_checkpoints, subjects.attempt_pickle), 4),
-    "yaml": (Subject(subjects.prepare_yaml, subjects.attempt_yaml), 7),
-    "json": (Subject(data.prepare_json, data.attempt_json), 5),
-    "xml": (Subject(data.prepare_voc, data.attempt_xml), 3),
-    "lists": (Subject(data.prepare_voc, data.attempt_list), 3),
-    "images": (Subject(data.prepare_images, data.attempt_image), 3),
-    "runs": (Subject(subjects.prepare_runs, subjects.attempt_run), 4),
+    "checkpoints": (Subject(weights.prepare_checkpoints, weights.attempt_checkpoint), 2),
+    "pickles": (Subject(weights.prepare_checkpoints, weights.attempt_pickle), 4),
+    "yaml": (Subject(settings.prepare_yaml, settings.attempt_yaml), 8),
+    "json": (Subject(annotations.prepare_json, annotations.attempt_json), 5),
+    "xml": (Subject(detection.prepare_voc, folders.attempt_xml), 3),
+    "lists": (Subject(detection.prepare_voc, folders.attempt_list), 3),
+    "images": (Subject(images.prepare_images, images.attempt_image), 3),
+    "runs": (Subject(settings.prepare_runs, settings.attempt_run), 4),
 }
 COLUMNS = {
     "traceback": "tracebacks", "crash": "crashes", "hang": "hangs", "executed": "code executed",

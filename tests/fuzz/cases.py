@@ -13,7 +13,7 @@ from pathlib import Path
 from tabulate import tabulate
 from tiny_voc import write_tiny_config, write_tiny_voc
 
-from tests.fuzz.data import MASKS, read_and_score
+from tests.fuzz.detection import MASKS, read_and_score
 from tests.fuzz.sandbox import Outcome, Step, run_all, run_call, run_command
 from tests.fuzz.subjects import MOCO, NATIVE, PRETRAIN, SHORT, TRAIN, command, write_images
 
