@@ -52,11 +52,11 @@ Key = tuple[str, int]
 
 def prepare(classes: list[str], root: Path, jobs: int) -> dict[str, Path]:
     """The whole files of each class; subjects with one way of making them share these."""
-    folders, works = {}, {}
+    corpora, works = {}, {}
     for name in classes:
         make = CLASSES[name][0].prepare
-        folders[name] = root / make.__name__
-        works[make] = folders[name]
+        corpora[name] = root / make.__name__
+        works[make] = corpora[name]
 
     def work(make, corpus: Path, folder: Path) -> tuple[str, str]:
         corpus.mkdir()
@@ -67,7 +67,7 @@ def prepare(classes: list[str], root: Path, jobs: int) -> dict[str, Path]:
     for name, outcome in run_all(todo, root, jobs):
         if outcome.failed:
             raise RuntimeError(f"{name}: {outcome.kind} {outcome.detail} {outcome.place}")
-    return folders
+    return corpora
 
 
 def attempt(key: Key, corpus: Path, folder: Path) -> tuple[str, str]:
