@@ -160,6 +160,7 @@ def attempt_json(rng: random.Random, corpus: Path, folder: Path) -> str:
     elif not file.exists():
         encoding = rng.choice(("utf-8",) * 8 + ("utf-8-sig", "utf-16"))
         must = "any" if encoding == "utf-16" else must
+        what += f", in {encoding}" if encoding != "utf-8" else ""
         file.write_bytes((text or json.dumps(content)).encode(encoding, "surrogatepass"))
     note(folder, f"{kind}: {what}")
     options: list[object] = []

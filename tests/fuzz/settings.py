@@ -31,7 +31,7 @@ RECIPE = {
     "arch": "resnet50w0.25x", "image_size": 32, "batch_size": 4, "epochs": 2, "lr": 0.03,
     "weight_decay": 1e-4, "momentum": 0.9, "schedule": [1], "moco_k": 8, "moco_dim": 8,
     "moco_m": 0.99, "moco_t": 0.1, "mlp": True, "cos": False, "aug_plus": True, "workers": 0,
-    "bn_groups": 1, "knn_every": 0, "print_freq": 1, "keep": 1, "seed": 1, "max_unreadable": 0.1,
+    "bn_groups": 2, "knn_every": 0, "print_freq": 1, "keep": 1, "seed": 1, "max_unreadable": 0.1,
 }  # fmt: skip
 ABLATION = {
     "base": RECIPE, "grid": {"moco_k": [8, 16], "moco_m": [0.9]}, "seeds": 2, "untrained": True,

@@ -186,6 +186,12 @@ def change_zipped_pickle(
 # -- Detectron2's pickles -------------------------------------------------------------------------
 
 
+RGB = [
+    "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
+    "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]",
+]  # fmt: skip
+
+
 def attempt_pickle(rng: random.Random, corpus: Path, folder: Path) -> str:
     changed, whole = folder / "a.pkl", corpus / "d2.pkl"
     kind = rng.choices(("opcodes", "attack", "payload", "bytes", "odd", "none"), (6, 6, 2, 4, 1, 1))
@@ -217,7 +223,7 @@ def attempt_pickle(rng: random.Random, corpus: Path, folder: Path) -> str:
         step = run_command(folder, "tools/convert_to_d2.py", changed, folder / "out.pth",
                            "--to", "torchvision")  # fmt: skip
         return complaint(step, must, folder / "out.pth", corpus / "tv.pth")
-    options = ["OUTPUT_DIR", folder / "run", "MODEL.WEIGHTS", changed]
+    options = ["OUTPUT_DIR", folder / "run", "MODEL.WEIGHTS", changed, *RGB]
     step = run_command(folder, TRAIN, *NATIVE, "--eval-only", "--config-file",
                        corpus / "detector.yaml", *options)  # fmt: skip
     return complaint(step, must)
