@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import utils
 from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
-from moco_det.common.errors import UserError
+from moco_det.common.images import read_upright
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
 from moco_det.datasets.coco import read_categories
 from moco_det.datasets.semantic import IGNORED
@@ -75,12 +75,7 @@ def read_image(record: Record) -> Tensor:
     Raises:
         UserError: it cannot be read.
     """
-    path = record["file_name"]
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"cannot read image {path}: {error}") from error
+    return pil_to_tensor(read_upright(record["file_name"]))
 
 
 def draw_annotations(

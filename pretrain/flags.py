@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.images import MAX_PIXELS
 from moco_det.common.launch import free_local_url, process_group, spawn, torchrun_ranks
 from moco_det.common.processes import workers_per_process
 from pretrain.data.images import Loading
@@ -25,7 +26,7 @@ from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
 
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
-TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size"]
+TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_image_pixels"]
 
 
 # -- pretrain/main.py -----------------------------------------------------------------------------
@@ -187,6 +188,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
     args = knn_parser().parse_args(argv)
     if args.k < 1 or args.image_size < 1:
         raise UserError("--neighbours and --image-size must be at least 1")
+    _check(args, ["max_image_pixels"], lambda count: count >= 1, "at least 1")
     _check(args, ["temperature"], lambda value: value > 0, "above 0")
     return args
 
@@ -207,6 +209,7 @@ def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
     add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add("--max-image-pixels", default=MAX_PIXELS, type=int, help="larger image files are refused")
     add = parser.add_argument_group("launch, as in the official code; or use torchrun").add_argument
     add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
     add("--rank", default=-1, type=int, help="of this node, or process")
@@ -232,6 +235,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="on all parameters")
     add("-p", "--print-freq", default=10, type=int, help="steps between two log lines")
     add("--resume", default="", metavar="PATH|auto", help="auto: --output's last one, if any")
+    add("--restart-epoch", action="store_true",
+        help="resume at the beginning of the epoch, on whatever images")  # fmt: skip
     add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
     add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")

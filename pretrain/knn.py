@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, print_on_main, workers_per_process
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.weighted_knn import KnnMonitor
@@ -21,6 +22,7 @@ from pretrain.flags import launch, parse_knn
 
 def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Print the top-1 accuracy, and write it if asked to; one of the run's processes."""
+    allow_pixels(args.max_image_pixels)
     data = Path(args.data)
     if not KnnMonitor.applies_to(data):
         raise UserError(f"{data} lacks class folders: DATA needs train/CLASS and val/CLASS")

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, world_size
 from pretrain.data.images import Loading
 from pretrain.data.labelled import LabelledBatches, LabelledSplit, find_splits
@@ -37,6 +38,7 @@ from pretrain.evaluation.classification import (
     FeatureBatches,
     FineTuning,
     LinearProbe,
+    check_classes,
     evaluate,
     load_classifier,
     validation_line,
@@ -48,13 +50,18 @@ from pretrain.moco.grouped_batchnorm import choose_bn_groups
 
 def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Train a classifier, or evaluate one, on `device`; one of the run's processes."""
+    allow_pixels(args.max_image_pixels)
     output = Path(args.output)
     checkpoint = checkpoints.find(args.resume, output)
+    if checkpoint and args.restart_epoch:
+        checkpoint = checkpoints.restart_epoch(checkpoint)
     if args.evaluate and checkpoint is None:
         raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
     seed = seed_run(args.seed, checkpoint)
     batching = loading(args, device, seed)
     classes, train, val = find_splits(Path(args.data))
+    if checkpoint:
+        check_classes(checkpoint, classes)
     encoder = build_encoder(args, len(classes), checkpoint)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     features = SplitFeatures(val, args.image_size, batching, device, AMP_DTYPES[args.amp])
@@ -66,7 +73,7 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
         return
     with StopRequest() as stop:
         make_output_folder(output)
-        task = build_task(args, encoder, train, features, batching)
+        task = build_task(args, encoder, classes, train, features, batching)
         describe(args, task, train, len(classes), seed)
         Trainer(task, run_settings(args, seed), stop, checkpoint).train()
 
@@ -94,6 +101,7 @@ def build_encoder(
 def build_task(
     args: argparse.Namespace,
     encoder: nn.Module,
+    classes: list[str],
     train: LabelledSplit,
     val: SplitFeatures,
     batching: Loading,
@@ -106,9 +114,12 @@ def build_task(
     # The linear protocol's features are fp32, and so is its classifier: no gradient needs scaling.
     scaled = args.finetune and args.amp == "fp16"
     optimizer = ScheduledSGD(trained, *sgd, schedule, scale_gradients=scaled)
+    data = {"classes": classes, "data": train.fingerprint}
     if args.finetune:
         groups = choose_bn_groups(args.batch_size, world_size(), args.bn_groups, shuffled=False)
-        return FineTuning(encoder, optimizer, batches, val.dtype, args.eval_every, val, groups)
+        return FineTuning(
+            encoder, optimizer, batches, val.dtype, args.eval_every, val, groups, **data
+        )
     backbone = pooled(encoder)  # shares the encoder's weights
     val_features = val.compute(backbone)
     if args.cache_features:
@@ -116,7 +127,7 @@ def build_task(
         batches = FeatureBatches(*features.compute(backbone), batching)
         backbone = None
     return LinearProbe(
-        encoder, optimizer, batches, val.dtype, args.eval_every, val_features, backbone
+        encoder, optimizer, batches, val.dtype, args.eval_every, val_features, backbone, **data
     )
 
 

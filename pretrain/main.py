@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import FolderSource, training_folder
@@ -34,10 +35,13 @@ from pretrain.moco.losses import LOSSES
 
 def pretrain(args: argparse.Namespace, device: torch.device) -> None:
     """From images to a checkpoint, on `device`; one of the run's processes."""
+    allow_pixels(args.max_image_pixels)
     with StopRequest() as stop:
         output = Path(args.output)
         make_output_folder(output)
         checkpoint = checkpoints.find(args.resume, output)
+        if checkpoint and args.restart_epoch:
+            checkpoint = checkpoints.restart_epoch(checkpoint)
         seed = seed_run(args.seed, checkpoint)
         source = build_source(args, device, seed)
         model = build_model(args, source.samples)
@@ -103,7 +107,11 @@ def build_task(
     monitor = None
     data = Path(args.data)
     if args.knn_every and KnnMonitor.applies_to(data):
-        monitor = KnnMonitor(data, args.image_size, workers_per_process(args.workers), device).top1
+        workers = workers_per_process(args.workers)
+        try:
+            monitor = KnnMonitor(data, args.image_size, workers, device).top1
+        except UserError as error:  # on every process alike; it must not stop a run
+            print_on_main(f"warning: no kNN monitor: {error}")
     return MoCoPretraining(
         model,
         LOSSES[args.loss]().to(device),

@@ -15,6 +15,7 @@ import argparse
 import sys
 
 from moco_det.common.errors import command_parser, exit_cleanly
+from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.dataset_doctor import describe, examine, table
 
@@ -22,7 +23,9 @@ from moco_det.dataset_doctor import describe, examine, table
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
-        reports = examine(load_config(args.config_file, args.opts), args.images)
+        cfg = load_config(args.config_file, args.opts)
+        allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
+        reports = examine(cfg, args.images)
     for report in reports:
         if report.problems or report.notes:
             print(describe(report, args.list), end="\n\n")

@@ -11,6 +11,7 @@ import argparse
 import os
 
 from moco_det.common.errors import EXIT_INTERRUPTED, command_parser, exit_cleanly
+from moco_det.common.images import allow_pixels
 from moco_det.common.launch import launch
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, choose_engine
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace, engine: str) -> None:
     else:
         from moco_det.native.engine import trainer
     cfg = trainer.load_config(args.config_file, args.opts)
+    allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
     run = trainer.evaluate_weights if args.eval_only else trainer.train
     results = run(cfg, args.resume, args.allow_missing)
     if results:  # the main process alone has them

@@ -21,6 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
 from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_file, add_config_option, load_config
 from moco_det.datasets import Dataset, Record, get_dataset
 from moco_det.evaluation.predictions import read_predictions
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
         dataset = get_dataset(args.dataset or configured_dataset(args))
+        if args.max_image_pixels:
+            allow_pixels(args.max_image_pixels)
         records = chosen_records(dataset, args.ids, args.limit)
         predictions = read_predictions(args.predictions, dataset) if args.predictions else None
         pictures = {}
@@ -57,6 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="with --predictions: draw the annotations on the left")  # fmt: skip
     add("--limit", type=int, default=20, metavar="N", help="images; 0: all")
     add("--ids", nargs="+", metavar="ID", help="image ids")
+    add("--max-image-pixels", type=int, metavar="N", help="refuse larger image files")
     add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
     add("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
     add_config_option(parser)
@@ -64,9 +68,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def configured_dataset(args: argparse.Namespace) -> str:
-    """The name of the config's first data set."""
-    datasets = load_config(args.config_file, args.opts).DATASETS
-    names, key = (datasets.TRAIN, "TRAIN") if args.train else (datasets.TEST, "TEST")
+    """The name of the config's first data set; its limit on pixels is set."""
+    cfg = load_config(args.config_file, args.opts)
+    allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
+    names, key = (cfg.DATASETS.TRAIN, "TRAIN") if args.train else (cfg.DATASETS.TEST, "TEST")
     if not names:
         raise UserError(f"{args.config_file}: DATASETS.{key} names no data set")
     return names[0]

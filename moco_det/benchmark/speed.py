@@ -23,13 +23,14 @@ from torchvision import transforms
 
 from moco_det.benchmark.cost import peak_memory_of_process
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_image
 from moco_det.common.launch import free_local_url, process_group
 from moco_det.config.loading import load_config
 from moco_det.engines import probe_class
 from moco_det.parity import comparison as parity
 from moco_det.parity.probe import EngineProbe
 from pretrain.data.augmentations import MoCoAugmentation
-from pretrain.data.images import UnreadableImage, find_images, read_image
+from pretrain.data.images import find_images
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
 from pretrain.engine.pretraining import contrastive_step
 from pretrain.moco.encoders import build_encoder

@@ -18,6 +18,7 @@ class UserError(Exception):
 @contextlib.contextmanager
 def exit_cleanly():
     """Turn a `UserError` into one line on stderr and exit code 1, and Ctrl-C into exit code 130."""
+    print_any_name()
     try:
         yield
     except UserError as error:
@@ -34,6 +35,16 @@ def command_parser(description: str, exit_codes: str | None = None) -> argparse.
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=exit_codes and f"exit codes: {exit_codes}",
     )
+
+
+def print_any_name() -> None:
+    """Print the bytes of a file's name that the terminal's encoding lacks as escapes, from now on.
+
+    Python would raise an error that has nothing to do with what is printed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not a stream of text
+            stream.reconfigure(errors="backslashreplace")
 
 
 def import_optional(module: str, needed_by: str, install: str) -> ModuleType:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, print_any_name
 from moco_det.common.processes import signals_handled
 
 TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the others waiting
@@ -139,6 +139,7 @@ def _worker(
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as torchrun does
+    print_any_name()
     with process_group(url, first_rank + local_rank, world_size, local_rank, backend):
         try:
             main(*args)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_upright
 from moco_det.config.checks import check_dataset
 from moco_det.dataset_doctor.coco import check_coco
 from moco_det.dataset_doctor.folders import check_label_maps, check_voc, evenly_spaced
@@ -24,9 +23,6 @@ from moco_det.datasets import (
     locate,
 )
 from moco_det.densepose import body
-
-_EXIF_ORIENTATION = 0x0112
-_ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
 
 def examine(cfg, limit: int | None) -> list[Report]:
@@ -101,23 +97,14 @@ def _check_images(images: Sequence[ListedImage], report: Report, limit: int | No
 
 def _image_problem(image: ListedImage) -> Problem | None:
     try:
-        size = _decoded_size(image.path)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        return Problem("image", f"{image.path} cannot be decoded: {error}")
-    if image.size in (None, size):
+        width, height = read_upright(image.path).size
+    except UnreadableImage as error:
+        return Problem("image", f"{image.path} cannot be decoded: {error.reason}")
+    if image.size in (None, (height, width)):
         return None
-    (height, width), (h, w) = image.size, size
-    text = f"{image.path} is {w}x{h} pixels, its annotation says {width}x{height}"
+    stated = f"{image.size[1]}x{image.size[0]}"
+    text = f"{image.path} is {width}x{height} pixels, its annotation says {stated}"
     return Problem("size", text)
-
-
-def _decoded_size(path: Path) -> tuple[int, int]:
-    """(height, width) after decoding all pixels, turned upright as training does."""
-    with Image.open(path) as image:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        image.load()
-        size = image.height, image.width
-    return size[::-1] if orientation >= _ON_ITS_SIDE else size
 
 
 def _check_body_files(cfg, report: Report) -> None:

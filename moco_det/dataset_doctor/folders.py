@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import image_size
 from moco_det.dataset_doctor.report import ListedImage, Report
 from moco_det.datasets import (
     VOC_CLASSES,
@@ -18,7 +19,6 @@ from moco_det.datasets import (
     read_labels,
 )
 from moco_det.datasets.cityscapes import IMAGE, LAST_LABEL, CityscapesDataset, read_instance_ids
-from moco_det.datasets.dataset import image_size
 from moco_det.datasets.voc import voc_size
 
 LabelMaps = CityscapesDataset | SemanticCityscapesDataset | SemanticVocDataset

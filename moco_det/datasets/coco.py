@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.dataset import Dataset, Record, image_size, require
+from moco_det.common.images import image_size
+from moco_det.datasets.dataset import Dataset, Record, require
 
 LVIS_CLASSES = 1230
 _LVIS_V1_CLASSES = 1203

@@ -7,14 +7,16 @@ thing below the data root, under Detectron2's name (`BUILT_IN`). So each kind is
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_bytes
 
 Record = dict[str, Any]
 
@@ -110,19 +112,12 @@ def require(name: str, paths: Iterable[Path], data_root: Path | None) -> None:
             raise UserError(message)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header of an image."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read image {path}: {error}") from error
-
-
 def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
     """(Pillow's mode, pixels) of a label map, whole; `UserError` where it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(read_bytes(path))) as image:
             return image.mode, np.array(image)
+    except UnreadableImage as error:
+        raise UserError(f"cannot read the label map {path}: {error.reason}") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
         raise UserError(f"cannot read the label map {path}: {error}") from error

@@ -34,12 +34,12 @@ from typing import ClassVar
 import numpy as np
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import image_size
 from moco_det.datasets.cityscapes import CityscapesLayout
 from moco_det.datasets.dataset import (
     BUILT_IN,
     Dataset,
     Record,
-    image_size,
     read_label_map,
     require,
 )

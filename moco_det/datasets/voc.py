@@ -6,7 +6,8 @@ from typing import ClassVar
 from xml.etree import ElementTree
 
 from moco_det.common.errors import UserError
-from moco_det.datasets.dataset import Dataset, Record, image_size, require
+from moco_det.common.images import image_size
+from moco_det.datasets.dataset import Dataset, Record, require
 
 # fmt: off
 VOC_CLASSES = (

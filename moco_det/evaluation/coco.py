@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import image_size
 from moco_det.datasets import CocoDataset, read_coco
-from moco_det.datasets.dataset import image_size
 from moco_det.evaluation.predictions import check_masks, tasks_of
 
 # COCOeval.stats, in its order. Precision has Detectron2's names; AR1, AR10 and AR100 are recall

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import read_upright
 from moco_det.config.checks import is_semantic, num_classes, num_classes_key
 from moco_det.datasets import (
     CityscapesDataset,
@@ -49,6 +50,28 @@ from moco_det.densepose.points import KEYS, has_points
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.modeling.semantic_head import pad, scaled_size
+
+# -- image files ----------------------------------------------------------------------------------
+
+_detectron2_read_image = detection_utils.read_image
+
+
+def read_image(file_name: str, format: str | None = None) -> np.ndarray:
+    """Detectron2's function of this name, reading by `common.images` as the native engine does.
+
+    Args:
+        format: BGR, RGB or another of Detectron2's; in these (label maps in "L") nothing changes.
+
+    Raises:
+        UserError: it cannot be read, is cut short, or larger than INPUT.MAX_IMAGE_PIXELS.
+    """
+    if format not in ("BGR", "RGB"):
+        return _detectron2_read_image(file_name, format)
+    return detection_utils.convert_PIL_to_numpy(read_upright(file_name), format)
+
+
+# Its mappers look the function up there, and take no other one.
+detection_utils.read_image = read_image
 
 # -- catalogs -------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Images to batches: files, tar shards and labelled folders, augmented and sampled.
 
-Start with `images.py`. A source of batches, whichever it is, has
+Start with `images.py`; `listing.py` says which images there are. A source of batches, whichever it
+is, has
     steps_per_epoch
     start(epoch, step)  the next iteration begins at batch `step` of `epoch`
     iteration           this process's share of each global batch; unreadable images are dealt with

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, allow_pixels, max_pixels, read_image
 from moco_det.common.processes import rank, world_size
+from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -23,72 +25,9 @@ Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 UNREADABLE_IN_A_ROW = 100
 
 
-class UnreadableImage(Exception):
-    """The file is no image, or ends too early."""
-
-
-def find_images(folder: Path) -> np.ndarray:
-    """Sorted paths, relative to `folder`, of all images below it; links are followed.
-
-    A byte array rather than a list of str: forked workers then share the memory of 10^6 paths
-    instead of copying it piece by piece as reference counts change.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder} (DATA is a folder of images)")
-
-    def fail(error: OSError):
-        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
-
-    paths = [
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
-        for name in names
-        if is_image_file(name)
-    ]
-    if not paths:
-        hint = f"; for its shards pass '{folder}/*.tar'" if any(folder.glob("*.tar")) else ""
-        raise UserError(f"no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)}){hint}")
-    return np.array(sorted(os.fsencode(p) for p in paths), dtype=np.bytes_)
-
-
 def training_folder(data: Path) -> Path:
     """DATA/train of an ImageFolder root, else DATA itself."""
     return data / "train" if (data / "train").is_dir() else data
-
-
-def read_image(path: str) -> np.ndarray:
-    """RGB uint8 (H, W, 3). EXIF orientation is ignored, as PIL does in the papers' code.
-
-    Raises UnreadableImage also for a JPEG or PNG cut short, which OpenCV would fill with grey.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from error
-    return decode_image(data, path)
-
-
-def decode_image(data: bytes, name: str) -> np.ndarray:
-    """The content of an image file, as `read_image` gives it; `name` is for the message."""
-    if _is_truncated(data):
-        raise UnreadableImage(f"{name}: truncated file")
-    try:
-        coded = np.frombuffer(data, dtype=np.uint8)
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UnreadableImage(f"{name}: not an image that OpenCV can decode")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _is_truncated(data: bytes) -> bool:
-    if data.startswith(b"\xff\xd8"):
-        # The end marker must follow the last scan: an EXIF thumbnail brings one of its own earlier.
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-32:]
-    return False
 
 
 class UnreadableImages:
@@ -153,7 +92,7 @@ class ImageViews(Dataset):
             try:
                 image = read_image(os.fsdecode(os.path.join(self.folder, path)))
             except UnreadableImage as error:
-                unreadable.append(str(error))
+                unreadable.append(f"{error.name}: {error.reason}")
                 if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue
@@ -263,14 +202,18 @@ class SampledBatches:
 
 
 class FolderSource(SampledBatches):
-    """ViewBatches of all images below a folder. Raises UserError where they cannot fill one.
+    """ViewBatches of all images below a folder.
+
+    Raises UserError where they cannot fill one, or processes see different ones. Collective.
 
     Args:
         augmentations: one for each view.
     """
 
     def __init__(self, folder: Path, augmentations: list[Augmentation], loading: Loading):
-        dataset = ImageViews(folder, find_images(folder), augmentations, loading.seed)
+        paths = seen_alike(lambda: find_images(folder), fingerprint)
+        self.fingerprint = fingerprint(paths)
+        dataset = ImageViews(folder, paths, augmentations, loading.seed)
         if len(dataset) < loading.batch_size:
             raise UserError(
                 f"{len(dataset)} images below {folder} are fewer than the global batch of "
@@ -288,11 +231,12 @@ class FolderSource(SampledBatches):
         return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))
 
     def state(self) -> dict:
-        """Nothing: all is a function of seed, epoch and step."""
-        return {}
+        """Which images these are: all else is a function of seed, epoch and step."""
+        return self.fingerprint
 
     def resume(self, state: dict, path: Path) -> None:
-        """Nothing, see `state`."""
+        """Raises UserError where the images are other ones."""
+        check_unchanged(state, self.fingerprint, path)
 
     def describe(self) -> str:
         return f"{self.samples} images"
@@ -308,13 +252,14 @@ def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> 
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0 and "batch_sampler" in kwargs,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=partial(_prepare_worker, pixels=max_pixels()),
         generator=torch.Generator(),
         **kwargs,
     )
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(worker: int, pixels: float) -> None:
+    allow_pixels(pixels)  # where a worker is not forked
     cv2.setNumThreads(0)
     # A SIGTERM to the whole process group must not kill the workers under a loop that is about to
     # save its state; they end with the loop that they work for.

@@ -1,6 +1,7 @@
 """Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, their batches."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,13 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, read_image
 from pretrain.data.images import (
     Loading,
     SampledBatches,
-    UnreadableImage,
     UnreadableImages,
-    find_images,
-    read_image,
 )
+from pretrain.data.listing import class_folders, find_images, fingerprint, seen_alike
 
 INATURALIST = ("train_val2018", "train2018.json", "val2018.json")
 INATURALIST_HOME = "https://github.com/visipedia/inat_comp/tree/master/2018"
@@ -41,27 +41,48 @@ class LabelledSplit:
     paths: list[str]
     labels: np.ndarray
 
+    @property
+    def fingerprint(self) -> dict:
+        """For the processes of a run, and a checkpoint, to be compared by."""
+        return fingerprint(map(os.fsencode, self.paths), self.labels)
 
-def find_splits(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
-    """Names of the classes in the order of their indices, train and val.
 
-    Raises UserError where a split is missing or the two do not agree.
+Splits = tuple[list[str], LabelledSplit, LabelledSplit]
+
+
+def find_splits(data: Path) -> Splits:
+    """Names of the classes in the order of their indices, train and val. Collective.
+
+    Raises UserError where a split is missing, the two do not agree, or processes see different
+    ones.
     """
+    return _seen_alike(lambda: _find_splits(data))
+
+
+def _find_splits(data: Path) -> Splits:
     if any((data / name).exists() for name in INATURALIST):
         return find_inaturalist(data)
+    return _find_class_folders(data, f", or iNaturalist 2018's {', '.join(INATURALIST)}")
+
+
+def find_class_folders(data: Path) -> Splits:
+    """`find_splits` of DATA/train/CLASS/IMAGE and DATA/val/CLASS/IMAGE alone. Collective."""
+    return _seen_alike(lambda: _find_class_folders(data))
+
+
+def _seen_alike(find: Callable[[], Splits]) -> Splits:
+    return seen_alike(find, lambda found: [split.fingerprint for split in found[1:]])
+
+
+def _find_class_folders(data: Path, alternative: str = "") -> Splits:
+    """The classes are those of train."""
     for folder in (data / "train", data / "val"):
         if not class_folders(folder):
             raise UserError(
-                f"{folder} has no class folders: DATA needs train/CLASS and val/CLASS, or "
-                f"iNaturalist 2018's {', '.join(INATURALIST)}"
+                f"{folder} has no class folders: DATA needs train/CLASS and val/CLASS{alternative}"
             )
     classes = class_folders(data / "train")
     return classes, *(list_class_folders(data / split, classes) for split in ("train", "val"))
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`; none where it is no folder itself."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
@@ -72,7 +93,7 @@ def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
     if unknown:
         raise UserError(
             f"{folder} has class folder(s) that the other split lacks: {sorted(unknown)[:5]}; "
-            "make train and val agree (pretraining goes without labels at --knn-every 0)"
+            "make train and val agree"
         )
     indices = np.array([labels[path.split("/")[0]] for path in paths])
     return LabelledSplit(str(folder), folder, paths, indices)
@@ -114,7 +135,11 @@ def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
         categories = {category["id"] for category in content["categories"]}
         paths = {image["id"]: image["file_name"] for image in content["images"]}
         labels = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-    except (ValueError, TypeError, KeyError) as error:
+        if not all(type(number) is int for number in (*categories, *labels.values())):
+            raise ValueError("its category ids must be whole numbers")
+        if not all(isinstance(name, str) for name in paths.values()):
+            raise ValueError("its file names must be texts")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise UserError(f"{path} is no list in COCO's format: {lacks}{error}") from error
     if not paths or paths.keys() != labels.keys():

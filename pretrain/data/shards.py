@@ -43,18 +43,18 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError, import_optional
+from moco_det.common.images import UnreadableImage, decode_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
 from pretrain.data.images import (
     UNREADABLE_IN_A_ROW,
     Augmentation,
     Loading,
-    UnreadableImage,
     UnreadableImages,
     ViewBatch,
     build_loader,
     collate_views,
-    decode_image,
 )
+from pretrain.data.listing import fingerprint, seen_alike
 
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
@@ -127,7 +127,7 @@ class Stream:
             try:
                 image = decode_image(sample[extension], place)
             except UnreadableImage as error:
-                unreadable.append(str(error))
+                unreadable.append(f"{error.name}: {error.reason}")
                 continue
             return [augment(image, rng) for augment in self.augmentations], unreadable
         return [], unreadable
@@ -156,12 +156,15 @@ class Stream:
 
     def _pass(self, epoch: int) -> Iterator[dict]:
         import webdataset  # optional: `find_shards` says how to install it
+        from webdataset.tariterators import tar_file_expander, url_opener
 
         seed = f"{self.seed} {epoch} {self.number}"
         pipeline = webdataset.DataPipeline(
             webdataset.SimpleShardList(self.share(epoch)),
             self._noted,
-            webdataset.tarfile_to_samples(select_files=is_image_file),
+            url_opener,
+            partial(tar_file_expander, select_files=_is_shown_image),
+            _samples,
             self._noted,
             webdataset.shuffle(self.buffer, initial=self.buffer, seed=seed),
         )
@@ -175,6 +178,25 @@ class Stream:
         for item in items:
             self.reading = item.get("url") or f"{item['__url__']} after sample {item['__key__']}"
             yield item
+
+
+def _is_shown_image(path: str) -> bool:
+    """Not what is hidden, as in `find_images`: macOS packs its own files beside the images."""
+    parts = path.removeprefix("./").split("/")
+    return is_image_file(path) and not any(part.startswith(".") for part in parts)
+
+
+def _samples(files: Iterator[dict]) -> Iterator[dict]:
+    """A sample for each image file. An empty one marks the end of a shard.
+
+    webdataset's own samples are the files whose names are equal up to the first dot: of
+    IMG_2020.05.00.jpg, IMG_2020.05.01.jpg and so on they would keep the first.
+    """
+    for file in files:
+        if file:
+            key, extension = os.path.splitext(file["fname"])
+            content = {extension[1:].lower(): file["data"]}
+            yield {"__key__": key, "__url__": file["__url__"], **content}
 
 
 def reason(error: Exception) -> str:
@@ -234,6 +256,7 @@ class ShardSource:
             "workers": counts,
             "seed": loading.seed,
             "shuffle_buffer": buffer,
+            "names": _fingerprint(shards)["hash"],
         }
         settings = {"augmentations": augmentations, "seed": loading.seed, "buffer": buffer}
         self.new_stream = partial(Stream, shards, sum(counts), **settings)
@@ -277,7 +300,10 @@ class ShardSource:
 
     def resume(self, state: dict, path: Path) -> None:
         """Continue from `state`, or with a new pass where its positions mean nothing here."""
-        differs = [name for name, value in self.layout.items() if state.get(name) != value]
+        layout = dict(self.layout)
+        if "names" not in state:  # of an earlier version
+            del layout["names"]
+        differs = [name for name, value in layout.items() if state.get(name) != value]
         if not differs:
             mine = state["processes"][rank()]
             self.positions, self.turn = list(mine["positions"]), mine["turn"]
@@ -306,8 +332,19 @@ def is_shards(data: str) -> bool:
 def find_shards(data: str) -> list[str]:
     """URLs of all shards of DATA: webdataset's notation, and `*`, `?`, `[...]` for local files.
 
-    Raises UserError where webdataset is absent, or a local shard is.
+    Raises UserError where webdataset is absent, a local shard is, or processes see different ones.
+    Collective.
     """
+    return seen_alike(lambda: _find_shards(data), _fingerprint)
+
+
+def _fingerprint(shards: list[str]) -> dict:
+    """By the files' own names: where the data lie may change, and differ between computers."""
+    seen = fingerprint(os.fsencode(os.path.basename(url)) for url in shards)
+    return {"shards": seen["images"], "hash": seen["hash"]}
+
+
+def _find_shards(data: str) -> list[str]:
     shardlists = import_optional("webdataset.shardlists", "reading tar shards", "webdataset")
     try:
         urls = shardlists.expand_urls(data)

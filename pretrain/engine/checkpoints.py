@@ -12,7 +12,9 @@ facebookresearch/moco, so its tools read our files and this file reads its relea
     loss         state of the loss: NCE's constant
     scaler       state of the fp16 gradient scaler
     rng          one entry per process: states of torch, CUDA, Python and NumPy
-    data         of tar shards: how they are dealt to streams, and where each of these stands
+    data         of tar shards: how they are dealt to streams, and where each of these stands; of
+                 a folder: how many images, and a hash of their names
+    classes      of a classifier: their names
     config       the flags of the run
 """
 
@@ -45,6 +47,13 @@ def find(resume: str, output: Path) -> Checkpoint | None:
     if not resume or (resume == "auto" and not path.exists()):
         return None
     return Checkpoint(path, load(path))
+
+
+def restart_epoch(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, at the beginning of its epoch, whatever images that is to be counted in."""
+    path, state = checkpoint
+    data = {k: v for k, v in state.get("data", {}).items() if k not in ("images", "hash")}
+    return Checkpoint(path, state | {"step_in_epoch": 0, "data": data})
 
 
 def save(state: dict, path: Path) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moco_det.common.processes import broadcast_buffers, is_main, rank
+from moco_det.common.errors import UserError
+from moco_det.common.processes import broadcast_buffers, is_main, print_on_main, rank
 from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
@@ -26,7 +27,8 @@ class MoCoPretraining(Task):
         batches: of views as `pretrain.data` has them, `model.num_views` of each image.
         seed: of the draws that all processes make alike.
         dtype: of mixed precision; None for float32.
-        monitor: encoder -> kNN top-1 in percent, the same value on every process.
+        monitor: encoder -> kNN top-1 in percent, the same value on every process; it is switched
+            off where it raises a UserError.
         knn_every: epochs between two of them; the first is before the first step.
         keep: so many of the newest epochs keep their checkpoints.
         save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
@@ -75,7 +77,12 @@ class MoCoPretraining(Task):
     def record_knn(self, trainer: Trainer) -> None:
         """Log the kNN accuracy, under the main process's running statistics."""
         broadcast_buffers(self.model.encoder_q)
-        top1 = self.monitor(self.model.encoder_q)
+        try:
+            top1 = self.monitor(self.model.encoder_q)
+        except UserError as error:  # on every process alike
+            print_on_main(f"warning: the kNN monitor is switched off: {error}")
+            self.monitor = None
+            return
         epochs = trainer.epochs_done
         line = f"epoch {epochs:g}/{trainer.epochs}  kNN top-1 {top1:.2f} %"
         trainer.record({"epoch": epochs, "knn_top1": top1}, line)

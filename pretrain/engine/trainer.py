@@ -234,6 +234,12 @@ class Trainer:
                 f"{path} stopped within an epoch of batches of {before}; resume it with "
                 f"--batch-size {before}, the position is counted in these"
             )
+        if self.step_in_epoch > self.steps_per_epoch:
+            raise UserError(
+                f"{path} stopped after step {self.step_in_epoch} of an epoch, which has "
+                f"{self.steps_per_epoch} steps of this data: resume it with its own, or begin its "
+                "epoch anew by --restart-epoch"
+            )
         print_on_main(f"resumed {path} at epoch {self.epoch}, step {self.step}")
 
     def _find_end(self, epochs: int, iterations: int | None) -> None:
@@ -296,7 +302,7 @@ class RunLog:
     """
 
     def __init__(self, output: Path, step: int):
-        self.active, self.kept = is_main(), []
+        self.active, self.kept, self.step = is_main(), [], step
         if not self.active:
             return
         path = output / LOG
@@ -304,16 +310,25 @@ class RunLog:
             self.kept = read_records(path, step)
         self.file = open(path, "w", buffering=1)  # noqa: SIM115 (lives as long as the run)
         self.file.writelines(json.dumps(record) + "\n" for record in self.kept)
-        self.board = SummaryWriter(str(output), purge_step=step + 1)
+        # TensorBoard drops what it has from that step on; a run from 0 logs the kNN of step 0 anew.
+        self.board = SummaryWriter(str(output), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict) -> None:
         """One line; its numbers go to TensorBoard as well."""
-        if not self.active:
+        if not self.active or self._is_repeated(step, values):
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+    def _is_repeated(self, step: int, values: dict) -> bool:
+        """Whether a validation is logged already, of an epoch that ended without being saved."""
+        return step == self.step and any(
+            r["step"] == step and r.keys() == {"step", *values}
+            for r in self.kept
+            if "flags" not in r
+        )
 
 
 def progress_line(epoch: str, left: int, values: dict) -> str:
@@ -339,6 +354,11 @@ def progress_line(epoch: str, left: int, values: dict) -> str:
 
 
 def make_output_folder(folder: Path) -> None:
+    """Raises UserError where that cannot be, or TensorBoard cannot write there."""
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--output {folder}: the name is not UTF-8: choose another one") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

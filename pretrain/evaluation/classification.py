@@ -9,7 +9,7 @@ Shape legend:
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.processes import broadcast_buffers, rank, world_size
 from pretrain.data.images import DistributedBatchSampler, Loading
 from pretrain.data.labelled import LabelledBatches
+from pretrain.data.listing import check_unchanged
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import ScheduledSGD, parallelize
@@ -41,6 +42,8 @@ class Classification(Task):
         batches: images N x S x S x 3 or features N x D, and labels N, -1 for unreadable ones.
         dtype: of mixed precision in the encoder; None for float32.
         eval_every: epochs between two validations.
+        classes: their names, in the order of the classifier's outputs, for checkpoints.
+        data: fingerprint of train.
     """
 
     model: nn.Module
@@ -48,6 +51,8 @@ class Classification(Task):
     batches: "LabelledBatches | FeatureBatches"
     dtype: torch.dtype | None
     eval_every: int
+    classes: list[str] = field(kw_only=True)
+    data: dict = field(kw_only=True)
 
     measures = ("loss", "acc1", "acc5")
     best = -1.0
@@ -93,13 +98,14 @@ class Classification(Task):
 
     def state(self) -> dict:
         """All draws are functions of the seed and the position, so no generator is kept."""
-        return {"best_acc1": self.best}
+        return {"best_acc1": self.best, "classes": self.classes, "data": self.data}
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint
         self.best = float(state.get("best_acc1", 0.0))
         if state.get("config", {}).get("finetune", False) != self.finetune:
             raise UserError(f"{path} is of another protocol than {self.name}: mind --finetune")
+        check_unchanged(state.get("data"), self.data, path)
 
 
 @dataclass(eq=False)
@@ -231,6 +237,23 @@ def load_classifier(
         raise UserError(f"{path} is no classifier of this data and -a {arch}: {reason}") from error
     if frozen_from and changed(encoder, before):
         raise UserError(f"{path} is of another backbone than --pretrained {frozen_from}")
+
+
+def check_classes(checkpoint: Checkpoint, classes: list[str]) -> None:
+    """UserError where a run's classifier tells other classes apart than those of the data, or
+    calls them in another order. Earlier versions wrote no names."""
+    path, state = checkpoint
+    before = state.get("classes", classes)
+    if before == classes:
+        return
+    for other, names, where in ((classes, before, "the checkpoint"), (before, classes, "DATA")):
+        odd = [name for name in names if name not in other]
+        if odd:
+            raise UserError(
+                f"{path} has {len(before)} classes, DATA {len(classes)}, and they are not the "
+                f"same: {where} alone has {', '.join(odd[:5])}"
+            )
+    raise UserError(f"{path} has the classes of DATA in another order")
 
 
 def frozen_state(encoder: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco_det.common.errors import UserError
+from moco_det.common.processes import all_objects
 from pretrain.data.augmentations import resize_and_center_crop
-from pretrain.data.labelled import LabelledImages, class_folders, list_class_folders
+from pretrain.data.labelled import LabelledImages, LabelledSplit, find_class_folders
+from pretrain.data.listing import class_folders
 from pretrain.evaluation.features import extract_all, pooled
 
 
@@ -38,7 +41,9 @@ def weighted_knn(
 class KnnMonitor:
     """Classifies DATA/val by the labelled features of DATA/train; trains on nothing.
 
-    Features are the globally pooled ones below the projection head, in evaluation mode.
+    Features are the globally pooled ones below the projection head, in evaluation mode. The classes
+    are those of train. Collective. Raises UserError where val has others, or processes see
+    different data.
 
     Args:
         k, temperature: of `weighted_knn`; the temperature is sigma in later code of its authors.
@@ -52,22 +57,28 @@ class KnnMonitor:
     temperature: float = 0.07
 
     def __post_init__(self):
-        self.classes = class_folders(self.data / "val")
-        self.bank, self.queries = map(self._images, ("train", "val"))
+        self.classes, *splits = find_class_folders(self.data)
+        self.bank, self.queries = map(self._images, splits)
 
     @staticmethod
     def applies_to(data: Path) -> bool:
-        """Whether DATA has class folders in both train/ and val/."""
-        return all(class_folders(data / split) for split in ("train", "val"))
+        """Whether DATA has class folders in both train/ and val/, on every process. Collective."""
+        return all(all_objects(all(class_folders(data / split) for split in ("train", "val"))))
 
     @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in percent; the same value on every process."""
+        """Top-1 accuracy in percent; the same value on every process.
+
+        Raises UserError where there is no readable image in train or in val.
+        """
         was_training = encoder.training
         backbone = pooled(encoder.eval())
         bank, bank_labels = self._features(backbone, self.bank)
         queries, labels = self._features(backbone, self.queries)
         encoder.train(was_training)
+        if not len(bank_labels) or not len(labels):
+            part = "val" if len(bank_labels) else "train"
+            raise UserError(f"no image in {self.data / part} can be read")
         correct = 0
         for some, targets in zip(queries.split(256), labels.split(256), strict=True):
             scores = weighted_knn(
@@ -76,9 +87,8 @@ class KnnMonitor:
             correct += int((scores.argmax(1) == targets).sum())
         return 100.0 * correct / len(labels)
 
-    def _images(self, part: str) -> LabelledImages:
+    def _images(self, split: LabelledSplit) -> LabelledImages:
         crop = partial(resize_and_center_crop, size=self.image_size)
-        split = list_class_folders(self.data / part, self.classes)
         return LabelledImages(split, self.image_size, crop)
 
     def _features(

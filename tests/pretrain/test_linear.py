@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -214,3 +215,36 @@ def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_pat
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert "DATA needs train/CLASS and val/CLASS" in done.stderr
+
+
+def test_a_classifier_keeps_the_names_of_its_classes(images, narrow, tmp_path):
+    """What is hidden is no class; a folder of other classes is refused, also in another order."""
+    data, output = shutil.copytree(images, tmp_path / "data"), tmp_path / "output"
+    for part in ("train", "val"):
+        (data / part / ".ipynb_checkpoints").mkdir()
+    flags = (*FLAGS, "-a", NARROW, "--output", str(output), "--pretrained", str(narrow))
+    classify(parse_linear([str(data), *flags, "--epochs", "1"]), CPU)
+    assert checkpoint(output)["classes"] == ["a", "b"]
+    for part in ("train", "val"):
+        (data / part / "b").rename(data / part / "c")
+    done = python(
+        "pretrain/linear.py", data, *flags, "--evaluate", "--resume", output / BEST
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "2 classes, DATA 2, and they are not the same: the checkpoint alone has b" in line
+    for part in ("train", "val"):
+        (data / part / "c").rename(data / part / "b")
+    classify(parse_linear([str(data), *flags, "-e", "--resume", str(output / BEST)]), CPU)
+
+
+def test_images_that_changed_since_the_checkpoint_are_refused(images, narrow, tmp_path):
+    data, output = shutil.copytree(images, tmp_path / "data"), tmp_path / "output"
+    flags = [*FLAGS, "-a", NARROW, "--output", str(output), "--pretrained", str(narrow)]
+    classify(parse_linear([str(data), *flags, "--epochs", "1"]), CPU)
+    (data / "train" / "a" / "00.png").rename(data / "train" / "b" / "99.png")
+    resumed = [str(data), *flags, "--epochs", "2", "--resume", "auto"]
+    with pytest.raises(UserError, match=r"images 50 hash .*, here images 50 .*--restart-epoch"):
+        classify(parse_linear(resumed), CPU)
+    classify(parse_linear([*resumed, "--restart-epoch"]), CPU)
+    assert checkpoint(output)["epoch"] == 2

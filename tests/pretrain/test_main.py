@@ -1,8 +1,11 @@
 """The pretraining command as a user runs it: launches, resumes, bad input."""
 
+import contextlib
 import itertools
 import os
+import re
 import resource
+import shutil
 import signal
 import time
 
@@ -15,8 +18,10 @@ from float64 import ROUNDING, assert_equal_but_for_rounding
 from paths import REPOSITORY
 from pretraining_runs import checkpoint, records, values
 from same_bits import assert_same_bits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.launch import free_local_url
 from pretrain.engine.checkpoints import LAST
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
@@ -204,3 +209,158 @@ def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
     assert "00.png: truncated file" in printed
     with pytest.raises(UserError, match="1 of 50 images .* than --max-unreadable 0.01 allows"):
         pretrain(parse_pretraining(argv), torch.device("cpu"))
+
+
+# -- data as people have it -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_run(images, tmp_path_factory):
+    """Stopped within its second epoch: its output folder."""
+    output = tmp_path_factory.mktemp("half")
+    flags = ["--knn-every", "0", "--iterations", "5", "--save-steps", "5"]
+    done = run(*command(images, output, *flags))
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(output)["step_in_epoch"] == 2
+    return output
+
+
+@pytest.mark.parametrize("change", ["fewer", "others"])
+def test_images_that_changed_since_the_checkpoint_are_refused(images, half_run, tmp_path, change):
+    """With half of the images the run ended with code 0 and without a step."""
+    data = shutil.copytree(images, tmp_path / "data")
+    paths = sorted((data / "train").rglob("*.png"))
+    for path in paths[:25] if change == "fewer" else paths[:1]:
+        path.unlink() if change == "fewer" else path.rename(path.with_name("other.png"))
+    output = shutil.copytree(half_run, tmp_path / "run")
+    flags = [*command(data, output, "--knn-every", "0", "--resume", "auto")]
+    done = run(*flags)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    count = 25 if change == "fewer" else 50
+    for word in (LAST, "images 50 hash", f"here images {count} hash", "--restart-epoch"):
+        assert word in line
+    done = run(*flags, "--restart-epoch")
+    assert done.returncode == 0, done.stderr
+    assert "at epoch 1, step 5" in done.stdout
+    state = checkpoint(output)
+    assert (state["epoch"], state["step_in_epoch"]) == (3, 0)
+    assert state["step"] == 5 + 2 * (count // 16)
+    assert state["data"]["images"] == count
+
+
+def test_the_same_images_elsewhere_and_earlier_checkpoints_go_on(images, half_run, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
+    bits = []
+    for name in ("now", "before"):
+        output = shutil.copytree(half_run, tmp_path / name)
+        state = checkpoint(output)
+        if name == "before":  # as an earlier version wrote it
+            state["data"] = {}
+            torch.save(state, output / LAST)
+        argv = [str(data), *FLAGS, "-j", "0", "--knn-every", "0", "--output", str(output)]
+        pretrain(parse_pretraining([*argv, "--resume", "auto"]), torch.device("cpu"))
+        bits.append(checkpoint(output)["state_dict"])
+    assert_same_bits(bits[1], bits[0])
+    state["step_in_epoch"] = 4
+    torch.save(state, output / LAST)
+    with pytest.raises(UserError, match="after step 4 of an epoch, which has 3 steps"):
+        pretrain(parse_pretraining([*argv, "--resume", "auto"]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: (data / "train/a/0.png").unlink(), "process 1 sees other data .* images 49 "),
+        (lambda data: (data / "val/a/0.png").unlink(), "no kNN monitor: process 1 sees other data"),
+        (lambda data: shutil.rmtree(data / "val"), "no kNN monitor: .* lacks class folders"),
+        (shutil.rmtree, "no such folder"),
+    ],
+    ids=["fewer", "val", "no val", "nothing"],
+)
+def test_processes_that_see_other_data_are_told(images, tmp_path, change, message):
+    """They waited for each other for ever."""
+    other = shutil.copytree(images, tmp_path / "other")
+    change(other)
+    flags = ["--world-size", "2", "--dist-url", free_local_url(), "--epochs", "1", "-j", "0"]
+    with contextlib.ExitStack() as stack:
+        pair = [
+            stack.enter_context(
+                Command(*command(data, tmp_path / "output", *flags, "--rank", rank))
+            )
+            for rank, data in enumerate((images, other))
+        ]
+        printed = [process.stdout.read() for process in pair]
+        codes = [process.wait(60) for process in pair]
+    stays = "no kNN monitor" in message
+    assert codes == ([0, 0] if stays else [1, 1]), printed
+    for text in printed[:1] if stays else printed:
+        assert re.search(message, text), text
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("steps", [2, 5], ids=["before a checkpoint", "after one"])
+def test_tensorboard_shows_each_step_once_after_a_kill(images, tmp_path, steps):
+    arguments = command(images, tmp_path, "--knn-every", "1", "--resume", "auto")
+    with Command(*arguments) as process:
+        wait_for_steps(process, steps)
+        process.kill()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    shown = [event.step for event in board.Scalars("knn_top1")]
+    assert shown == [0, 3, 6, 9]
+    assert sorted({event.step for event in board.Scalars("loss")}) == list(range(1, STEPS + 1))
+    assert len(board.Scalars("loss")) == STEPS
+
+
+def test_the_knn_monitor_never_stops_a_run(images, tmp_path):
+    """Classes that train lacks; nothing in val that can be read."""
+    odd, broken = (shutil.copytree(images, tmp_path / name) for name in ("odd", "broken"))
+    (odd / "val" / "b").rename(odd / "val" / "c")
+    for path in (broken / "val").rglob("*.png"):
+        path.write_bytes(b"broken")
+    for data, said in (
+        (odd, "warning: no kNN monitor: .*val has class folder.*'c'"),
+        (broken, "warning: the kNN monitor is switched off: no image in .*val can be read"),
+    ):
+        flags = ["--epochs", "1", "--knn-every", "1"]
+        done = run(*command(data, tmp_path / f"{data.name}_run", *flags))
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(said, done.stdout)) == 1, done.stdout
+        assert values(tmp_path / f"{data.name}_run", "knn_top1") == []
+
+
+def test_folders_as_people_have_them(images, tmp_path):
+    """Hidden files, a loop of links, names that are not UTF-8, of which one is unreadable."""
+    data = shutil.copytree(images, tmp_path / os.fsdecode(b"caf\xe9"))
+    for name in (".ipynb_checkpoints/0.png", "a/._0.png"):
+        (data / "train" / name).parent.mkdir(exist_ok=True)
+        (data / "train" / name).write_bytes(b"no image")
+    (data / "train" / "a" / "loop").symlink_to(data / "train")
+    os.rename(data / "train" / "b", os.fsencode(data / "train") + b"/\xff")
+    os.rename(data / "val" / "b", os.fsencode(data / "val") + b"/\xff")
+    unreadable = os.fsencode(data / "train") + b"/\xff/\xfe.png"
+    with open(unreadable, "wb") as file:
+        file.write(b"no image")
+    flags = ["--epochs", "1", "--knn-every", "1", "--max-unreadable", "0.05", "-b", "50"]
+    flags += ["--bn-groups", "5"]
+    done = run(*command(data, tmp_path / os.fsdecode(b"out\xe9"), *flags))
+    assert done.returncode == 1
+    assert "name is not UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr
+    output = tmp_path / "output"
+    done = run(*command(data, output, *flags))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "51 images" in done.stdout
+    assert "\\udcff/\\udcfe.png: not an image" in done.stdout
+    assert done.stdout.count("left out below") == 1
+    assert values(output, "knn_top1")
+
+
+def test_the_limit_on_pixels_is_a_flag(images, tmp_path):
+    argv = [str(images), *FLAGS, "--epochs", "1", "-j", "0", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"images are unreadable.*more than 1,598 pixels"):
+        pretrain(parse_pretraining([*argv, "--max-image-pixels", "1598"]), torch.device("cpu"))
+    pretrain(parse_pretraining([*argv, "--max-image-pixels", "1600"]), torch.device("cpu"))

@@ -1,7 +1,9 @@
 """tools/check_data.py as a user meets it."""
 
+import numpy as np
 import pytest
 from commands import load_command
+from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 
@@ -42,3 +44,20 @@ def test_mistakes_of_the_command_line(run):
     code, _, err = run("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
     assert code == 1
     assert err.startswith("error: DATASETS.TRAIN and DATASETS.TEST are empty")
+
+
+def test_the_doctor_decodes_as_training_does(run, tmp_path, monkeypatch):
+    """Bytes after the end do not matter, floats and too many pixels do."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    images = tmp_path / "voc" / "JPEGImages"
+    film = images / "000.jpg"
+    film.write_bytes(film.read_bytes() + b"ftypmp42" + b"\x00\xff\xda\x01" * 50)
+    assert run("--images", "all")[0] == 0
+    with Image.open(images / "001.jpg") as image:
+        Image.fromarray(np.asarray(image.convert("L"), np.float32)).save(images / "001.jpg", "TIFF")
+    code, out, _ = run("--images", "all")
+    assert code == 1
+    assert "001.jpg cannot be decoded: floating-point samples" in out
+    code, out, _ = run("--images", "all", "INPUT.MAX_IMAGE_PIXELS", "1000")
+    assert code == 1
+    assert "more than 1,000 pixels" in out

@@ -1,11 +1,13 @@
 """The command line, as a user meets it: exit codes, one-line errors, kill and resume."""
 
+import re
 import signal
 import time
 
 import pytest
 import torch
 from commands import Command, python, run, torchrun
+from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 TOOL = "tools/train_net.py"
@@ -111,6 +113,7 @@ def test_evaluation_alone_repeats_the_result_and_checks_it(command, tmp_path):
     [
         (["--num-gpus", "2", "MODEL.ROI_HEADS.NUM_CLASSES", "20"], "set it to 2"),
         (["MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl"),
+        (["INPUT.MAX_IMAGE_PIXELS", "1000"], "more than 1,000 pixels: if you trust the file"),
         (
             ["SOLVER.BASE_LR", "1e30", "DATALOADER.NUM_WORKERS", "1"],
             "not finite at iteration",
@@ -151,3 +154,20 @@ def test_a_broken_image_is_named(command, tmp_path):
     done = run(*command("DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", tmp_path / "out"))
     assert done.returncode == 1
     assert ".jpg" in error_lines(done)[0]
+
+
+def test_photographs_on_their_side_train_where_no_size_is_stated(command, tmp_path):
+    """Boxes are those of what is seen: EXIF orientation 6, and 99, which means nothing."""
+    voc, exif = tmp_path / "voc", Image.Exif()
+    for number, path in enumerate(sorted((voc / "JPEGImages").iterdir())):
+        xml = voc / "Annotations" / f"{path.stem}.xml"
+        xml.write_text(re.sub("<size>.*</size>", "", xml.read_text()))
+        with Image.open(path) as image:
+            exif[0x0112] = 6 if number % 3 else 99
+            stored = image.rotate(90, expand=True) if number % 3 else image.copy()
+        stored.save(path, exif=exif, quality=95)
+    opts = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tmp_path / "out")
+    done = run(*command(*opts))
+    assert done.returncode == 0, done.stderr
+    checked = python("tools/check_data.py", "--config-file", tmp_path / "tiny.yaml")
+    assert checked.returncode == 0, checked.stdout

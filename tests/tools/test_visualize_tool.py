@@ -110,3 +110,17 @@ def test_unknown_image_and_data_set(voc, draw, capsys):
     with pytest.raises(SystemExit):
         draw("--dataset", "voc_2006_test")
     assert "the nearest name is voc_2007_test" in capsys.readouterr().err
+
+
+def test_the_limit_on_pixels_is_a_flag_or_the_config_s(voc, draw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    config = write_tiny_config(tmp_path / "tiny.yaml", voc)
+    small = ("INPUT.MAX_IMAGE_PIXELS", 1000)
+    for arguments in (
+        ("--dataset", f"voc:{voc}:test", "--max-image-pixels", 1000),
+        ("--config-file", config, "--opts", *small),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            draw(*arguments)
+        assert "more than 1,000 pixels" in capsys.readouterr().err
+    assert draw("--config-file", config, "--max-image-pixels", 9999, "--opts", *small)

@@ -12,6 +12,7 @@ import pickle
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import print_on_main, rank, world_size
 from moco_det.config.batch_plan import BatchPlan
 from moco_det.config.checks import is_semantic
@@ -252,7 +254,7 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=partial(_prepare_worker, pixels=max_pixels()),
         pin_memory=pin_memory,
     )
     for batch in loader:
@@ -262,11 +264,14 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
         yield batch
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """SIGTERM to all processes of a run must not take the images from its last iteration.
+def _prepare_worker(worker: int, pixels: float) -> None:
+    """The limit of images holds also where a worker is not forked.
+
+    SIGTERM to all processes of a run must not take the images from its last iteration.
 
     Nor does it end a worker when Python exits, which is why the generator that owns it is closed.
     """
+    allow_pixels(pixels)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -18,17 +18,12 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import read_upright
 from moco_det.config.checks import is_semantic
 from moco_det.datasets import get_dataset, read_labels
 from moco_det.densepose.body import load_symmetries
 from moco_det.densepose.points import DensePosePoints, Symmetries, has_points, read_points
-from moco_det.native.data.transforms import (
-    Augmentation,
-    RandomCrop,
-    RandomScale,
-    Transform,
-    read_image,
-)
+from moco_det.native.data.transforms import Augmentation, RandomCrop, RandomScale, Transform
 from moco_det.native.modeling.semantic_head import pad
 
 MIN_SIDE = 1e-5  # pixels; a box thinner than this after clipping holds nothing (Detectron2's value)
@@ -42,7 +37,7 @@ def read_record_image(record: dict) -> Image.Image:
     Raises:
         UserError: it cannot be read or is not of the size that the record states.
     """
-    image = read_image(record["file_name"])
+    image = read_upright(record["file_name"])
     width, height = image.size
     if (record["width"], record["height"]) != (width, height):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Images decoded, and the geometry of augmentation as Detectron2's: resize, flip, perhaps a crop.
+"""The geometry of augmentation as Detectron2's: resize, flip, perhaps a crop.
 
 An `Augmentation` or a `RandomScale` draws a `Transform`, which is then applied to the image and to
 all that is annotated on it.
@@ -15,41 +15,6 @@ from PIL import Image
 
 from moco_det.common.errors import UserError
 from moco_det.native.modeling.semantic_head import scaled_size
-
-# -- decoding -------------------------------------------------------------------------------------
-
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def read_image(path: str) -> Image.Image:
-    """Decode an image file to RGB, upright by its EXIF tag.
-
-    Raises:
-        UserError: the file is missing, not an image, or broken; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return _upright(image).convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"cannot read the image {path}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a malformed tag says nothing about the pixels
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
 
 # -- one drawn transform --------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import image_size
 from moco_det.datasets import BUILT_IN, KINDS, Dataset
-from moco_det.datasets.dataset import image_size, require
+from moco_det.datasets.dataset import require
 
 
 def test_keypoints_that_change_places_are_told_by_their_names():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import record_cityscapes_ap
 import record_coco_shapes
@@ -10,8 +11,9 @@ import record_lvis_ap
 
 pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not installed")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
+from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
@@ -186,3 +188,18 @@ def test_classes_that_do_not_fit(tmp_path):
     register_datasets(cfg.DATASETS.TRAIN)
     with pytest.raises(UserError, match=r"has 2 classes \(bar, square\): set it to 2"):
         check_classes(cfg)
+
+
+def test_detectron2_s_mapper_reads_as_the_native_engine_does(cfg, tmp_path):
+    """16 bits were all white, bytes cut from the end trained on."""
+    ramp = np.tile(np.linspace(0, 65535, 128).astype(np.uint16), (96, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    item = {"file_name": str(tmp_path / "a.png"), "height": 96, "width": 128}
+    pixels = detection_utils.read_image(item["file_name"], "BGR")
+    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
+    mapper = DatasetMapper(cfg, is_train=False)
+    assert 120 < mapper(dict(item))["image"].float().mean() < 135
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-12])
+    with pytest.raises(UserError, match=r"cannot read image .*a\.png: truncated file"):
+        mapper(dict(item))
+    assert detection_utils.read_image(str(tmp_path / "a.png"), "L").shape == (96, 128, 1)

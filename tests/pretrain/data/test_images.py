@@ -1,20 +1,15 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from moco_det.common.errors import UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     DistributedBatchSampler,
     ImageViews,
-    UnreadableImage,
     collate_views,
-    find_images,
-    read_image,
     training_folder,
 )
+from pretrain.data.listing import find_images
 
 
 def photograph(seed: int = 0) -> Image.Image:
@@ -38,71 +33,10 @@ def views_of(folder, num_views: int = 2) -> ImageViews:
     return ImageViews(folder, find_images(folder), augmentations, seed=3)
 
 
-def test_images_are_found_recursively_in_sorted_order(folder):
-    assert list(find_images(folder)) == [
-        b"class0/0.jpg", b"class0/2.jpg", b"class0/4.jpg",
-        b"class1/1.jpg", b"class1/3.jpg", b"class1/5.jpg",
-    ]  # fmt: skip
-
-
 def test_train_folder_is_preferred(folder):
     assert training_folder(folder) == folder
     (folder / "train").mkdir()
     assert training_folder(folder) == folder / "train"
-
-
-def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such folder: .*absent"):
-        find_images(tmp_path / "absent")
-    with pytest.raises(UserError, match="no images below"):
-        find_images(tmp_path)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_decoding_equals_pil(tmp_path, mode):
-    photograph().convert(mode).save(tmp_path / "image.jpg")
-    oracle = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB"), dtype=int)
-    ours = read_image(str(tmp_path / "image.jpg")).astype(int)
-    assert np.abs(ours - oracle).mean() < 2
-
-
-def test_exif_orientation_is_ignored_as_in_the_official_loader(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    photograph().save(tmp_path / "image.jpg", exif=exif)
-    assert read_image(str(tmp_path / "image.jpg")).shape == (60, 80, 3)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_truncated_files_are_refused_as_pil_refuses_them(tmp_path, kind):
-    buffer = io.BytesIO()
-    photograph().save(buffer, kind)
-    whole, path = buffer.getvalue(), tmp_path / f"image.{kind.lower()}"
-    path.write_bytes(whole)
-    assert read_image(str(path)).shape == (60, 80, 3)
-    path.write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(OSError, match="truncated"):
-        Image.open(path).load()
-    with pytest.raises(UnreadableImage, match="truncated"):
-        read_image(str(path))
-
-
-def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused(tmp_path):
-    thumbnail = io.BytesIO()
-    photograph(1).resize((16, 12)).save(thumbnail, "JPEG")
-    buffer = io.BytesIO()
-    photograph().save(buffer, "JPEG")
-    body = buffer.getvalue()
-    segment = b"Exif\0\0" + thumbnail.getvalue()
-    with_thumbnail = (
-        body[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + body[2:]
-    )
-    path = tmp_path / "image.jpg"
-    path.write_bytes(with_thumbnail)
-    assert read_image(str(path)).shape == (60, 80, 3)
-    path.write_bytes(with_thumbnail[:-200])
-    with pytest.raises(UnreadableImage, match="truncated"):
-        read_image(str(path))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):

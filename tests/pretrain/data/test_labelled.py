@@ -67,9 +67,15 @@ def test_what_is_missing_is_named_with_its_source(data, name):
         ("{", "train2018.json is no list in COCO's format"),
         ("[]", "train2018.json is no list in COCO's format"),
         ('{"images": [], "categories": []}', "it lacks 'annotations'"),
+        ('{"images": [], "categories": [{"id": "7"}], "annotations": []}', "whole numbers"),
+        (
+            '{"images": [{"id": 1, "file_name": 5}], "categories": [], "annotations": []}',
+            "file names must be texts",
+        ),
+        ("[" * 100_000, "train2018.json is no list in COCO's format"),
         ('{"images": [], "categories": [], "annotations": []}', "one annotation for every image"),
     ],
-    ids=["json", "list", "key", "empty"],
+    ids=["json", "list", "key", "id", "name", "nested", "empty"],
 )
 def test_a_file_of_another_format_is_refused(data, content, message):
     (data / "train2018.json").write_text(content)

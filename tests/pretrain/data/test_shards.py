@@ -1,10 +1,12 @@
 """Tar shards: what is read, in which order, and what a killed run loses or repeats: nothing."""
 
 import contextlib
+import io
 import itertools
 import json
 import re
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -133,6 +135,33 @@ def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
     assert batch.position == (0, 5)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "IMG_2020.05.{:02d}.jpg",
+        "{:02d}.left.jpg",
+        "{0:02d}.jpg {0:02d}.png",  # of one name up to the last dot, too
+        "v1.2/a.b/{:02d}.JPG",
+        "./{:02d}.rf.fe2a.jpeg",
+    ],
+)
+def test_every_image_is_a_sample_whatever_its_name(tmp_path, name):
+    """webdataset's own samples take a name up to its first dot: one of 32 images was read."""
+    images = [name.format(number).split(" ") for number in range(32)]
+    names = sum(images, [])
+    hidden = ["._a.jpg", "a/._b.jpg", ".trash/c.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, image in enumerate([*names, *hidden, "notes.txt", "labels.json"]):
+            content = numbered_image(number)
+            entry = tarfile.TarInfo(image)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    reader = stream([str(tmp_path / "a.tar")], buffer=1)
+    samples = itertools.takewhile(lambda _: reader.position.epoch == 0, reader.samples())
+    contents = [sample[name] for sample in samples for name in sample if name[0] != "_"]
+    assert Counter(contents) == Counter(numbered_image(number) for number in range(len(names)))
+
+
 def test_nothing_readable_ends_the_run(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(8):
@@ -259,6 +288,25 @@ def test_the_schedule_of_instagram_runs_on_shards_of_unknown_size(pattern, repos
     pretrain(parse_pretraining(argv), CPU)
     assert values(tmp_path, "lr") == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081])
     assert checkpoint(tmp_path)["step"] == 5
+
+
+def test_shards_of_other_names_begin_a_new_pass(pattern, tmp_path, capsys):
+    before = source(pattern)
+    next(iter(before))
+    state = before.state()
+    for url in find_shards(pattern):
+        (tmp_path / Path(url).name).symlink_to(url)
+    moved = source(f"{tmp_path}/*.tar")
+    moved.resume(state, Path("checkpoint"))
+    assert moved.positions == [(0, 8)]
+    (tmp_path / "train-06.tar").rename(tmp_path / "train-07.tar")
+    other = source(f"{tmp_path}/*.tar")
+    other.resume(state, Path("checkpoint"))
+    assert other.positions == [(1, 0)]
+    assert re.search(r"names \w+ -> \w+\): a new pass begins", capsys.readouterr().out)
+    del state["names"]  # of an earlier version
+    other.resume(state, Path("checkpoint"))
+    assert other.positions == [(0, 8)]
 
 
 @contextlib.contextmanager

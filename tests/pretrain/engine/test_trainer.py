@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from pretraining_runs import records
+from pretraining_runs import records, values
 from same_bits import assert_same_bits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
@@ -186,6 +187,24 @@ def test_means_are_over_the_steps_since_the_last_report(monkeypatch):
         "loss": 1.5, "acc1": 20.0, "images_per_second": 8.0, "data_wait": 0.25,
         "seconds_per_step": 2.0,
     }  # fmt: skip
+
+
+def test_a_validation_that_is_done_again_is_not_logged_again(tmp_path):
+    """The run was killed between the record and the checkpoint after it."""
+    log = RunLog(tmp_path, 0)
+    log.write(3, {"loss": 2.0})
+    log.write(3, {"epoch": 1, "val_acc1": 50.0})
+    log.board.close()
+    (events,) = tmp_path.glob("events*")
+    events.rename(events.with_name(events.name.replace("tfevents.", "tfevents.0")))  # is older
+    log = RunLog(tmp_path, 3)
+    log.write(3, {"flags": {}})
+    log.write(3, {"epoch": 1, "val_acc1": 50.0})
+    log.write(6, {"epoch": 2, "val_acc1": 60.0})
+    log.board.close()
+    assert values(tmp_path, "val_acc1") == [50.0, 60.0]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("val_acc1")] == [(3, 50.0), (6, 60.0)]
 
 
 def test_a_resumed_log_drops_what_is_done_again(tmp_path):

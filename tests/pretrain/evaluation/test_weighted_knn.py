@@ -73,8 +73,30 @@ def test_applies_where_both_parts_have_class_folders(tmp_path):
     assert KnnMonitor.applies_to(tmp_path)
 
 
-def test_a_class_that_val_lacks_is_named(tmp_path):
+def test_the_classes_are_those_of_train(tmp_path):
+    """Val may lack one; what is hidden is none."""
     colour_folders(tmp_path)
     colour_folders(tmp_path, parts=("train",), colours=("green",))
+    for part in ("train", "val"):
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+    monitor = KnnMonitor(tmp_path, 32, 0, torch.device("cpu"))
+    assert monitor.classes == ["blue", "green", "red"]
+    torch.manual_seed(0)
+    assert monitor.top1(build_encoder("resnet18", 8)) == 100.0
+
+
+def test_a_class_that_train_lacks_is_named(tmp_path):
+    colour_folders(tmp_path)
+    colour_folders(tmp_path, parts=("val",), colours=("green",))
     with pytest.raises(UserError, match="green"):
         KnnMonitor(tmp_path, 32, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_a_readable_image_is_named(tmp_path, part):
+    for path in (colour_folders(tmp_path) / part).rglob("*.png"):
+        path.write_bytes(b"broken")
+    encoder = build_encoder("resnet18", 8).train()
+    with pytest.raises(UserError, match=f"no image in .*{part} can be read"):
+        KnnMonitor(tmp_path, 32, 0, torch.device("cpu")).top1(encoder)
+    assert encoder.training

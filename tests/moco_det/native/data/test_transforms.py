@@ -5,12 +5,13 @@ import pytest
 import record_inputs
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from record_inputs import NumpyDraws
 from recording import read
 
 from moco_det.common.errors import UserError
-from moco_det.native.data.transforms import Augmentation, Transform, read_image, shortest_edge_size
+from moco_det.common.images import read_upright
+from moco_det.native.data.transforms import Augmentation, Transform, shortest_edge_size
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_image_and_boxes_are_detectron2s(photograph):
         transform = Transform(
             (height, width), shortest_edge_size(height, width, 213, 400), flip=flip
         )
-        image = transform.apply_image(read_image(str(photograph)), "BGR")
+        image = transform.apply_image(read_upright(photograph), "BGR")
         np.testing.assert_array_equal(image, data.image.transpose(2, 0, 1))
         np.testing.assert_array_equal(transform.apply_box(boxes), transforms.apply_box(boxes))
 
@@ -101,38 +102,6 @@ def test_channels_come_in_the_order_asked_for():
     bgr = Transform((5, 7), (5, 7)).apply_image(image, "BGR")
     np.testing.assert_array_equal(rgb, np.array(image).transpose(2, 0, 1))
     np.testing.assert_array_equal(bgr, rgb[::-1])
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    noise(20, 30).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as stored:
-        expected = ImageOps.exif_transpose(stored)
-    read = read_image(str(tmp_path / "a.png"))
-    assert read.size == ((30, 20) if orientation < 5 else (20, 30))
-    np.testing.assert_array_equal(np.array(read), np.array(expected))
-
-
-def test_grey_palette_and_alpha_images_become_rgb(tmp_path):
-    for mode in ("L", "P", "RGBA", "1"):
-        path = tmp_path / f"{mode}.png"
-        noise(6, 8).convert(mode).save(path)
-        assert read_image(str(path)).mode == "RGB"
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_an_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "broken.jpg"
-    if content is None:
-        noise(64, 64).save(path)
-        content = path.read_bytes()[:700]  # truncated
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        read_image(str(path))
-    with pytest.raises(UserError, match=r"missing\.jpg"):
-        read_image(str(tmp_path / "missing.jpg"))
 
 
 def draws(augmentation, count=400):
