@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all, and the hash of a file's content."""
+"""Files that are written whole or not at all, or read only if regular; the hash of a content."""
 
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from moco_det.common.errors import UserError
 
 
 @contextlib.contextmanager
@@ -41,6 +45,40 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content, indent: int | None = 1) -> None:
     """Raises OSError; see `replacing`."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; what else has a name (a FIFO, a device) is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file; ValueError: no file has such a name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        most: bytes that it may have; None for any number.
+
+    Raises:
+        UserError: it cannot be read, or is longer.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if most is not None and size > most:
+                raise UserError(f"cannot read {path}: it has {size:,} bytes; {most:,} are allowed")
+            return file.read()
+    except (OSError, ValueError, MemoryError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def file_hash(path: Path) -> str:

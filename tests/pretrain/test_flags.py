@@ -123,7 +123,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
     if content:
         path.write_text(content)
     with pytest.raises(UserError, match=f"recipe.yaml.*{message}"):
-        flags.read_yaml(path, "--recipe")
+        parse_pretraining(["DATA", "--recipe", str(path)])
 
 
 def test_settings_of_a_run_are_those_of_its_flags():

@@ -157,7 +157,7 @@ def prepare_output(output: Path) -> None:
         if not ours and any(output.iterdir()):
             raise UserError(f"--output {output} holds other files: name a new or an empty folder")
         for folder in (lock.parent for lock in output.rglob("run.lock")):
-            if JobFolder(folder.name, folder).state() == RUNNING:
+            if JobFolder(folder.name, folder).look().state == RUNNING:
                 raise UserError(f"{folder} is still being written by an earlier quickstart")
         (output / MARK).write_text("Made by tools/quickstart.py; its next run starts afresh.\n")
         for name in ("data", "pretrain", "weights", "runs"):

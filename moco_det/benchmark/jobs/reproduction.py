@@ -62,7 +62,7 @@ def estimated_hours(run: Run) -> float | None:
 
 def dry_run(plan: Reproduction) -> str:
     """What would run, with its GPU hours."""
-    runs = [run for run in plan.runs() if plan.settings.folder(run).state() != FINISHED]
+    runs = [run for run in plan.runs() if plan.settings.folder(run).look().state != FINISHED]
     rows, total, unknown = [], 0.0, 0
     for run in runs:
         hours = estimated_hours(run)
@@ -79,17 +79,20 @@ def dry_run(plan: Reproduction) -> str:
 
 def status(plan: Reproduction) -> str:
     """Every run's state, now."""
-    rows, counts = [], {}
+    rows, counts, problems = [], {}, []
     for run in plan.runs():
         folder = plan.settings.folder(run)
-        state, record = folder.state(), folder.record
-        counts[state] = counts.get(state, 0) + 1
-        progress = folder.progress() if record and state != FINISHED else ""
-        attempts = len(record.get("attempts", [])) or ""
-        rows.append([run.name, state, progress, attempts, slurm.job_of(folder) or ""])
+        found = folder.look()
+        counts[found.state] = counts.get(found.state, 0) + 1
+        progress = folder.progress() if found.record and found.state != FINISHED else ""
+        attempts = len(found.record.get("attempts", [])) or ""
+        rows.append([run.name, found.state, progress, attempts, slurm.job_of(folder) or ""])
+        if found.problem:
+            problems.append(f"{run.name}: {found.state}: {found.problem}\n")
     heads = ["run", "state", "", "attempts ended", "Slurm job"]
     table = tabulate(rows, heads, "simple", disable_numparse=True)
-    return f"{table}\n\n" + ", ".join(f"{count} {state}" for state, count in counts.items())
+    total = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return "\n".join([table, "", *problems, total])
 
 
 def reproduce(plan: Reproduction, at_a_time: int | None) -> list[Job]:

@@ -10,6 +10,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from torch.utils.tensorboard import SummaryWriter
 
+from moco_det.common.documents import drop_half_line
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
 from moco_det.weights.files import read_state_dict, write_weights
@@ -84,7 +85,9 @@ class MetricLog:
     def __init__(self, folder: str | Path, start_iter: int, max_iter: int):
         self.start_iter, self.max_iter = start_iter, max_iter
         self._history: dict[str, HistoryBuffer] = {}
-        self._json = open(Path(folder) / "metrics.json", "a", buffering=1)  # noqa: SIM115
+        path = Path(folder) / "metrics.json"
+        drop_half_line(path)  # that a kill has left
+        self._json = open(path, "a", buffering=1)  # noqa: SIM115
         self._events = SummaryWriter(str(folder))
 
     def __enter__(self):
