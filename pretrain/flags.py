@@ -311,7 +311,9 @@ def check_ranges(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number <= high:  # true of NaN
                 flag = {"k": "neighbours"}.get(name, name.replace("_", "-"))
-                raise UserError(f"--{flag} {shown(number)}: it takes {low:g} to {high:g}")
+                raise UserError(
+                    f"--{flag} {shown(number)}: it takes numbers from {low:g} to {high:g}"
+                )
 
 
 def as_flags(values: dict, parser: argparse.ArgumentParser, where: str) -> list[str]:

@@ -217,7 +217,9 @@ def read_json(path: str | Path, what: str, most: int = MOST_JSON, finite: bool =
         return _decoded(data, finite)
     except ValueError as error:
         reason = one_line(error, 100)
-        raise UserError(f"{what} {shortened(path)} is not JSON ({reason})") from error
+        raise UserError(
+            f"cannot read {what} {shortened(path)}: it is not JSON ({reason})"
+        ) from error
 
 
 def read_json_lines(

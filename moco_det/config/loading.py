@@ -107,8 +107,11 @@ def get_cfg() -> CfgNode:
     return CfgNode(_DEFAULTS).clone()
 
 
-def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(path: str, opts: Sequence[str] = (), any_value: bool = False) -> CfgNode:
     """The defaults, a YAML file over them, and the `KEY VALUE KEY VALUE ...` list `opts` over both.
+
+    Args:
+        any_value: values that only Detectron2 supports are no error.
 
     Returns:
         The frozen config.
@@ -122,7 +125,8 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
         _set(cfg, key, value, source=path)
     for key, value in _pairs(opts):
         _set(cfg, key, value, source="the command line")
-    check_supported(cfg)
+    if not any_value:
+        check_supported(cfg)
     cfg.freeze()
     return cfg
 

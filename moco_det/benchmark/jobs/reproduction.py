@@ -16,6 +16,7 @@ from tabulate import tabulate
 from moco_det.benchmark.jobs import slurm
 from moco_det.benchmark.jobs.grid import FOLDER, Grid, Run, Table, load_grid
 from moco_det.benchmark.jobs.job import FINISHED, Job, JobFolder, script_job, unfinished
+from moco_det.benchmark.jobs.preflight import preflight
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import reproduction as report
@@ -60,6 +61,14 @@ def estimated_hours(run: Run) -> float | None:
     return hours * iterations * batch / (run.experiment.iterations * run.experiment.batch)
 
 
+def problems(plan: Reproduction, local: bool, toy: bool, ahead: bool = False) -> list[str]:
+    """What keeps the plan's runs from a good end; see `preflight`."""
+    settings = plan.settings
+    files = {name: weight_file(name, at, settings.output) for name, at in plan.checkpoints.items()}
+    made = {str(file) for name, file in files.items() if file != plan.checkpoints[name]}
+    return preflight(plan.runs(), settings, made, local, toy, ahead)
+
+
 def dry_run(plan: Reproduction) -> str:
     """What would run, with its GPU hours."""
     runs = [run for run in plan.runs() if plan.settings.folder(run).look().state != FINISHED]
@@ -75,6 +84,13 @@ def dry_run(plan: Reproduction) -> str:
         f"{table}\n\n{len(runs)} runs to do: {total:.0f} GPU hours{more}. Estimates for V100s, "
         "from the training speeds of Detectron2's model zoo; evaluation is not counted."
     )
+
+
+def listed(found: Sequence[str]) -> str:
+    """The problems that keep runs from a good end, for people."""
+    count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
+    lines = [f"error: {count} to put right before any run is begun:", *found]
+    return "\n  ".join(lines)
 
 
 def status(plan: Reproduction) -> str:

@@ -146,7 +146,7 @@ class Execution:
     """One job in this process's hands; `stop` may be called from another thread.
 
     Args:
-        retries: how often a failed job is begun again.
+        retries: how often a failed job is begun again, but for a user's error.
         environment: variables for the commands, beside this process's own.
         eta: hears what the commands print.
         notify: takes a line for the user.
@@ -185,12 +185,20 @@ class Execution:
             state = folder.record.get("state")
             for attempt in range(1 + self.retries if state != FINISHED else 0):
                 state = self._attempt(lock)
-                if state != FAILED or self._stop_asked:
+                if state != FAILED or self._stop_asked or self._is_user_error():
                     break
                 if attempt < self.retries:
                     self.notify(f"{self.job.name}: failed, trying again; see {folder.log}")
         self.eta.drop(self.job)
         return state
+
+    def _is_user_error(self) -> bool:
+        """Whether the last command refused what it was given: it would do so again.
+
+        Such a command ends with the line that `exit_cleanly` prints, or with argparse's code.
+        """
+        end = self.job.folder.log_end()
+        return self.code == 2 or (self.code == 1 and bool(end) and end[-1].startswith("error: "))
 
     def _attempt(self, lock: int) -> str:
         """Run the commands and write what came of it; returns the state."""

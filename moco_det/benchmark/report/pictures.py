@@ -8,6 +8,7 @@ they are not left to colour alone.
 """
 
 import base64
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,28 +81,32 @@ def samples_of(
 ) -> list[list[Sample]]:
     """For each of `SAMPLES` test images the annotations and what each row's first trial found.
 
-    Rows whose predictions cannot be read are left out, with a warning. Empty where none is left.
+    Rows whose predictions cannot be read are left out, with a warning. Empty where no run of the
+    experiment is finished.
 
     Raises:
-        UserError: the test images are no longer there.
+        UserError: the test images, or all predictions, are no longer there.
     """
     folders: dict[str, Path] = {}
     for run in runs:
         folder = settings.folder(run)
         wanted = run.experiment == experiment and run.row not in folders
-        if wanted and folder.look().state == FINISHED:
-            folders[run.row] = folder.path
+        with contextlib.suppress(UserError):  # of a damaged record, which the report names
+            if wanted and folder.state() == FINISHED:
+                folders[run.row] = folder.path
     if not folders:
         return []
-    dataset, found = None, {}
+    dataset, found, problems = None, {}, {}
     for row, folder in folders.items():
         try:
             dataset = dataset or get_dataset(first_test_set(folder))
             found[row] = read_predictions(predictions_file(folder, dataset.name), dataset)
-        except UserError as error:  # the other rows have their pictures
-            print(f"warning: no pictures of {experiment.name}, {row}: {error}", flush=True)
+        except UserError as error:
+            problems[row] = error
     if not found:
-        return []
+        raise next(iter(problems.values()))
+    for row, error in problems.items():  # the other rows have their pictures
+        print(f"warning: no pictures of {experiment.name}, {row}: {error}", flush=True)
     classes = (*experiment.classes, *dataset.classes[len(experiment.classes) :])
     records = evenly_spaced(dataset.records(), SAMPLES)
     return [_samples(record, dataset, found, classes) for record in records]
