@@ -225,7 +225,7 @@ def read_json(path: str | Path, what: str, most: int = MOST_JSON, finite: bool =
 def read_json_lines(
     path: str | Path, what: str, finite: bool = True, kind: str = "an object"
 ) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; a last line without its end is none.
+    """The objects of a file with one a line; half a last line is none.
 
     A kill cuts a line short, and a crash of the machine may leave NUL bytes where it was to be.
     `kind`: what a line is, for messages; otherwise as `read_json`.
@@ -233,9 +233,11 @@ def read_json_lines(
     Raises:
         UserError: as `read_json`, with the number of the line, or a line is no object.
     """
-    whole, _, _ = _read(path, what, MOST_JSON).rpartition(b"\n")
+    lines = _read(path, what, MOST_JSON).split(b"\n")
+    if not _is_whole(lines[-1]):
+        lines.pop()
     found = []
-    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+    for number, line in enumerate(lines, 1):
         try:
             content = _decoded(line, finite)
             if not isinstance(content, dict):
@@ -247,8 +249,8 @@ def read_json_lines(
     return found
 
 
-def drop_half_line(path: str | Path) -> None:
-    """Cut off what follows the last end of a line: the next line would be appended to it.
+def mend_last_line(path: str | Path) -> None:
+    """Drop half a last line, and end a whole one: the next line is about to be appended.
 
     Raises:
         OSError: the file cannot be changed.
@@ -257,9 +259,19 @@ def drop_half_line(path: str | Path) -> None:
         return
     with open(path, "rb+") as file:
         content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+        end = content.rfind(b"\n") + 1
+        if _is_whole(content[end:]):
+            file.write(b"\n")
+        elif end < len(content):
+            file.truncate(end)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a last line without its end is all of an object; half of one never is."""
+    try:
+        return isinstance(_decoded(line, finite=False), dict)
+    except ValueError:
+        return False
 
 
 def _decoded(data: bytes, finite: bool) -> Any:

@@ -17,6 +17,7 @@ Anything else is an error that names the key and the nearest known one.
 import argparse
 import ast
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
         UserError: one of the files cannot be read, is no mapping, or leads back to itself.
     """
     path = Path(path).expanduser()
-    if path.resolve() in above:
+    place = Path(os.path.realpath(path))  # of a link to itself, too
+    if place in above:
         raise UserError(f"config {shortened(path)}: its _BASE_ leads back to itself")
     content = read_yaml(path, "config")
     bases = content.pop("_BASE_", []) if isinstance(content, dict) else [None]
@@ -172,7 +174,7 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
     found: dict = {}
     for base in bases:
         below = path.parent / Path(base).expanduser()
-        _lay_over(found, read_config(below, (*above, path.resolve())), path)
+        _lay_over(found, read_config(below, (*above, place)), path)
     _lay_over(found, content, path)
     return found
 

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_det.common.documents import drop_half_line
+from moco_det.common.documents import mend_last_line
 from moco_det.common.errors import UserError
 from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import check_input, check_metric_files, check_weights, is_semantic
@@ -105,7 +105,7 @@ def prepare(cfg, eval_only: bool) -> None:
     try:
         default_setup(cfg, Namespace(eval_only=eval_only))
         if comm.is_main_process():
-            drop_half_line(Path(cfg.OUTPUT_DIR) / "metrics.json")  # that a kill has left
+            mend_last_line(Path(cfg.OUTPUT_DIR) / "metrics.json")  # a kill leaves half
     except OSError as error:
         raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
 

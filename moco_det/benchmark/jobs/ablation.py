@@ -18,6 +18,7 @@ import functools
 import io
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ def read_ablation(path: Path) -> Ablation:
             raise UserError(f"unknown key '{name}' in {path}{flags.nearest(name, KEYS)}")
     base = _flags(content, "base", path, flags.pretraining_parser())
     if "recipe" in content:
-        base = ["--recipe", str((path.parent / str(content["recipe"])).resolve()), *base]
+        base = ["--recipe", os.path.realpath(path.parent / str(content["recipe"])), *base]
     rows = [Variant(UNTRAINED, base)] if content.get("untrained") else []
     for values in _variants(content, path):
         varied = flags.as_flags(values, flags.pretraining_parser(), str(path))
@@ -250,11 +251,13 @@ class Trial:
         """
         values = {}
         if self.variant.trained:
-            last = _records(self.folder / "metrics.jsonl", "loss")[-1]
+            last = _last(self.folder / "metrics.jsonl", "loss", "acc1")
             values |= {"pretext loss": last["loss"], "pretext top-1": last["acc1"]}
-        values["kNN top-1"] = read_json(self.folder / "knn.json", "the result")["knn_top1"]
-        linear_log = _records(self.folder / "linear" / "metrics.jsonl", "val_acc1")
-        return values | {"linear top-1": linear_log[-1]["val_acc1"]}
+        knn = read_json(self.folder / "knn.json", "the result")
+        if not isinstance(knn, dict) or "knn_top1" not in knn:
+            raise UserError(f"{self.folder / 'knn.json'} holds no knn_top1")
+        probe = _last(self.folder / "linear" / "metrics.jsonl", "val_acc1")
+        return values | {"kNN top-1": knn["knn_top1"], "linear top-1": probe["val_acc1"]}
 
     def _accepted(self, parse: Callable, words: list[str]) -> argparse.Namespace:
         """The flags as the command's parser reads them; its complaint names the ablation file."""
@@ -270,9 +273,13 @@ class Trial:
         raise UserError(f"row '{self.row}' of {self.source}: {reason}")
 
 
-def _records(path: Path, name: str) -> list[dict]:
-    """The entries of a metrics.jsonl that hold `name`."""
-    return [line for line in read_json_lines(path, "the log", finite=False) if name in line]
+def _last(path: Path, *names: str) -> dict:
+    """The last entry of a metrics.jsonl that holds `names`. Raises UserError for none."""
+    lines = read_json_lines(path, "the log", finite=False)
+    found = [line for line in lines if all(name in line for name in names)]
+    if not found:
+        raise UserError(f"{path} holds no {' and '.join(names)}")
+    return found[-1]
 
 
 def earlier_record(folder: Path) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Execution:
         }
         folder.write_record(record)
         folder.repair()
-        result = job.read_result() if self._run_commands(lock) else None
+        result = self._result() if self._run_commands(lock) else None
         attempt = {
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - begun, 1),
@@ -232,6 +232,14 @@ class Execution:
             record["state"] = INTERRUPTED if stopped else FAILED
         folder.write_record(record)
         return record["state"]
+
+    def _result(self) -> Mapping[str, Any] | None:
+        """What the commands have left; None, and why, where it cannot be read."""
+        try:
+            return self.job.read_result()
+        except UserError as error:
+            self.notify(f"{self.job.name}: {error}")
+            return None
 
     def _run_commands(self, lock: int) -> bool:
         """Whether all of them ended well."""

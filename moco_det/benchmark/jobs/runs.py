@@ -20,7 +20,7 @@ from moco_det.benchmark.jobs.grid import DEFAULT_ROW, Run
 from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import run_in_order
 from moco_det.common.documents import (
-    drop_half_line,
+    mend_last_line,
     one_line,
     read_json,
     read_json_lines,
@@ -78,7 +78,7 @@ class RunFolder(JobFolder):
 
     def repair(self) -> None:
         """Drop a line of metrics.json that a kill has cut off: the next would be appended to it."""
-        drop_half_line(self.path / "metrics.json")
+        mend_last_line(self.path / "metrics.json")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

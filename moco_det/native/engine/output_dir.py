@@ -10,7 +10,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from torch.utils.tensorboard import SummaryWriter
 
-from moco_det.common.documents import drop_half_line
+from moco_det.common.documents import mend_last_line
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
 from moco_det.weights.files import read_state_dict, write_weights
@@ -86,7 +86,7 @@ class MetricLog:
         self.start_iter, self.max_iter = start_iter, max_iter
         self._history: dict[str, HistoryBuffer] = {}
         path = Path(folder) / "metrics.json"
-        drop_half_line(path)  # that a kill has left
+        mend_last_line(path)  # a kill leaves half of one
         self._json = open(path, "a", buffering=1)  # noqa: SIM115
         self._events = SummaryWriter(str(folder))
 

@@ -9,7 +9,7 @@ import pytest
 
 from moco_det.common import documents
 from moco_det.common.documents import (
-    drop_half_line,
+    mend_last_line,
     one_line,
     read_json,
     read_json_lines,
@@ -166,8 +166,9 @@ def test_json_has_a_size(write):
 
 def test_lines_are_objects_and_half_a_line_is_none(write):
     whole = '{"a": 1}\n{"a": 2}\n'
-    for end in ("", '{"a": 3', '{"a": 3}', "\0" * 4096):
+    for end in ("", '{"a": 3', '{"a": {"b": 3}', "3", "\0" * 4096):
         assert read_json_lines(write(whole + end), "metrics") == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(write('{"a": 1}'), "metrics") == [{"a": 1}]  # whole, without its end
     assert read_json_lines(write(""), "metrics") == []
     assert read_json_lines(write('{"a": 1'), "metrics") == []
 
@@ -178,16 +179,19 @@ def test_another_line_that_is_none_is_named(write, line):
     assert f"{path}, line 2 is no JSON of an object (" in refusal(read_json_lines, path, "metrics")
 
 
-def test_the_half_line_is_cut_off_before_the_next_is_appended(write):
+def test_the_last_line_is_mended_before_the_next_is_appended(write):
     path = write('{"a": 1}\n{"a"')
-    drop_half_line(path)
+    mend_last_line(path)
     assert path.read_text() == '{"a": 1}\n'
-    drop_half_line(path)
+    mend_last_line(path)
+    assert path.read_text() == '{"a": 1}\n'
+    path.write_text('{"a": 1}')
+    mend_last_line(path)
     assert path.read_text() == '{"a": 1}\n'
     path.write_text("half")
-    drop_half_line(path)
+    mend_last_line(path)
     assert path.read_text() == ""
-    drop_half_line(path.with_name("absent"))
+    mend_last_line(path.with_name("absent"))
 
 
 # -- words of a message ---------------------------------------------------------------------------

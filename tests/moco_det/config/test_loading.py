@@ -442,3 +442,10 @@ def test_the_official_detection_configs_load_and_build(write, name):
     assert type(model.backbone.res2[0].conv1.norm).__name__ == "NaiveSyncBatchNorm"
     assert type(model.roi_heads.res5.norm).__name__ == "NaiveSyncBatchNorm"
     assert load_config(path.replace("_moco", "")).INPUT.FORMAT == "BGR"
+
+
+def test_a_config_that_is_a_link_to_itself(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.symlink_to(path)
+    with pytest.raises(UserError, match="cannot read config .*a.yaml: Too many levels of symbolic"):
+        load_config(str(path))

@@ -387,3 +387,10 @@ def test_a_user_s_error_is_not_tried_again(tmp_path, run, body, count):
     job = execution(tmp_path, run, body, retries=2)
     assert job.carry_out() == "failed"
     assert starts(tmp_path, run) == count
+
+
+def test_a_result_that_cannot_be_read_is_a_failure_of_that_run(tmp_path, run):
+    said = []
+    job = execution(tmp_path, run, "(folder / 'metrics.json').write_text('x\\n{}')", 0, said)
+    assert job.carry_out() == "failed"
+    assert len(said) == 1 and "metrics.json, line 1 is no JSON" in said[0]
