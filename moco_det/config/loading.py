@@ -59,6 +59,7 @@ def _with_tuples(tree: dict) -> dict:
 
 _HERE = Path(__file__).parent
 _DEFAULTS = _with_tuples(read_yaml(_HERE / "defaults.yaml", "the defaults"))
+_LEAVES = dict(leaves(_DEFAULTS))
 KEYS = read_yaml(_HERE / "keys.yaml", "the keys")  # kind of key -> names; see there
 
 # -- the command line -----------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         for name in KEYS["inert"] + KEYS["densepose_inert"]
     ):
         return
-    known = dict(leaves(_DEFAULTS))
+    known = _LEAVES
     if key not in known:
         if value is None and any(name.startswith(f"{key}.") for name in known):
             return  # a section left empty in the file
@@ -261,7 +262,9 @@ RANGES = {key: (entry["from"], entry["to"]) for entry in KEYS["ranges"] for key 
 
 def check_value(key: str, value: Any, source: str) -> None:
     """UserError where a number is outside the key's range, or a name is none; `source`: of it."""
-    if key in RANGES:
+    if value in ([], ()) and _LEAVES.get(key) and key not in KEYS["may_be_empty"]:
+        raise UserError(f"{shortened(source)}: {key} is empty")
+    if key in RANGES and value is not None:
         low, high = RANGES[key]
         for number in _flat(value):
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
@@ -275,9 +278,9 @@ def check_value(key: str, value: Any, source: str) -> None:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """The numbers in lists of lists; nothing for None."""
+    """The numbers in lists of lists."""
     if isinstance(value, list | tuple):
         for part in value:
             yield from _flat(part)
-    elif value is not None:
+    else:
         yield value

@@ -98,7 +98,11 @@ def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
     return records
 
 
-# The run's flags that a rule computes with.
+# What a rule computes with: of a report, beside the names that end in "_fill"; of the run's flags.
+MEASURES = {
+    "epoch", "loss", "acc1", "chance_loss", "lr", "knn_top1", "feature_std", "positive_similarity",
+    "negative_similarity", "images_per_second", "data_wait",
+}  # fmt: skip
 NUMBERS = {
     "lr", "batch_size", "moco_m", "moco_t", "moco_dim", "weight_decay", "workers", "cores",
     "image_size", "last_step",
@@ -106,15 +110,16 @@ NUMBERS = {
 
 
 def _problem(record: dict) -> str | None:
-    """What is wrong with a record: its numbers are numbers, its flags have a number each."""
+    """What is wrong with a record: no step, or no number where a rule needs one."""
     step, flags = record.get("step"), record.get("flags", {})
     if not isinstance(step, int) or step < 0:
         return f"step {shown(step)}"
     if not isinstance(flags, dict):
         return f"flags {shown(flags)}"
-    numbers = record | {name: flags[name] for name in NUMBERS & flags.keys()}
+    numbers = {k: v for k, v in record.items() if k in MEASURES or k.endswith("_fill")}
+    numbers |= {name: flags[name] for name in NUMBERS & flags.keys()}
     for name, value in numbers.items():
-        if name != "flags" and not isinstance(value, int | float | None):
+        if not isinstance(value, int | float | None):
             return f"{one_line(name, 40)} {shown(value)}"
     return None
 

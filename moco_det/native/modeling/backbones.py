@@ -203,6 +203,11 @@ def build_resnet(cfg) -> ResNet:
                     f"MODEL.RESNETS.{key} is {resnets[key]}; "
                     f"ResNet-{resnets.DEPTH} (MODEL.RESNETS.DEPTH) needs {value}"
                 )
+    stages = [f"res{number}" for number in range(2, 6)]
+    if not set(resnets.OUT_FEATURES) <= set(stages):
+        raise UserError(
+            f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}: it takes {', '.join(stages)}"
+        )
     return ResNet(
         resnets.DEPTH,
         out_features=resnets.OUT_FEATURES,

@@ -336,6 +336,8 @@ def test_every_numeric_key_has_a_range_that_holds_its_default(golden):
         ("MODEL: {ANCHOR_GENERATOR: {SIZES: [[32, .nan]]}}\n", "MODEL.ANCHOR_GENERATOR.SIZES is"),
         ("MODEL: {PIXEL_STD: [1, 0, 1]}\n", "MODEL.PIXEL_STD is"),
         ("INPUT: {MIN_SIZE_TRAIN: [x]}\n", "INPUT.MIN_SIZE_TRAIN is"),
+        ("INPUT: {MIN_SIZE_TRAIN: [800, null]}\n", r"INPUT.MIN_SIZE_TRAIN is \(800, None\)"),
+        ("MODEL: {RESNETS: {OUT_FEATURES: []}}\n", "MODEL.RESNETS.OUT_FEATURES is empty"),
         ("DATASETS: {TRAIN: [[[a]]]}\n", r"DATASETS.TRAIN is .*: it takes names"),
         ("DATASETS: {TRAIN: [.nan]}\n", r"DATASETS.TRAIN is \(nan,\): it takes names"),
     ],
