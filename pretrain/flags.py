@@ -299,7 +299,7 @@ RANGES = {
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
     "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**63 - 1),
-    "k": (1, 10**9), "temperature": (0, 10**3),
+    "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip
 
