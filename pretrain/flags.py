@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import yaml
 
+from moco_det.common.documents import one_line, read_mapping, shown
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.common.images import MAX_PIXELS
 from moco_det.common.launch import free_local_url, process_group, spawn, torchrun_ranks
@@ -26,6 +26,7 @@ from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
 
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
+LONGEST_VALUE = 200  # characters
 TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_image_pixels"]
 
 
@@ -94,6 +95,7 @@ def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     if args.color_strength != 0.5 and not args.aug_plus:
         raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
     _check_shards(args)
+    check_ranges(args)
     return args
 
 
@@ -159,6 +161,7 @@ def parse_linear(argv: list[str]) -> argparse.Namespace:
         raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
     if args.bn_groups and not args.finetune:
         raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
+    check_ranges(args)
     return args
 
 
@@ -190,6 +193,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
         raise UserError("--neighbours and --image-size must be at least 1")
     _check(args, ["max_image_pixels"], lambda count: count >= 1, "at least 1")
     _check(args, ["temperature"], lambda value: value > 0, "above 0")
+    check_ranges(args)
     return args
 
 
@@ -247,7 +251,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     """Flags over recipe over defaults; the recipe is read as flags, which argparse checks."""
     args = parser.parse_args(argv)
     if args.recipe:
-        flags = as_flags(read_yaml(args.recipe, "--recipe"), parser, f"--recipe {args.recipe}")
+        flags = as_flags(read_mapping(args.recipe, "--recipe"), parser, f"--recipe {args.recipe}")
         recipe = parser.parse_args([*flags, "--", args.data])
         parser.set_defaults(**vars(recipe))
         args = parser.parse_args(argv)
@@ -284,17 +288,32 @@ def _check(
             raise UserError(f"--{name.replace('_', '-')} must be {what}")
 
 
-def read_yaml(path: str | Path, what: str) -> dict:
-    """The mapping in a YAML file, which is a command's `what`. Raises UserError."""
-    try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{what} {path} must map keys to values")
-    return content
+# Flag -> the numbers that it takes, ends included. Wide: what is outside is a slip of the hand.
+RANGES = {
+    "epochs": (1, 10**6), "start_epoch": (0, 10**6), "schedule": (0, 10**6),
+    "iterations": (1, 10**9), "lr_decay_every": (1, 10**9), "samples_per_epoch": (1, 10**12),
+    "batch_size": (1, 10**6), "bn_groups": (1, 10**6), "image_size": (1, 10**4),
+    "lr": (0, 10**38), "momentum": (0, 1), "weight_decay": (0, 10**3), "lr_decay": (0, 10**3),
+    "moco_dim": (1, 2**16), "moco_k": (1, 10**8), "moco_m": (0, 1), "moco_t": (0, 10**3),
+    "bank_momentum": (0, 1), "color_strength": (0, 10), "max_unreadable": (0, 1),
+    "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
+    "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
+    "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**63 - 1),
+    "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
+    "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
+}  # fmt: skip
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raises UserError for the first flag outside its range; it names the flag."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:  # true of NaN
+                flag = {"k": "neighbours"}.get(name, name.replace("_", "-"))
+                raise UserError(
+                    f"--{flag} {shown(number)}: it takes numbers from {low:g} to {high:g}"
+                )
 
 
 def as_flags(values: dict, parser: argparse.ArgumentParser, where: str) -> list[str]:
@@ -307,14 +326,22 @@ def as_flags(values: dict, parser: argparse.ArgumentParser, where: str) -> list[
     known = long_flags - {"help", "recipe"}
     flags = []
     for key, value in values.items():
-        name = str(key).replace("_", "-")
+        name = one_line(str(key).replace("_", "-"), 60)
         if name not in known:
-            raise UserError(f"unknown key '{key}' in {where}{nearest(name, known)}")
+            raise UserError(f"unknown key {shown(str(key))} in {where}{nearest(name, known)}")
+        _check_length(key, value, where)
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def _check_length(key: str, value: object, where: str) -> None:
+    """Raises UserError for a value that is longer than any flag's; argparse would print all."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict | list) or len(str(item)) > LONGEST_VALUE:
+            raise UserError(f"{key} in {where} is {shown(item)}: no flag takes that")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
             if not equals:
                 raise UserError(f"'{run}' is not of the form NAME=DIR")
             runs[name].append(Path(folder))
-        print(means_table(compare_runs(runs)))
+        table = compare_runs(runs)
+        print("\n".join([means_table(table), *table.notes]))
 
 
 if __name__ == "__main__":

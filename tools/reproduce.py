@@ -34,8 +34,8 @@ QUICK_JOBS = 2
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(
         __doc__,
-        "0 all runs are finished; 1 an error, or runs that failed; 130 and 143 stopped; the same "
-        "command continues",
+        "0 all runs are finished; 1 an error, problems found before the first run, or runs that "
+        "failed; 130 and 143 stopped; the same command continues",
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
@@ -87,21 +87,39 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     plan = make_plan(args)
     if args.dry_run:
-        print(reproduction.dry_run(plan))
+        print(reproduction.dry_run(plan), flush=True)
+        found_problems(args, plan, ahead=True)
         return 0
     if args.status:
         print(reproduction.status(plan))
         return 0
-    failed = [] if args.report else carry_out(args, plan)
+    failed = False
+    if not args.report:
+        if args.quick:
+            output, pretraining = plan.settings.output, not args.weights
+            reproduction.prepare_quick(REPOSITORY, output, pretraining)
+        if found_problems(args, plan):
+            return 1
+        failed = bool(carry_out(args, plan))
     print(f"report: {reproduction.write_report(plan)}")
-    return 1 if failed else 0
+    return int(failed)
+
+
+def found_problems(
+    args: argparse.Namespace, plan: reproduction.Reproduction, ahead: bool = False
+) -> bool:
+    """Whether something keeps the runs from a good end; prints what.
+
+    `ahead`: before anything is drawn or downloaded.
+    """
+    found = reproduction.problems(plan, args.launcher == "local", args.quick, ahead)
+    if found:
+        print(reproduction.listed(found), file=sys.stderr, flush=True)
+    return bool(found)
 
 
 def carry_out(args: argparse.Namespace, plan: reproduction.Reproduction) -> list[Job]:
     """Returns the runs that failed."""
-    if args.quick:
-        output, pretraining = plan.settings.output, not args.weights
-        reproduction.prepare_quick(REPOSITORY, output, pretraining)
     if args.launcher == "local":
         return reproduction.reproduce(plan, args.jobs or (QUICK_JOBS if args.quick else None))
     jobs = reproduction.submit_to_slurm(plan, parse_parameters(args.slurm))

@@ -37,7 +37,8 @@ class BatchPlan:
     @property
     def bn_group(self) -> int:
         """Images whose BN statistics are computed together; 0 where BN is frozen or absent."""
-        processes = {"SyncBN": self.processes, "BN": 1}.get(self.norm, 0)
+        synchronised = ("SyncBN", "naiveSyncBN")
+        processes = self.processes if self.norm in synchronised else int(self.norm == "BN")
         return processes * self.images_per_forward
 
     def differences(self, lr: float) -> list[str]:

@@ -17,14 +17,15 @@ Anything else is an error that names the key and the nearest known one.
 import argparse
 import ast
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from fvcore.common.config import CfgNode
 
+from moco_det.common.documents import one_line, read_yaml, shortened, shown
 from moco_det.common.errors import UserError
 
 # -- the keys -------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -57,8 +58,9 @@ def _with_tuples(tree: dict) -> dict:
 
 
 _HERE = Path(__file__).parent
-_DEFAULTS = _with_tuples(yaml.safe_load((_HERE / "defaults.yaml").read_text()))
-KEYS = yaml.safe_load((_HERE / "keys.yaml").read_text())  # kind of key -> names; see there
+_DEFAULTS = _with_tuples(read_yaml(_HERE / "defaults.yaml", "the defaults"))
+_LEAVES = dict(leaves(_DEFAULTS))
+KEYS = read_yaml(_HERE / "keys.yaml", "the keys")  # kind of key -> names; see there
 
 # -- the command line -----------------------------------------------------------------------------
 
@@ -107,8 +109,11 @@ def get_cfg() -> CfgNode:
     return CfgNode(_DEFAULTS).clone()
 
 
-def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(path: str, opts: Sequence[str] = (), any_value: bool = False) -> CfgNode:
     """The defaults, a YAML file over them, and the `KEY VALUE KEY VALUE ...` list `opts` over both.
+
+    Args:
+        any_value: values that only Detectron2 supports are no error.
 
     Returns:
         The frozen config.
@@ -118,11 +123,12 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode:
             native engine does not support.
     """
     cfg = get_cfg()
-    for key, value in leaves(_read_yaml(path)):
+    for key, value in leaves(read_config(path)):
         _set(cfg, key, value, source=path)
     for key, value in _pairs(opts):
         _set(cfg, key, value, source="the command line")
-    check_supported(cfg)
+    if not any_value:
+        check_supported(cfg)
     cfg.freeze()
     return cfg
 
@@ -149,21 +155,43 @@ def on_available_device(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _read_yaml(path: str) -> dict:
-    try:
-        content = CfgNode.load_yaml_with_base(str(path))
-    except OSError as error:
-        raise UserError(f"cannot read config {error.filename or path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"config {path} is not valid YAML: {problem}") from error
-    except RecursionError as error:
-        raise UserError(f"config {path}: its _BASE_ leads back to itself") from error
-    except (TypeError, AttributeError, AssertionError):  # from merging what are not mappings
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"config {path} (or its _BASE_) is not a mapping of sections")
-    return content
+def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
+    """The sections of a YAML file, laid over those of its `_BASE_`: a file, or a list of files.
+
+    `_BASE_` is relative to the file that names it. `above`: the files that have led to this one.
+
+    Raises:
+        UserError: one of the files cannot be read, is no mapping, or leads back to itself.
+    """
+    path = Path(path).expanduser()
+    place = Path(os.path.realpath(path))  # of a link to itself, too
+    if place in above:
+        raise UserError(f"config {shortened(path)}: its _BASE_ leads back to itself")
+    content = read_yaml(path, "config")
+    bases = content.pop("_BASE_", []) if isinstance(content, dict) else [None]
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise UserError(f"config {shortened(path)} (or its _BASE_) is not a mapping of sections")
+    found: dict = {}
+    for base in bases:
+        below = path.parent / Path(base).expanduser()
+        _lay_over(found, read_config(below, (*above, place)), path)
+    _lay_over(found, content, path)
+    return found
+
+
+def _lay_over(under: dict, over: dict, path: Path) -> None:
+    """Detectron2's rule: sections are merged, values replaced."""
+    for key, value in over.items():
+        if not isinstance(value, dict) or key not in under:
+            under[key] = value
+        elif isinstance(under[key], dict):
+            _lay_over(under[key], value, path)
+        else:
+            raise UserError(
+                f"config {shortened(path)}: {shown(key)} is a section here and a value in its "
+                "_BASE_, which is not a mapping"
+            )
 
 
 def _pairs(opts: Sequence[str]) -> Iterable[tuple[str, str]]:
@@ -179,18 +207,22 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         for name in KEYS["inert"] + KEYS["densepose_inert"]
     ):
         return
-    known = dict(leaves(_DEFAULTS))
+    known = _LEAVES
     if key not in known:
         if value is None and any(name.startswith(f"{key}.") for name in known):
             return  # a section left empty in the file
+        name = one_line(key, 100)
         raise UserError(
-            f"{source}: unknown key {key}; the nearest known one is {nearest(key, known)}"
+            f"{shortened(source)}: unknown key {name}; the nearest known one is "
+            f"{nearest(name, known)}"
         )
     section, _, name = key.rpartition(".")
     node = cfg
     for part in filter(None, section.split(".")):
         node = node[part]
-    node[name] = _coerce(key, value, known[key], source)
+    value = _coerce(key, value, known[key], source)
+    check_value(key, value, source)
+    node[name] = value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -218,5 +250,37 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     if type(value) is int and isinstance(default, float):
         return float(value)
     raise UserError(
-        f"{source}: {key} takes a {type(default).__name__} such as {default!r}, not {value!r}"
+        f"{shortened(source)}: {key} takes a {type(default).__name__} such as {shown(default)}, "
+        f"not {shown(value)}"
     )
+
+
+# -- what a key may be ----------------------------------------------------------------------------
+
+RANGES = {key: (entry["from"], entry["to"]) for entry in KEYS["ranges"] for key in entry["keys"]}
+
+
+def check_value(key: str, value: Any, source: str) -> None:
+    """UserError where a number is outside the key's range, or a name is none; `source`: of it."""
+    if value in ([], ()) and _LEAVES.get(key) and key not in KEYS["may_be_empty"]:
+        raise UserError(f"{shortened(source)}: {key} is empty")
+    if key in RANGES and value is not None:
+        low, high = RANGES[key]
+        for number in _flat(value):
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (is_number and low <= number <= high):  # never true of NaN
+                raise UserError(
+                    f"{shortened(source)}: {key} is {shown(value)}: it takes numbers from "
+                    f"{low:g} to {high:g}"
+                )
+    if key in KEYS["names"] and not all(isinstance(name, str) for name in value):
+        raise UserError(f"{shortened(source)}: {key} is {shown(value)}: it takes names")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The numbers in lists of lists."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value

@@ -16,12 +16,14 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from moco_det.common.documents import one_line, read_json, shortened
 from moco_det.common.errors import UserError
-from moco_det.common.files import read_regular
+from moco_det.common.files import write_text
 from moco_det.datasets import Dataset
 from moco_det.datasets.masks import is_whole
 from moco_det.densepose.points import encode_iuv
 
+MOST = 8 << 30  # bytes of a file of predictions
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
 
 
@@ -90,7 +92,7 @@ def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> Non
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain))
+        write_text(path, json.dumps(plain))
     except OSError as error:
         raise UserError(f"cannot write detections to {path}: {error.strerror}") from error
 
@@ -102,21 +104,29 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
         UserError: the file cannot be read, is none of predictions, or is of other classes.
     """
     try:
-        found = json.loads(read_regular(path))
+        found = read_json(path, "predictions", MOST, finite=False)
         if dataset.evaluator == "sem_seg":
             return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
-        found = [checked(record, len(dataset.classes)) for record in found]
-        for prediction in found:
-            if not (prediction["boxes"].isfinite().all() and prediction["scores"].isfinite().all()):
-                raise ValueError(f"image {prediction['image_id']}: a number is not finite")
-        return {str(prediction["image_id"]): prediction for prediction in found}
-    except (OSError, ValueError, RuntimeError, AttributeError, UserError) as error:
-        raise UserError(f"cannot read predictions {path}: {error}") from error
-    except (KeyError, TypeError) as error:
+        records = [checked(record, len(dataset.classes)) for record in found]
+        for record in records:
+            _refuse_infinite(record)
+        return {str(record["image_id"]): record for record in records}
+    except (ValueError, RuntimeError, OverflowError) as error:  # of torch: odd shapes and numbers
+        reason = one_line(error, 120)
+        raise UserError(f"cannot read predictions {shortened(path)}: {reason}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
         raise UserError(
-            f"{path} does not hold predicted {kind} for {dataset.name}: no {error}"
+            f"{shortened(path)} does not hold predicted {kind} for {dataset.name}: no "
+            f"{one_line(error, 60)}"
         ) from error
+
+
+def _refuse_infinite(record: dict[str, Any]) -> None:
+    """ValueError where a number of a prediction is not finite."""
+    for name, values in record.items():
+        if torch.is_tensor(values) and not values.isfinite().all():
+            raise ValueError(f"image {record['image_id']}: {name} are not all finite")
 
 
 def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:

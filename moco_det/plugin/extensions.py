@@ -29,7 +29,14 @@ from torch import Tensor, nn, random
 from moco_det.common.errors import UserError
 from moco_det.config import loading as native_config
 from moco_det.config.checks import check_dilated_c5
-from moco_det.config.loading import KEYS, leaves, nearest, on_available_device
+from moco_det.config.loading import (
+    KEYS,
+    check_value,
+    leaves,
+    nearest,
+    on_available_device,
+    read_config,
+)
 from moco_det.native.modeling import backbones, semantic_head
 from moco_det.native.modeling.layers import Norm
 
@@ -53,8 +60,9 @@ def add_moco_config(cfg: CfgNode) -> None:
 
 
 def asks_for_dense_pose(config_file: str, opts: Sequence[str]) -> bool:
-    model = CfgNode.load_yaml_with_base(config_file).get("MODEL") or {}
-    given = {"MODEL.DENSEPOSE_ON": model.get("DENSEPOSE_ON", False)}
+    model = read_config(config_file).get("MODEL")
+    asked = model.get("DENSEPOSE_ON", False) if isinstance(model, dict) else False
+    given = {"MODEL.DENSEPOSE_ON": asked}
     given |= zip(opts[::2], opts[1::2], strict=False)
     return str(given["MODEL.DENSEPOSE_ON"]) == "True"
 
@@ -90,7 +98,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if asks_for_dense_pose(config_file, opts):
             add_dense_pose_config(cfg)
         add_moco_config(cfg)
-        cfg.merge_from_file(config_file)
+        cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError, OSError) as error:
         message = " ".join(str(error).replace("'", "").split())
@@ -99,6 +107,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             close = nearest(unknown[1], [key for key, _ in leaves(cfg)])
             message = f"unknown key {unknown[1]}; the nearest is {close}"
         raise UserError(f"config {config_file}: {message}") from error
+    for key, value in leaves(cfg):
+        check_value(key, value, config_file)
     cfg = on_available_device(cfg)
     cfg.freeze()
     return cfg

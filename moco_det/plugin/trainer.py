@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from moco_det.common.documents import mend_last_line
 from moco_det.common.errors import UserError
 from moco_det.common.resume_state import (
     check_count,
@@ -123,6 +124,8 @@ def prepare(cfg, eval_only: bool) -> None:
     check_scoring(cfg, [name for name in cfg.DATASETS.TEST if is_ours(name)])
     try:
         default_setup(cfg, Namespace(eval_only=eval_only))
+        if comm.is_main_process():
+            mend_last_line(Path(cfg.OUTPUT_DIR) / "metrics.json")  # a kill leaves half
     except OSError as error:
         raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
 

@@ -3,7 +3,6 @@
 The thresholds are ours, between what healthy and broken runs log; test_diagnosis.py has both kinds.
 """
 
-import json
 import math
 import statistics
 from collections import deque
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_det.common.documents import one_line, read_json_lines, shortened, shown
 from moco_det.common.errors import UserError
 from pretrain.engine import checkpoints
 
@@ -71,26 +71,57 @@ def examine(output: Path) -> list[Finding]:
     path = output / LOG
     if not path.is_file():
         raise UserError(f"no {path}: name the --output folder of a run of pretrain/main.py")
-    doctor = Doctor(output)
-    return [finding for record in read_records(path) for finding in doctor.hear(record)]
+    doctor, findings = Doctor(output), []
+    for record in read_records(path):
+        try:
+            findings += doctor.hear(record)
+        except (KeyError, ArithmeticError) as error:
+            raise UserError(
+                f"{path}: the record of step {record['step']} cannot be judged ({error!r}): "
+                "remove that line"
+            ) from error
+    return findings
 
 
 def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
     """The records of a log up to a step; a last line that a kill cut short is none.
 
     Raises:
-        UserError: another line is no record.
+        UserError: the file cannot be read, or another line is no record.
     """
     records = []
-    for number, line in enumerate(lines := path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if record["step"] <= last_step:
-                records.append(record)
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON of a step: {error}") from error
+    for number, record in enumerate(read_json_lines(path, "log", finite=False, kind="a step"), 1):
+        if problem := _problem(record):
+            raise UserError(f"{shortened(path)}, line {number} is no JSON of a step: {problem}")
+        if record["step"] <= last_step:
+            records.append(record)
     return records
+
+
+# What a rule computes with: of a report, beside the names that end in "_fill"; of the run's flags.
+MEASURES = {
+    "epoch", "loss", "acc1", "chance_loss", "lr", "knn_top1", "feature_std", "positive_similarity",
+    "negative_similarity", "images_per_second", "data_wait",
+}  # fmt: skip
+NUMBERS = {
+    "lr", "batch_size", "moco_m", "moco_t", "moco_dim", "weight_decay", "workers", "cores",
+    "image_size", "last_step",
+}  # fmt: skip
+
+
+def _problem(record: dict) -> str | None:
+    """What is wrong with a record: no step, or no number where a rule needs one."""
+    step, flags = record.get("step"), record.get("flags", {})
+    if not isinstance(step, int) or step < 0:
+        return f"step {shown(step)}"
+    if not isinstance(flags, dict):
+        return f"flags {shown(flags)}"
+    numbers = {k: v for k, v in record.items() if k in MEASURES or k.endswith("_fill")}
+    numbers |= {name: flags[name] for name in NUMBERS & flags.keys()}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float | None):
+            return f"{one_line(name, 40)} {shown(value)}"
+    return None
 
 
 class Course:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.files import write_text
 from moco_det.common.processes import StopRequest, from_main, is_main, print_on_main, world_size
 from moco_det.common.resume_state import entries_of
 from pretrain.engine import checkpoints
@@ -310,8 +311,8 @@ class RunLog:
         path = output / LOG
         if step > 0 and path.exists():
             self.kept = read_records(path, step)
-        self.file = open(path, "w", buffering=1)  # noqa: SIM115 (lives as long as the run)
-        self.file.writelines(json.dumps(record) + "\n" for record in self.kept)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         # TensorBoard drops what it has from that step on; a run from 0 logs the kNN of step 0 anew.
         self.board = SummaryWriter(str(output), purge_step=step + 1 if step else 0)
 

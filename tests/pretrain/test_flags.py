@@ -123,7 +123,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
     if content:
         path.write_text(content)
     with pytest.raises(UserError, match=f"recipe.yaml.*{message}"):
-        flags.read_yaml(path, "--recipe")
+        parse_pretraining(["DATA", "--recipe", str(path)])
 
 
 def test_settings_of_a_run_are_those_of_its_flags():
@@ -153,3 +153,49 @@ def test_a_launch_passes_flags_and_device_and_ends_with_an_exit_code(monkeypatch
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: nothing there\n"
     assert ran == [(["DATA"], "cuda" if torch.cuda.is_available() else "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (parse_pretraining, "--lr nan"),
+        (parse_pretraining, "--lr inf"),
+        (parse_pretraining, "--lr=-0.5"),
+        (parse_pretraining, "--wd=-1"),
+        (parse_pretraining, "--momentum nan"),
+        (parse_pretraining, "--moco-k 2147483648"),
+        (parse_pretraining, "--iterations 1000000000000000000000000000000"),
+        (parse_pretraining, "--workers 9223372036854775808"),
+        (parse_pretraining, "--schedule 120 -5"),
+        (parse_pretraining, "--max-unreadable nan"),
+        (parse_linear, "--lr nan"),
+        (parse_linear, "--eval-every 99999999"),
+        (lambda argv: parse_knn([*argv, "--pretrained", "random"]), "--workers 4096"),
+        (lambda argv: parse_knn([*argv, "--pretrained", "random"]), "-t inf"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
+    flag = {"--wd=-1": "--weight-decay", "-t inf": "--temperature"}.get(words, words.split()[0])
+    with pytest.raises(UserError, match=f"^{flag.partition('=')[0]} .*: it takes .* to "):
+        parse(["DATA", *words.split()])
+
+
+def test_every_number_has_a_range():
+    parsers = (flags.pretraining_parser(), flags.linear_parser(), flags.knn_parser())
+    numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
+    assert numbers == flags.RANGES.keys()
+
+
+def test_a_recipe_s_number_is_refused_with_its_key(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text, message in (
+        ("lr: .nan\n", "--lr nan"),
+        ("weight_decay: -1.0\n", "--weight-decay -1.0"),
+        ("moco_k: 2147483648\n", "--moco-k 2147483648"),
+        ("lr: 2020-99-99\n", "lr: '2020-99-99' is a date"),
+        (f"lr: 0o{'7' * 5000}\n", "lr in --recipe .*: no flag takes that"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=message) as refused:
+            parse_pretraining(["DATA", "--recipe", str(recipe)])
+        assert len(str(refused.value)) < 300

@@ -169,6 +169,14 @@ def test_bad_input_is_one_line_and_a_code(tmp_path):
     ]
 
 
+def test_a_mistake_in_the_config_is_told_before_anything_is_made(small):
+    (small / "config.yaml").write_text("SOLVER: {BASE_LR: .nan}\n")
+    done = run(TOOL, "--output", small / "out", "--config-file", small / "config.yaml")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {small}/config.yaml: SOLVER.BASE_LR is nan")
+    assert not (small / "out").exists()
+
+
 def test_a_failing_step_ends_the_run_with_its_code(small):
     (small / "recipe.yaml").write_text("no_such_flag: 1\n")
     done = run(

@@ -11,6 +11,7 @@ import time
 import pytest
 from commands import Command, load_command, python, run
 
+from moco_det.benchmark.jobs import preflight
 from moco_det.benchmark.synthetic import tasks
 from moco_det.weights.names import Architecture, rename
 
@@ -158,13 +159,79 @@ def test_runs_of_the_first_version_are_read(weights, repository, tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_failed_run_is_reported_with_the_end_of_its_log(weights, tmp_path):
-    tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
+    for split, count in (("train", 4), ("test", 2)):
+        tasks.write_scenes(tmp_path / "data", split, 0, count)
+    for path in (tmp_path / "data/scenes/JPEGImages").iterdir():
+        path.write_bytes(path.read_bytes()[:300])  # the header is whole, the image is not
     (tmp_path / "draw.done").touch()
     done = run(
         TOOL, "--quick", "--tables", "6-semantic", "--trials", 1, "--weights", f"moco={weights}",
-        "--output", tmp_path, "--retries", 0, "--opts", *SMALL,
+        "--output", tmp_path, "--retries", 2, "--opts", *SMALL,
     )  # fmt: skip
     assert done.returncode == 1
     assert "voc_R50_FCN16/random/trial1: exit code 1; the end of" in done.stdout
-    assert "train.txt, which does not exist" in done.stdout
+    assert "cannot read" in done.stdout and ".jpg" in done.stdout
     assert "2 failed" in (tmp_path / "report.md").read_text()
+    assert "trying again" not in done.stdout  # it would be refused again
+    record = tmp_path / "runs/voc_R50_FCN16/random/trial1/run.json"
+    assert len(json.loads(record.read_text())["attempts"]) == 1
+
+
+def start(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, arguments)))
+    return end.value.code, *capsys.readouterr()
+
+
+def test_problems_are_one_list_before_the_first_run(weights, tmp_path, capsys):
+    tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
+    (tmp_path / "draw.done").touch()
+    arguments = ["--quick", "--tables", "6-semantic", "5a", "--weights", f"moco={weights}"]
+    arguments += ["--output", tmp_path, "--opts", *SMALL]
+    code, out, err = start(capsys, *arguments)
+    assert code == 1
+    head, *lines = err.splitlines()
+    assert head == "error: 2 problems to put right before any run is begun:"
+    assert all(line.startswith("  ") and line.endswith(" more)") for line in lines)
+    text = "\n".join(lines)
+    assert "train.txt, which does not exist" in text and "instances_train.json" in text
+    assert "(voc_R50_FCN16/random/trial1 and 3 more)" in text
+    assert not (tmp_path / "runs").exists() and "report:" not in out
+
+
+def test_a_dry_run_tells_the_same_problems(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--tables", "2b", "--weights", weights, "--output", tmp_path / "out"]
+    monkeypatch.setattr(preflight, "read_state_dict", lambda path: ({}, {}))  # some are remote
+    code, _, listed = start(capsys, *arguments, "--dry-run")
+    assert code == 0
+    code, _, err = start(capsys, *arguments)
+    assert code == 1 and err == listed
+    assert "problems to put right before any run is begun:\n" in listed
+    assert "no CUDA device" in listed
+    assert "nowhere/VOC2007/JPEGImages, which does not exist" in listed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["--status", "--report", "--dry-run"])
+@pytest.mark.parametrize("name", ["run.json", "metrics.json", "config.yaml"])
+def test_one_damaged_folder_blocks_nothing(weights, tmp_path, capsys, mode, name):
+    runs = [tmp_path / f"runs/voc_R50_FCN16/{row}/trial1" for row in ("random", "moco")]
+    for folder in runs:
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text('{"state": "finished", "attempts": [], "seconds": 1}')
+        (folder / "metrics.json").write_text('{"iteration": 3, "sem_seg/mIoU": 41.5}\n')
+        (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 3, IMS_PER_BATCH: 2}\n")
+    (runs[0] / name).write_bytes(bytes(64))
+    arguments = ["--quick", "--tables", "6-semantic", "--trials", 1, "--output", tmp_path]
+    code, out, err = start(capsys, *arguments, "--weights", f"moco={weights}", mode)
+    assert code == 0
+    if mode == "--report":
+        text = (tmp_path / "report.md").read_text()
+        assert "41.5" in text and "voc_R50_FCN16/random/trial1: unreadable: " in text
+        return
+    assert f"{runs[0] / name}" in (out if mode == "--status" else err)
+    if mode == "--status":
+        assert "1 unreadable, 1 finished" in out.splitlines()[-1]
+        assert "voc_R50_FCN16/random/trial1: unreadable: " in out

@@ -17,7 +17,8 @@ import contextlib
 import functools
 import io
 import itertools
-import json
+import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,12 +31,20 @@ from moco_det.benchmark.jobs.job import (
     INTERRUPTED,
     REPOSITORY,
     TO_DO,
+    UNREADABLE,
     Command,
     Job,
     JobFolder,
     unfinished,
 )
 from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
+from moco_det.common.documents import (
+    one_line,
+    read_json,
+    read_json_lines,
+    read_mapping,
+    shown,
+)
 from moco_det.common.errors import UserError
 from pretrain import flags
 from pretrain.engine.checkpoints import LAST
@@ -44,6 +53,7 @@ from pretrain.evaluation.features import RANDOM
 FOLDER = REPOSITORY / "pretrain"
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
 UNTRAINED = "untrained"
+MOST = 1000  # rows, and seeds of each
 # Arguments of main.py that no number depends on, and the data, which is an entry of its own.
 NO_SETTINGS = (
     "data", "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
@@ -79,13 +89,14 @@ class Ablation:
 
 def read_ablation(path: Path) -> Ablation:
     """Raises UserError for what is no ablation, naming the key and the nearest known one."""
-    content = flags.read_yaml(path, "ablation")
+    content = read_mapping(path, "ablation")
     for key in content:
         if key not in KEYS:
-            raise UserError(f"unknown key '{key}' in {path}{flags.nearest(str(key), KEYS)}")
+            name = one_line(key, 60)
+            raise UserError(f"unknown key '{name}' in {path}{flags.nearest(name, KEYS)}")
     base = _flags(content, "base", path, flags.pretraining_parser())
     if "recipe" in content:
-        base = ["--recipe", str((path.parent / str(content["recipe"])).resolve()), *base]
+        base = ["--recipe", os.path.realpath(path.parent / str(content["recipe"])), *base]
     rows = [Variant(UNTRAINED, base)] if content.get("untrained") else []
     for values in _variants(content, path):
         varied = flags.as_flags(values, flags.pretraining_parser(), str(path))
@@ -95,8 +106,11 @@ def read_ablation(path: Path) -> Ablation:
         if names.count(name) > 1:
             raise UserError(f"{path} has two rows '{name}'")
     seeds = content.get("seeds", 3)
-    if not isinstance(seeds, int) or seeds < 1:
-        raise UserError(f"'seeds' in {path} must be a number of at least 1, not {seeds!r}")
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= MOST:
+        raise UserError(
+            f"'seeds' in {path} must be a number of at least 1, not {shown(seeds)} (and of at "
+            f"most {MOST})"
+        )
     knn = _flags(content, "knn", path, flags.knn_parser())
     return Ablation(rows, seeds, knn, _flags(content, "linear", path, flags.linear_parser()))
 
@@ -122,12 +136,19 @@ def _variants(content: dict, path: Path) -> list[dict]:
         rows = content["rows"]
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"'rows' of {path} must be a list of {{flag: value}}")
+        _check_count(len(rows), path)
         return rows
     grid = _mapping(content, "grid", path)
     for flag, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"'{flag}' in 'grid' of {path} must be a list of values")
+    _check_count(math.prod(map(len, grid.values())), path)
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _check_count(rows: int, path: Path) -> None:
+    if rows > MOST:
+        raise UserError(f"{path} makes {rows:,} rows; at most {MOST} are run")
 
 
 # -- trials ---------------------------------------------------------------------------------------
@@ -176,7 +197,7 @@ class Trial:
 
     def result(self) -> dict[str, Any] | None:
         """{measures, seconds} of a finished trial, else None."""
-        record = self.job.folder.record
+        record = self.job.folder.look().record
         if record.get("state") != FINISHED:
             return None
         return {"measures": record["measures"], "seconds": record["seconds"]}
@@ -230,11 +251,13 @@ class Trial:
         """
         values = {}
         if self.variant.trained:
-            last = _records(self.folder / "metrics.jsonl", "loss")[-1]
+            last = _last(self.folder / "metrics.jsonl", "loss", "acc1")
             values |= {"pretext loss": last["loss"], "pretext top-1": last["acc1"]}
-        values["kNN top-1"] = json.loads((self.folder / "knn.json").read_text())["knn_top1"]
-        linear_log = _records(self.folder / "linear" / "metrics.jsonl", "val_acc1")
-        return values | {"linear top-1": linear_log[-1]["val_acc1"]}
+        knn = read_json(self.folder / "knn.json", "the result")
+        if not isinstance(knn, dict) or "knn_top1" not in knn:
+            raise UserError(f"{self.folder / 'knn.json'} holds no knn_top1")
+        probe = _last(self.folder / "linear" / "metrics.jsonl", "val_acc1")
+        return values | {"kNN top-1": knn["knn_top1"], "linear top-1": probe["val_acc1"]}
 
     def _accepted(self, parse: Callable, words: list[str]) -> argparse.Namespace:
         """The flags as the command's parser reads them; its complaint names the ablation file."""
@@ -250,10 +273,13 @@ class Trial:
         raise UserError(f"row '{self.row}' of {self.source}: {reason}")
 
 
-def _records(path: Path, name: str) -> list[dict]:
-    """The entries of a metrics.jsonl that hold `name`."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if name in line]
+def _last(path: Path, *names: str) -> dict:
+    """The last entry of a metrics.jsonl that holds `names`. Raises UserError for none."""
+    lines = read_json_lines(path, "the log", finite=False)
+    found = [line for line in lines if all(name in line for name in names)]
+    if not found:
+        raise UserError(f"{path} holds no {' and '.join(names)}")
+    return found[-1]
 
 
 def earlier_record(folder: Path) -> dict[str, Any]:
@@ -262,8 +288,8 @@ def earlier_record(folder: Path) -> dict[str, Any]:
     begun, done = folder / "trial.json", folder / "result.json"
     if not begun.exists():
         return {}
-    record = {"state": INTERRUPTED, "identity": json.loads(begun.read_text())["settings"]}
-    return record | ({"state": FINISHED} | json.loads(done.read_text()) if done.exists() else {})
+    record = {"state": INTERRUPTED, "identity": read_json(begun, "the trial")["settings"]}
+    return record | ({"state": FINISHED} | read_json(done, "the result") if done.exists() else {})
 
 
 def plan_trials(
@@ -298,7 +324,8 @@ def plan_trials(
         for variant in ablation.rows:
             folder = output / re.sub(r"[^\w.]+", "_", variant.name).strip("_") / f"seed{seed}"
             trials.append(Trial(variant, seed, folder, **fields))
-            trials[-1].job.check_identity()
+            if not trials[-1].job.folder.look().problem:  # such a trial is listed; none is run
+                trials[-1].job.check_identity()
     return trials
 
 
@@ -306,8 +333,10 @@ def listing(trials: Sequence[Trial]) -> str:
     """The state and the commands of each."""
     lines = []
     for trial in trials:
-        state = {FINISHED: "done", TO_DO: TO_DO}.get(trial.job.folder.state(), "begun")
-        lines.append(f"{state:5s}  {trial.name}")
+        found = trial.job.folder.look()
+        words = {FINISHED: "done", TO_DO: TO_DO, UNREADABLE: UNREADABLE}
+        lines.append(f"{words.get(found.state, 'begun'):5s}  {trial.name}")
+        lines += [f"         {found.problem}"] if found.problem else []
         lines += [f"         {command.as_typed()}" for command in trial.job.commands]
     return "\n".join(lines)
 

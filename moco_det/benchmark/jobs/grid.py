@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from moco_det.benchmark.significance import KnownDeviation
+from moco_det.common.documents import read_mapping
 from moco_det.common.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -186,7 +185,7 @@ def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
 
     `places`: what names in braces stand for in the options, such as {data}.
     """
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content = read_mapping(path, "grid")
     rows = {name: Row(name, **entry) for name, entry in content["rows"].items()}
     experiments = {
         name: _experiment(name, entry, places) for name, entry in content["experiments"].items()

@@ -14,7 +14,6 @@ inherit, tells a job that goes on after its starter was killed from one that was
 import contextlib
 import fcntl
 import functools
-import json
 import os
 import platform
 import shlex
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from moco_det.common.documents import read_json, shown
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_json
 
@@ -37,6 +37,24 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 TO_DO, RUNNING, INTERRUPTED, FAILED, FINISHED = STATES = (
     "to do", "running", "interrupted", "failed", "finished",
 )  # fmt: skip
+UNREADABLE = "unreadable"  # of a folder whose files are damaged; see `JobFolder.look`
+
+# The entries of run.json that are read again, and what they are.
+ENTRIES = {
+    "state": str, "command": str, "identity": dict, "attempts": list, "seconds": (int, float),
+    "code": dict, "packages": dict, "hardware": dict, "measures": dict, "source": str,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """A job's state and record; or UNREADABLE, an empty record and the `problem`."""
+
+    state: str
+    record: Mapping[str, Any]
+    problem: str = ""
+
+
 LOG_LINES = 8  # of the end of a failed job's log
 
 
@@ -60,15 +78,20 @@ class JobFolder:
     def record(self) -> dict[str, Any]:
         """run.json; {} of a job that was never begun. Raises UserError for what is no record."""
         path = self.path / "run.json"
+        if not os.path.lexists(path):
+            return self._earlier_record()
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return self._previous()
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}): remove that folder") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path} is no record of a run: remove that folder")
-        return record
+            record = read_json(path, "the record")
+        except UserError as error:
+            raise UserError(f"{error}: remove that folder") from error
+        return _checked_record(record, path)
+
+    def _earlier_record(self) -> dict[str, Any]:
+        try:
+            return _checked_record(self._previous(), self.path)
+        except (KeyError, TypeError) as error:
+            reason = f"the files of an earlier version in {self.path} lack {error}"
+            raise UserError(f"{reason}: remove that folder") from error
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace run.json at once, so that a kill leaves the old one or the new one."""
@@ -90,6 +113,19 @@ class JobFolder:
         if self._locked():
             return RUNNING
         return INTERRUPTED if state == RUNNING else state
+
+    def look(self) -> Look:
+        """State and record, now, whatever the files hold: one damaged folder is no other's."""
+        try:
+            record, state = self.record, self.state()
+            if state != TO_DO:
+                self.check_files(state)
+        except UserError as error:
+            return Look(UNREADABLE, {}, str(error))
+        return Look(state, record)
+
+    def check_files(self, state: str) -> None:
+        """UserError where the files of a job in `state` cannot be what its commands have left."""
 
     def progress(self) -> str:
         """How far the job is, in words; "" where its files do not tell."""
@@ -139,6 +175,25 @@ class JobFolder:
                     yield file.fileno()
                     return
             yield -1
+
+
+def _checked_record(record: Any, path: Path) -> dict[str, Any]:
+    """UserError unless `record` is one, as far as it will be read."""
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is no record of a run: remove that folder")
+    wrong = [
+        name
+        for name, kind in ENTRIES.items()
+        if name in record and not isinstance(record[name], kind)
+    ]
+    if record.get("state", TO_DO) not in STATES:
+        wrong.append("state")
+    if not all(isinstance(attempt, dict) for attempt in record.get("attempts", [])):
+        wrong.append("attempts")
+    if wrong:
+        words = f"its {wrong[0]} is {shown(record[wrong[0]])}"
+        raise UserError(f"{path} is no record of a run ({words}): remove that folder")
+    return record
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report.quickstart import collect, draw_pairs, write_report
 from moco_det.benchmark.synthetic.images import CLASSES
 from moco_det.common.errors import UserError
+from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
@@ -109,6 +110,7 @@ def make_plan(
     for path in (recipe, config_file):
         if not path.is_file():
             raise UserError(f"{path} is not a file")
+    load_config(str(config_file))  # its mistakes are told before the pretraining
     output = output.resolve()
     embedded = images is None
     if embedded:
@@ -157,7 +159,7 @@ def prepare_output(output: Path) -> None:
         if not ours and any(output.iterdir()):
             raise UserError(f"--output {output} holds other files: name a new or an empty folder")
         for folder in (lock.parent for lock in output.rglob("run.lock")):
-            if JobFolder(folder.name, folder).state() == RUNNING:
+            if JobFolder(folder.name, folder).look().state == RUNNING:
                 raise UserError(f"{folder} is still being written by an earlier quickstart")
         (output / MARK).write_text("Made by tools/quickstart.py; its next run starts afresh.\n")
         for name in ("data", "pretrain", "weights", "runs"):

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from moco_det.benchmark.jobs import slurm
 from moco_det.benchmark.jobs.grid import FOLDER, Grid, Run, Table, load_grid
 from moco_det.benchmark.jobs.job import FINISHED, Job, JobFolder, script_job, unfinished
+from moco_det.benchmark.jobs.preflight import preflight
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import reproduction as report
@@ -60,9 +61,17 @@ def estimated_hours(run: Run) -> float | None:
     return hours * iterations * batch / (run.experiment.iterations * run.experiment.batch)
 
 
+def problems(plan: Reproduction, local: bool, toy: bool, ahead: bool = False) -> list[str]:
+    """What keeps the plan's runs from a good end; see `preflight`."""
+    settings = plan.settings
+    files = {name: weight_file(name, at, settings.output) for name, at in plan.checkpoints.items()}
+    made = {str(file) for name, file in files.items() if file != plan.checkpoints[name]}
+    return preflight(plan.runs(), settings, made, local, toy, ahead)
+
+
 def dry_run(plan: Reproduction) -> str:
     """What would run, with its GPU hours."""
-    runs = [run for run in plan.runs() if plan.settings.folder(run).state() != FINISHED]
+    runs = [run for run in plan.runs() if plan.settings.folder(run).look().state != FINISHED]
     rows, total, unknown = [], 0.0, 0
     for run in runs:
         hours = estimated_hours(run)
@@ -77,19 +86,29 @@ def dry_run(plan: Reproduction) -> str:
     )
 
 
+def listed(found: Sequence[str]) -> str:
+    """The problems that keep runs from a good end, for people."""
+    count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
+    lines = [f"error: {count} to put right before any run is begun:", *found]
+    return "\n  ".join(lines)
+
+
 def status(plan: Reproduction) -> str:
     """Every run's state, now."""
-    rows, counts = [], {}
+    rows, counts, problems = [], {}, []
     for run in plan.runs():
         folder = plan.settings.folder(run)
-        state, record = folder.state(), folder.record
-        counts[state] = counts.get(state, 0) + 1
-        progress = folder.progress() if record and state != FINISHED else ""
-        attempts = len(record.get("attempts", [])) or ""
-        rows.append([run.name, state, progress, attempts, slurm.job_of(folder) or ""])
+        found = folder.look()
+        counts[found.state] = counts.get(found.state, 0) + 1
+        progress = folder.progress() if found.record and found.state != FINISHED else ""
+        attempts = len(found.record.get("attempts", [])) or ""
+        rows.append([run.name, found.state, progress, attempts, slurm.job_of(folder) or ""])
+        if found.problem:
+            problems.append(f"{run.name}: {found.state}: {found.problem}\n")
     heads = ["run", "state", "", "attempts ended", "Slurm job"]
     table = tabulate(rows, heads, "simple", disable_numparse=True)
-    return f"{table}\n\n" + ", ".join(f"{count} {state}" for state, count in counts.items())
+    total = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return "\n".join([table, "", *problems, total])
 
 
 def reproduce(plan: Reproduction, at_a_time: int | None) -> list[Job]:

@@ -146,7 +146,7 @@ class Execution:
     """One job in this process's hands; `stop` may be called from another thread.
 
     Args:
-        retries: how often a failed job is begun again.
+        retries: how often a failed job is begun again, but for a user's error.
         environment: variables for the commands, beside this process's own.
         eta: hears what the commands print.
         notify: takes a line for the user.
@@ -185,12 +185,20 @@ class Execution:
             state = folder.record.get("state")
             for attempt in range(1 + self.retries if state != FINISHED else 0):
                 state = self._attempt(lock)
-                if state != FAILED or self._stop_asked:
+                if state != FAILED or self._stop_asked or self._is_user_error():
                     break
                 if attempt < self.retries:
                     self.notify(f"{self.job.name}: failed, trying again; see {folder.log}")
         self.eta.drop(self.job)
         return state
+
+    def _is_user_error(self) -> bool:
+        """Whether the last command refused what it was given: it would do so again.
+
+        Such a command ends with the line that `exit_cleanly` prints, or with argparse's code.
+        """
+        end = self.job.folder.log_end()
+        return self.code == 2 or (self.code == 1 and bool(end) and end[-1].startswith("error: "))
 
     def _attempt(self, lock: int) -> str:
         """Run the commands and write what came of it; returns the state."""
@@ -209,7 +217,7 @@ class Execution:
         }
         folder.write_record(record)
         folder.repair()
-        result = job.read_result() if self._run_commands(lock) else None
+        result = self._result() if self._run_commands(lock) else None
         attempt = {
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - begun, 1),
@@ -224,6 +232,14 @@ class Execution:
             record["state"] = INTERRUPTED if stopped else FAILED
         folder.write_record(record)
         return record["state"]
+
+    def _result(self) -> Mapping[str, Any] | None:
+        """What the commands have left; None, and why, where it cannot be read."""
+        try:
+            return self.job.read_result()
+        except UserError as error:
+            self.notify(f"{self.job.name}: {error}")
+            return None
 
     def _run_commands(self, lock: int) -> bool:
         """Whether all of them ended well."""

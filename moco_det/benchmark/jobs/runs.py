@@ -7,7 +7,7 @@ OUTPUT/runs/EXPERIMENT/ROW/trialN/   OUTPUT_DIR of tools/train_net.py: metrics.j
 
 import functools
 import hashlib
-import json
+import math
 import os
 import re
 import sys
@@ -19,6 +19,14 @@ from typing import Any
 from moco_det.benchmark.jobs.grid import DEFAULT_ROW, Run
 from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import run_in_order
+from moco_det.common.documents import (
+    mend_last_line,
+    one_line,
+    read_json,
+    read_json_lines,
+    read_mapping,
+    shown,
+)
 from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
 from moco_det.config.loading import load_config
@@ -47,33 +55,62 @@ class RunFolder(JobFolder):
 
     def losses(self) -> list[tuple[int, float]]:
         """(iteration from 1, total loss)."""
-        lines = (line for line in read_metrics(self.path) if "total_loss" in line)
+        lines = (line for line in read_metrics(self.path) if line.get("total_loss") is not None)
         return [(line["iteration"] + 1, line["total_loss"]) for line in lines]
+
+    def check_files(self, state: str) -> None:
+        results, path = self.results(), self.path / "metrics.json"
+        if state == FINISHED:
+            if not results:
+                raise UserError(f"{path} holds no evaluation: remove that folder")
+            self.schedule()
+
+    def schedule(self) -> tuple[int, int]:
+        """(iterations, images per step) of config.yaml. Raises UserError where it lacks them."""
+        path = self.path / "config.yaml"
+        solver = read_mapping(path, "config").get("SOLVER")
+        names = ("MAX_ITER", "IMS_PER_BATCH")
+        found = [solver.get(name) if isinstance(solver, dict) else None for name in names]
+        if not all(isinstance(number, int) and number > 0 for number in found):
+            raise UserError(f"config {path} lacks SOLVER.{' or SOLVER.'.join(names)}")
+        iterations, images = found
+        return iterations, images
 
     def repair(self) -> None:
         """Drop a line of metrics.json that a kill has cut off: the next would be appended to it."""
-        path = self.path / "metrics.json"
-        if path.is_file():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(path, whole)
+        mend_last_line(self.path / "metrics.json")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of an OUTPUT_DIR's metrics.json, less those that a resumed run has repeated."""
-    try:
-        text = (folder / "metrics.json").read_text()
-    except FileNotFoundError:
+    """The lines of an OUTPUT_DIR's metrics.json, less those that a resumed run has repeated.
+
+    Numbers that are not finite are None. Raises UserError where the file cannot be read.
+    """
+    path = folder / "metrics.json"
+    if not os.path.lexists(path):
         return []
     lines: list[dict[str, Any]] = []
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):  # the last is cut off where the run was killed
-            content = json.loads(line)
-            if "lr" in content:  # of training, not of an evaluation
-                lines = [old for old in lines if old["iteration"] < content["iteration"]]
-            lines.append(content)
+    for number, content in enumerate(read_json_lines(path, "metrics", finite=False), 1):
+        line = {name: _number(value) for name, value in content.items()}
+        wrong = [name for name, value in line.items() if value is False]
+        iteration = content.get("iteration")
+        if wrong or isinstance(iteration, bool) or not isinstance(iteration, int):
+            name = wrong[0] if wrong else "iteration"
+            raise UserError(
+                f"metrics {path}, line {number}: {one_line(name, 40)} is "
+                f"{shown(content.get(name))}: remove that line, or that folder"
+            )
+        if "lr" in line:  # of training, not of an evaluation
+            lines = [old for old in lines if old["iteration"] < iteration]
+        lines.append(line)
     return lines
+
+
+def _number(value: object) -> float | None | bool:
+    """A finite number as it is, None for None and other numbers, False for what is none."""
+    if value is None or isinstance(value, int | float) and not isinstance(value, bool):
+        return value if value is not None and math.isfinite(value) else None
+    return False
 
 
 def read_results(folder: Path) -> dict[str, float]:
@@ -212,7 +249,7 @@ def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:
         note = target.with_suffix(".json")
         if not note.is_file():
             return {}
-        known = json.loads(note.read_text())
+        known = read_json(note, "the note")
         identity = {"hash": known["hash"]}
         return {"state": FINISHED, "identity": identity, "source": known["source"]}
 

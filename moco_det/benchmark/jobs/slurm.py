@@ -1,6 +1,5 @@
 """Runs as Slurm jobs through submitit: one each, on one machine or, by torchrun, several."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,9 @@ from moco_det.benchmark.jobs.grid import Run
 from moco_det.benchmark.jobs.job import FINISHED, JobFolder
 from moco_det.benchmark.jobs.runner import Execution
 from moco_det.benchmark.jobs.runs import Settings
+from moco_det.common.documents import read_json
 from moco_det.common.errors import UserError, import_optional
+from moco_det.common.files import write_json
 
 # submitit's names; others are Slurm's own, which it calls slurm_NAME.
 SHARED = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task")
@@ -65,24 +66,40 @@ def submit(runs: Sequence[Run], settings: Settings, executor, nodes: int) -> lis
         folder = settings.folder(run)
         folder.path.mkdir(parents=True, exist_ok=True)
         content = {"job_id": job.job_id, "folder": str(executor.folder)}
-        (folder.path / JOB_FILE).write_text(json.dumps(content) + "\n")
+        write_json(folder.path / JOB_FILE, content, indent=None)
     return jobs
 
 
 def job_of(folder: JobFolder) -> str | None:
-    """The number of the Slurm job that a run was last submitted as."""
-    path = folder.path / JOB_FILE
-    return json.loads(path.read_text())["job_id"] if path.is_file() else None
+    """The number of the Slurm job that a run was submitted as last; "?" where its note is bad."""
+    try:
+        found = _submission(folder)
+    except UserError:
+        return "?"
+    return found["job_id"] if found else None
 
 
 def queued(folder: JobFolder) -> bool:
     """Whether Slurm says that the run's job waits or runs."""
-    if job_of(folder) is None:
+    found = _submission(folder)
+    if found is None:
         return False
     import submitit
 
-    content = json.loads((folder.path / JOB_FILE).read_text())
-    return submitit.SlurmJob(content["folder"], content["job_id"]).state.upper() in WAITING
+    return submitit.SlurmJob(found["folder"], found["job_id"]).state.upper() in WAITING
+
+
+def _submission(folder: JobFolder) -> dict[str, str] | None:
+    """{job_id, folder}; None for a run that was never submitted. Raises UserError."""
+    path = folder.path / JOB_FILE
+    if not path.is_file():
+        return None
+    content = read_json(path, "the note of the Slurm job")
+    names = ("job_id", "folder")
+    texts = [content.get(name) if isinstance(content, dict) else None for name in names]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is no note of a Slurm job: remove it")
+    return content
 
 
 class SlurmRun:

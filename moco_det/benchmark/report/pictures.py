@@ -8,6 +8,7 @@ they are not left to colour alone.
 """
 
 import base64
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from markupsafe import Markup
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -27,6 +27,7 @@ from moco_det.benchmark.jobs.grid import Experiment, Run
 from moco_det.benchmark.jobs.job import FINISHED
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report.pages import render
+from moco_det.common.documents import read_mapping
 from moco_det.common.errors import UserError
 from moco_det.datasets import Dataset, Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
@@ -80,27 +81,44 @@ def samples_of(
 ) -> list[list[Sample]]:
     """For each of `SAMPLES` test images the annotations and what each row's first trial found.
 
-    Empty where no run of the experiment is finished.
+    Rows whose predictions cannot be read are left out, with a warning. Empty where no run of the
+    experiment is finished.
 
     Raises:
-        UserError: the test images or the predictions are no longer there.
+        UserError: the test images, or all predictions, are no longer there.
     """
     folders: dict[str, Path] = {}
     for run in runs:
         folder = settings.folder(run)
-        if run.experiment == experiment and run.row not in folders and folder.state() == FINISHED:
-            folders[run.row] = folder.path
+        wanted = run.experiment == experiment and run.row not in folders
+        with contextlib.suppress(UserError):  # of a damaged record, which the report names
+            if wanted and folder.state() == FINISHED:
+                folders[run.row] = folder.path
     if not folders:
         return []
-    config = yaml.safe_load((next(iter(folders.values())) / "config.yaml").read_text())
-    dataset = get_dataset(config["DATASETS"]["TEST"][0])
-    found = {
-        row: read_predictions(predictions_file(folder, dataset.name), dataset)
-        for row, folder in folders.items()
-    }
+    dataset, found, problems = None, {}, {}
+    for row, folder in folders.items():
+        try:
+            dataset = dataset or get_dataset(first_test_set(folder))
+            found[row] = read_predictions(predictions_file(folder, dataset.name), dataset)
+        except UserError as error:
+            problems[row] = error
+    if not found:
+        raise next(iter(problems.values()))
+    for row, error in problems.items():  # the other rows have their pictures
+        print(f"warning: no pictures of {experiment.name}, {row}: {error}", flush=True)
     classes = (*experiment.classes, *dataset.classes[len(experiment.classes) :])
     records = evenly_spaced(dataset.records(), SAMPLES)
     return [_samples(record, dataset, found, classes) for record in records]
+
+
+def first_test_set(folder: Path) -> str:
+    """The first of DATASETS.TEST in a run's config.yaml. Raises UserError where there is none."""
+    datasets = read_mapping(folder / "config.yaml", "config").get("DATASETS")
+    names = datasets.get("TEST") if isinstance(datasets, dict) else None
+    if not (isinstance(names, list) and names and isinstance(names[0], str)):
+        raise UserError(f"config {folder / 'config.yaml'} lacks DATASETS.TEST")
+    return names[0]
 
 
 def _samples(

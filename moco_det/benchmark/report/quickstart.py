@@ -19,7 +19,9 @@ from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
 from moco_det.benchmark.report import pictures
 from moco_det.benchmark.report.pages import Points, render
+from moco_det.common.documents import read_json_lines
 from moco_det.common.errors import UserError
+from moco_det.common.files import write_text
 from moco_det.datasets import Record, get_dataset
 from moco_det.evaluation.predictions import predictions_file, read_predictions
 
@@ -189,7 +191,7 @@ def _data(plan) -> dict[str, str]:
 
 def read_pretraining(path: Path) -> Pretraining:
     """From pretraining's metrics.jsonl."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_json_lines(path, "the log", finite=False)
     training = [line for line in lines if "loss" in line]
     return Pretraining(
         loss=[[line["epoch"], line["loss"]] for line in training],
@@ -246,9 +248,9 @@ def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[st
 def write_report(results: Results, pairs: Sequence[PicturePair], folder: Path) -> Path:
     """Write report.json and report.html into `folder`; returns the path of the page."""
     text = json.dumps(as_json(results), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "report.json", text + "\n")
     page = folder / "report.html"
-    page.write_text(render_page(results, pairs), encoding="utf-8")
+    write_text(page, render_page(results, pairs))
     return page
 
 

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Run
@@ -23,6 +22,7 @@ from moco_det.benchmark.report.pages import Points, line_chart, render
 from moco_det.benchmark.report.pictures import SCORE_SHOWN, Sample
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, Row, RunCount, Table
 from moco_det.benchmark.significance import difference_from_published, difference_of_trials
+from moco_det.common.files import write_text
 
 LINE_STYLES = 8  # in report.css
 
@@ -36,6 +36,7 @@ class Outcome:
     """What a run has left: its `record` is run.json, `results` are the last evaluation's.
 
     `shortened` says how much shorter than the paper's its schedule was; None: not at all.
+    `problem`: why the run is unreadable, as one whose files are damaged is.
     """
 
     run: Run
@@ -43,6 +44,7 @@ class Outcome:
     record: Mapping[str, Any]
     results: Mapping[str, float]
     shortened: str | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def write_report(report: Report, folder: Path, curves: Curves, pictures: Picture
     }
     folder.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
-        (folder / f"report.{ending}").write_text(text, encoding="utf-8")
+        write_text(folder / f"report.{ending}", text)
     return folder / "report.html"
 
 
@@ -106,15 +108,14 @@ def collect(
 
 def read_outcome(run: Run, settings: Settings) -> Outcome:
     folder = settings.folder(run)
-    state, record = folder.state(), folder.record
-    if state != FINISHED:
-        return Outcome(run, state, record, {})
-    config = yaml.safe_load((folder.path / "config.yaml").read_text())
-    return Outcome(run, state, record, folder.results(), _shortened(run.experiment, config))
+    found = folder.look()
+    if found.state != FINISHED:
+        return Outcome(run, found.state, found.record, {}, problem=found.problem)
+    shortened = _shortened(run.experiment, *folder.schedule())
+    return Outcome(run, found.state, found.record, folder.results(), shortened)
 
 
-def _shortened(experiment: Experiment, config: Mapping[str, Any]) -> str | None:
-    iterations, batch = config["SOLVER"]["MAX_ITER"], config["SOLVER"]["IMS_PER_BATCH"]
+def _shortened(experiment: Experiment, iterations: int, batch: int) -> str | None:
     share = iterations * batch / (experiment.iterations * experiment.batch)
     if share >= 1:
         return None
@@ -166,6 +167,7 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     notes = [f"Shortened schedule: {o.shortened}." for o in outcomes if o.shortened]
     changes = filter(None, (_changes(outcome.run) for outcome in outcomes))
     notes += [f"Settings other than the config's: {text}." for text in changes]
+    notes += [f"Unreadable: {o.run.name}: {o.problem}." for o in outcomes if o.problem]
     count = _count(outcomes)
     if count.finished < count.wanted:
         words = f"Incomplete: {count.finished} of {count.wanted} runs are finished"
@@ -232,8 +234,8 @@ def loss_curves(runs: Sequence[Run], settings: Settings) -> Curves:
     """Experiment -> row -> a list of (iteration, loss) for each of its runs."""
     curves: dict[str, dict[str, list]] = {}
     for run in runs:
-        rows = curves.setdefault(run.experiment.name, {})
-        rows.setdefault(run.row, []).append(settings.folder(run).losses())
+        rows, folder = curves.setdefault(run.experiment.name, {}), settings.folder(run)
+        rows.setdefault(run.row, []).append([] if folder.look().problem else folder.losses())
     return curves
 
 
@@ -250,6 +252,7 @@ def markdown(report: Report) -> str:
     failed = [outcome.run.name for outcome in report.outcomes if outcome.state == FAILED]
     if failed:
         sections.append("Failed: " + ", ".join(failed))
+    sections += [f"{o.run.name}: {o.state}: {o.problem}" for o in report.outcomes if o.problem]
     return "\n\n".join(sections) + "\n"
 
 
@@ -271,6 +274,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "results": outcome.results,
                 "record": outcome.record,
                 "shortened": outcome.shortened,
+                **({"problem": outcome.problem} if outcome.problem else {}),
             }
             for outcome in report.outcomes
         ],
@@ -291,7 +295,7 @@ def render_page(report: Report, curves: Curves, pictures: Pictures) -> Markup:
         pictures={name: images for name, images in pictures.items() if images},
         score_shown=SCORE_SHOWN,
         provenance=_told_once(records),
-        commands="\n\n".join(record["command"] for record in records),
+        commands="\n\n".join(record.get("command", "") for record in records),
     )
 
 
@@ -315,6 +319,6 @@ def _told_once(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     entries: dict[str, dict[str, None]] = {}
     for record in records:
         for group in ("code", "hardware", "packages"):
-            for name, text in record[group].items():
+            for name, text in record.get(group, {}).items():
                 entries.setdefault(name, {})[str(text)] = None
     return {name: "; ".join(texts) for name, texts in entries.items()}

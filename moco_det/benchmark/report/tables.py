@@ -7,8 +7,9 @@ columns of the CSV files are those that the first version wrote, so that its fil
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tabulate import tabulate
 from moco_det.benchmark.jobs.runs import read_results
 from moco_det.benchmark.significance import Difference, Summary, signed
 from moco_det.common.errors import UserError
-from moco_det.common.files import write_json
+from moco_det.common.files import write_json, write_text
 
 SIGNIFICANT = "*"
 LEGEND = (
@@ -331,12 +332,23 @@ def trials_table(
 def compare_runs(runs: Mapping[str, Sequence[Path]]) -> Table:
     """What runs were evaluated for; `runs`: row -> OUTPUT_DIRs, one for each trial.
 
+    A folder that cannot be read is a missing trial, and the table's notes say why.
+
     Raises:
-        UserError: a folder holds no evaluated run.
+        UserError: no folder holds an evaluated run.
     """
-    results = {
-        name: dict(enumerate(map(_evaluation, folders), start=1)) for name, folders in runs.items()
-    }
+    counts, results, notes = {}, {}, []
+    for name, folders in runs.items():
+        results[name] = {}
+        for trial, folder in enumerate(folders, start=1):
+            try:
+                results[name][trial] = _evaluation(folder)
+            except UserError as error:
+                notes.append(f"{name}: unreadable: {error}")
+        finished = len(results[name])
+        counts[name] = RunCount(finished, missing=len(folders) - finished)
+    if not any(results.values()):
+        raise UserError(notes[0].removeprefix(f"{next(iter(runs))}: unreadable: "))
     found = {key for trials in results.values() for trial in trials.values() for key in trial}
     columns = {
         f"{task}/{metric}": prefix + metric
@@ -344,12 +356,12 @@ def compare_runs(runs: Mapping[str, Sequence[Path]]) -> Table:
         for metric in metrics
         if f"{task}/{metric}" in found
     }
-    rows = {name: (RunCount(len(trials)), trials) for name, trials in results.items()}
-    return trials_table("", ("start", "trials"), rows, columns)
+    rows = {name: (counts[name], trials) for name, trials in results.items()}
+    return replace(trials_table("", ("start", "trials"), rows, columns), notes=notes)
 
 
 def _evaluation(folder: Path) -> dict[str, float]:
-    if not (folder / "metrics.json").is_file():
+    if not os.path.lexists(folder / "metrics.json"):
         raise UserError(f"{folder} holds no metrics.json: name the OUTPUT_DIR of a finished run")
     results = read_results(folder)
     if not results:
@@ -387,8 +399,8 @@ def write_ablation(
     """
     table = ablation_table(trials, failures, title)
     text = f"{title}\n\n{means_table(table)}\n"
-    (folder / "table.md").write_text(text)
-    (folder / "table.csv").write_text(means_csv(table))
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.csv", means_csv(table))
     rows = [_ablation_row_json(row, table.headings, trials) for row in table.rows]
     write_json(folder / "table.json", {"title": title, "rows": rows, **about})
     return text

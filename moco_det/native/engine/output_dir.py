@@ -12,6 +12,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from torch.utils.tensorboard import SummaryWriter
 
+from moco_det.common.documents import mend_last_line
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
 from moco_det.common.resume_state import (
@@ -114,7 +115,9 @@ class MetricLog:
     def __init__(self, folder: str | Path, start_iter: int, max_iter: int):
         self.start_iter, self.max_iter = start_iter, max_iter
         self._history: dict[str, HistoryBuffer] = {}
-        self._json = open(Path(folder) / "metrics.json", "a", buffering=1)  # noqa: SIM115
+        path = Path(folder) / "metrics.json"
+        mend_last_line(path)  # a kill leaves half of one
+        self._json = open(path, "a", buffering=1)  # noqa: SIM115
         self._events = SummaryWriter(str(folder))
 
     def __enter__(self):

@@ -23,6 +23,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.files import write_text
 from moco_det.common.processes import (
     StopRequest,
     from_main,
@@ -130,7 +131,7 @@ def prepare(cfg):
     if is_main():
         try:
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-            (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+            write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
         except OSError as error:
             raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
     synchronize()

@@ -127,7 +127,7 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50, 101 or 152.
         out_features: the stages whose output is returned, of "res2" to "res5".
-        norm: "FrozenBN", "BN", "SyncBN" or "GN", after every convolution.
+        norm: "FrozenBN", "BN", "SyncBN", "naiveSyncBN" or "GN", after every convolution.
         freeze_at: how many stages are not trained: 1 is the stem, 2 the stem and res2, ...
         stride_in_1x1, groups, width_per_group: see `BottleneckBlock`; depth 50 and deeper.
         res5_dilation: 2 gives res5 dilation 2 in all its blocks and stride 16 (R-FCN's "DC5").
@@ -203,6 +203,11 @@ def build_resnet(cfg) -> ResNet:
                     f"MODEL.RESNETS.{key} is {resnets[key]}; "
                     f"ResNet-{resnets.DEPTH} (MODEL.RESNETS.DEPTH) needs {value}"
                 )
+    stages = [f"res{number}" for number in range(2, 6)]
+    if not set(resnets.OUT_FEATURES) <= set(stages):
+        raise UserError(
+            f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}: it takes {', '.join(stages)}"
+        )
     return ResNet(
         resnets.DEPTH,
         out_features=resnets.OUT_FEATURES,

@@ -100,9 +100,42 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return x * scale.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
 
 
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
+    """Detectron2's "naiveSyncBN": the statistics of all processes weigh the same.
+
+    Mean and mean square are those of the processes' own, each over its (N, H, W), whatever their
+    sizes: over images of different sizes another norm than SyncBN's, whose every value weighs the
+    same. The running variance is the biased one, as in Detectron2. In a single process it is plain
+    BatchNorm. A process that holds no value at all is left out (Detectron2 fails).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or not self.training:
+            return super().forward(x)
+        return self._normalise_alike(x.float()).to(x.dtype)
+
+    def _normalise_alike(self, x: Tensor) -> Tensor:
+        own = [x.new_ones(1), x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))]
+        if not x.numel():
+            own = [x.new_zeros(1), *2 * [x.sum(dim=(0, 2, 3))]]  # zeros that pass gradients on
+        total = differentiable_all_reduce(torch.cat(own))
+        processes = total[0].detach()
+        mean, square = (total[1:] / processes.clamp(min=1)).chunk(2)
+        var = square - mean**2
+        with torch.no_grad():
+            momentum = self.momentum * processes.clamp(max=1)  # none where no process has a value
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var, momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
 NORMS = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
+    "naiveSyncBN": NaiveSyncBatchNorm,
     "FrozenBN": FrozenBatchNorm2d,
     "GN": lambda channels: nn.GroupNorm(32, channels),
 }

@@ -32,6 +32,13 @@ def test_accumulation_keeps_the_step_and_shrinks_the_bn_group():
     assert line.startswith("batch 16 = 1 process(es) x 2 images x 8 accumulated; BN over 2 images")
 
 
+def test_naive_sync_bn_is_synchronised_over_all_processes():
+    found = plan(16, 8, 1, "naiveSyncBN")
+    assert found.bn_group == 16
+    assert found.differences(0.02) == []
+    assert "BN over 16 images (naiveSyncBN)" in found.describe(0.02)
+
+
 def test_bn_that_is_not_synchronised_or_frozen():
     assert plan(16, 8, 1, "BN").bn_group == 2
     assert plan(16, 8, 1, "FrozenBN").bn_group == 0

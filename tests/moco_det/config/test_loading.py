@@ -1,6 +1,7 @@
 """The configuration against Detectron2's own (recorded, and live where it is installed)."""
 
 import argparse
+import math
 
 import pytest
 from detector_configs import CONFIGS, NAMES
@@ -9,9 +10,11 @@ from recording import read
 from moco_det.common.errors import UserError
 from moco_det.config.loading import (
     KEYS,
+    RANGES,
     add_config_arguments,
     add_config_file,
     add_config_option,
+    check_value,
     get_cfg,
     leaves,
     load_config,
@@ -288,7 +291,7 @@ def test_pairs_as_a_flag_may_be_followed_by_others():
         ("- a\n- b\n", "not a mapping"),
         ("SOLVER: {A: 1}\n_BASE_: 3\n", "not a mapping"),
         ("SOLVER: [1\n", "not valid YAML"),
-        ("SEED: !!python/object/apply:os.getpid []\n", "not valid YAML"),
+        ("SEED: !!python/object/apply:os.getpid []\n", "python/object/apply:os.getpid is not supp"),
         ("_BASE_: run.yaml\n", "leads back to itself"),
         ("_BASE_: absent.yaml\n", "cannot read config .*absent.yaml: No such file"),
     ],
@@ -301,3 +304,150 @@ def test_bad_file_is_one_message(write, text, message):
 def test_absent_file_is_named():
     with pytest.raises(UserError, match="cannot read config nowhere.yaml: No such file"):
         load_config("nowhere.yaml")
+
+
+# -- what a key may be ----------------------------------------------------------------------------
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def test_every_numeric_key_has_a_range_that_holds_its_default(golden):
+    limited = {*KEYS["supported"], *KEYS["names"], "TEST.EXPECTED_RESULTS"}
+    numeric = {k for k, v in leaves(get_cfg()) if is_number(v) or isinstance(v, list | tuple)}
+    numeric.add("SOLVER.WEIGHT_DECAY_BIAS")  # None
+    assert numeric - limited == RANGES.keys() - limited
+    for key, value in leaves(get_cfg()):
+        check_value(key, value, "the defaults")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("SOLVER: {BASE_LR: .nan}\n", "SOLVER.BASE_LR is nan"),
+        ("SOLVER: {BASE_LR: .inf}\n", "SOLVER.BASE_LR is inf"),
+        ("SOLVER: {BASE_LR: -0.1}\n", "SOLVER.BASE_LR is -0.1"),
+        ("SOLVER: {WEIGHT_DECAY: -1}\n", "SOLVER.WEIGHT_DECAY is -1"),
+        ("SOLVER: {WEIGHT_DECAY_BIAS: x}\n", "SOLVER.WEIGHT_DECAY_BIAS is 'x'"),
+        ("SOLVER:\n  STEPS: (1, -5)\n", r"SOLVER.STEPS is \(1, -5\)"),
+        ("SOLVER: {MAX_ITER: 99999999999}\n", "SOLVER.MAX_ITER is 99999999999"),
+        ("DATALOADER: {NUM_WORKERS: 4611686018427387904}\n", "DATALOADER.NUM_WORKERS is 4611"),
+        ("MODEL: {ANCHOR_GENERATOR: {SIZES: [[32, .nan]]}}\n", "MODEL.ANCHOR_GENERATOR.SIZES is"),
+        ("MODEL: {PIXEL_STD: [1, 0, 1]}\n", "MODEL.PIXEL_STD is"),
+        ("INPUT: {MIN_SIZE_TRAIN: [x]}\n", "INPUT.MIN_SIZE_TRAIN is"),
+        ("INPUT: {MIN_SIZE_TRAIN: [800, null]}\n", r"INPUT.MIN_SIZE_TRAIN is \(800, None\)"),
+        ("MODEL: {RESNETS: {OUT_FEATURES: []}}\n", "MODEL.RESNETS.OUT_FEATURES is empty"),
+        ("DATASETS: {TRAIN: [[[a]]]}\n", r"DATASETS.TRAIN is .*: it takes names"),
+        ("DATASETS: {TRAIN: [.nan]}\n", r"DATASETS.TRAIN is \(nan,\): it takes names"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_its_key(write, text, key):
+    with pytest.raises(UserError, match=rf"run\.yaml: {key}"):
+        load_config(write(text))
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1", "[" * 5000, "-" * 9000 + "1", "9" * 5000])
+def test_an_option_out_of_its_range_is_one_line(write, text):
+    with pytest.raises(UserError, match=r"the command line: SOLVER\.BASE_LR ") as refused:
+        load_config(write("VERSION: 2\n"), ["SOLVER.BASE_LR", text])
+    assert len(str(refused.value)) < 300
+
+
+def test_the_largest_component_is_a_norm_of_a_gradient(write):
+    cfg = load_config(write("SOLVER: {CLIP_GRADIENTS: {NORM_TYPE: .inf}}\n"))
+    assert math.isinf(cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
+
+
+def test_torch_s_own_precision_may_be_asked_for(write):
+    assert load_config(write("FLOAT32_PRECISION: highest\n")).FLOAT32_PRECISION == "highest"
+
+
+def test_a_retinanet_of_the_model_zoo_is_not_supported(write):
+    """The form of Detectron2's Base-RetinaNet.yaml: anchors are computed by Python in the YAML."""
+    path = write(
+        "MODEL:\n  META_ARCHITECTURE: RetinaNet\n  ANCHOR_GENERATOR:\n"
+        '    SIZES: !!python/object/apply:eval ["[[x, x * 2] for x in [32]]"]\n'
+    )
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert str(refused.value) == (
+        f"config {path}, line 4: MODEL.ANCHOR_GENERATOR.SIZES: !!python/object/apply:eval is not "
+        "supported: write the value itself"
+    )
+
+
+def test_a_section_over_a_value_of_the_base_is_refused(write):
+    write("SOLVER: 3\n", "base.yaml")
+    with pytest.raises(UserError, match="'SOLVER' is a section here .* not a mapping"):
+        load_config(write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 1}\n"))
+
+
+# The values of facebookresearch/moco's detection/configs, in files of their names.
+MOCO_BASE = """
+MODEL:
+  META_ARCHITECTURE: GeneralizedRCNN
+  RPN: {PRE_NMS_TOPK_TEST: 6000, POST_NMS_TOPK_TEST: 1000}
+  ROI_HEADS: {NAME: Res5ROIHeadsExtraNorm}
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {NORM: naiveSyncBN}
+TEST: {PRECISE_BN: {ENABLED: True}}
+SOLVER: {IMS_PER_BATCH: 16, BASE_LR: 0.02}
+"""
+MOCO_TASKS = {
+    "pascal_voc_R_50_C4_24k": """
+MODEL: {MASK_ON: False, WEIGHTS: "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+        ROI_HEADS: {NUM_CLASSES: 20}}
+INPUT:
+  MIN_SIZE_TRAIN: (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+  MIN_SIZE_TEST: 800
+DATASETS:
+  TRAIN: ('voc_2007_trainval', 'voc_2012_trainval')
+  TEST: ('voc_2007_test',)
+SOLVER:
+  STEPS: (18000, 22000)
+  MAX_ITER: 24000
+  WARMUP_ITERS: 100
+""",
+    "coco_R_50_C4_2x": """
+MODEL: {MASK_ON: True, WEIGHTS: "detectron2://ImageNetPretrained/MSRA/R-50.pkl"}
+INPUT:
+  MIN_SIZE_TRAIN: (640, 672, 704, 736, 768, 800)
+  MIN_SIZE_TEST: 800
+DATASETS:
+  TRAIN: ("coco_2017_train",)
+  TEST: ("coco_2017_val",)
+SOLVER:
+  STEPS: (120000, 160000)
+  MAX_ITER: 180000
+""",
+}
+MOCO_INIT = """
+MODEL:
+  PIXEL_MEAN: [123.675, 116.280, 103.530]
+  PIXEL_STD: [58.395, 57.120, 57.375]
+  WEIGHTS: "See Instructions"
+  RESNETS: {STRIDE_IN_1X1: False}
+INPUT: {FORMAT: "RGB"}
+"""
+
+
+@pytest.mark.parametrize("name", MOCO_TASKS)
+def test_the_official_detection_configs_load_and_build(write, name):
+    write(MOCO_BASE, "Base-RCNN-C4-BN.yaml")
+    write(f'_BASE_: "Base-RCNN-C4-BN.yaml"\n{MOCO_TASKS[name]}', f"{name}.yaml")
+    path = write(f'_BASE_: "{name}.yaml"\n{MOCO_INIT}', f"{name}_moco.yaml")
+    cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    assert cfg.MODEL.RESNETS.NORM == "naiveSyncBN" and cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375] and cfg.SOLVER.BASE_LR == 0.02
+    model = build_model(cfg)
+    assert type(model.backbone.res2[0].conv1.norm).__name__ == "NaiveSyncBatchNorm"
+    assert type(model.roi_heads.res5.norm).__name__ == "NaiveSyncBatchNorm"
+    assert load_config(path.replace("_moco", "")).INPUT.FORMAT == "BGR"
+
+
+def test_a_config_that_is_a_link_to_itself(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.symlink_to(path)
+    with pytest.raises(UserError, match="cannot read config .*a.yaml: Too many levels of symbolic"):
+        load_config(str(path))

@@ -216,3 +216,34 @@ def test_a_file_of_something_else_is_named(tmp_path, evaluator, message):
     path.write_text('[{"image_id": 3}]')
     with pytest.raises(UserError, match=f"{path} does not hold {message} for toy"):
         read_predictions(path, dataset)
+
+
+WHOLE = {"image_id": "a", "boxes": [[1, 2, 3, 4]], "scores": [0.5], "classes": [7]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boxes": [[1, 2, 3]]}, {"boxes": [[1, 2, 3, "x"]]}, {"boxes": None}, {"boxes": {"x": 1}},
+        {"scores": []}, {"scores": [float("nan")]}, {"boxes": [[1, 2, 3, float("inf")]]},
+        {"classes": [8]}, {"classes": [10**30]}, {"classes": "x"}, {"keypoints": [[[1, 2]]]},
+        {"segmentations": [5]}, {"segmentations": 5}, {"densepose": [5]},
+    ],
+)  # fmt: skip
+def test_damaged_predictions_are_one_line(tmp_path, change):
+    dataset = SimpleNamespace(name="toy", evaluator="coco", classes=range(8))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([WHOLE | change]))
+    with pytest.raises(UserError, match="a.json") as refused:
+        read_predictions(path, dataset)
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 50, "{", "3", "[3]", "[null]", "[[]]", "[" * 5000])
+@pytest.mark.parametrize("evaluator", ["coco", "sem_seg"])
+def test_a_file_that_is_none_of_predictions(tmp_path, evaluator, text):
+    dataset = SimpleNamespace(name="toy", evaluator=evaluator, classes=range(8))
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="a.json"):
+        read_predictions(path, dataset)

@@ -60,6 +60,27 @@ def test_mistakes_in_a_config(tiny, opts, message):
         load_config("nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {BASE_LR: .nan}\n", "SOLVER.BASE_LR is nan"),
+        ("SOLVER: {MAX_ITER: 99999999999}\n", "SOLVER.MAX_ITER is 99999999999"),
+        ("SEED: !!python/object/apply:pathlib.Path.touch [ran]\n", "is not supported"),
+        ("_BASE_: other.yaml\n", "is not supported"),
+        ("&x\nSEED: *x\n", "contains itself"),
+    ],
+)
+def test_a_config_is_read_as_in_the_native_engine(tmp_path, monkeypatch, text, message):
+    """Detectron2 itself would run what a YAML asks Python to run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text("SEED: !!python/object/apply:os.mkdir [ran]\n")
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_plain_detectron2_script_reads_every_config():
     """Without the keys that the plugin adds: a user's own train_net.py has none of them.
 

@@ -239,3 +239,30 @@ def test_a_log_that_a_kill_cut_short(tmp_path):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match=r"no .*metrics\.jsonl: name the --output folder"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 1, "loss": {"x": null}}', "line 2 is no JSON of a step: loss"),
+        ('{"step": "1", "loss": 1.0}', "line 2 is no JSON of a step: step '1'"),
+        ('{"step": -1}', "line 2 is no JSON of a step: step -1"),
+        (f'{{"step": {"9" * 60}}}', "line 2 is no JSON of a step .*more than 64 bits"),
+        ('{"step": 1, "flags": [1]}', r"line 2 is no JSON of a step: flags \[1\]"),
+        ('{"step": 1, "flags": {"lr": "x"}}', "line 2 is no JSON of a step: lr 'x'"),
+        ("\0\0\0", "line 2 is no JSON of a step"),
+        ('{"step": 1, "knn_top1": 1.0}', "the record of step 1 cannot be judged .*'epoch'"),
+        ('{"step": 1, "flags": {"lr": 1, "batch_size": 0}}', "step 1 cannot be judged .*Zero"),
+    ],
+)
+def test_a_damaged_log_is_one_line(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=message) as refused:
+        examine(tmp_path)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_log_that_is_no_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xff\n")
+    with pytest.raises(UserError, match="line 1 is no JSON of a step"):
+        examine(tmp_path)

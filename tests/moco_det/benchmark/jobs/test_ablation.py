@@ -16,6 +16,7 @@ from paths import CONFIGS, REPOSITORY
 from moco_det.benchmark.jobs.ablation import (
     Trial,
     Variant,
+    listing,
     plan_trials,
     read_ablation,
     run_trials,
@@ -356,3 +357,32 @@ def test_a_trial_that_the_first_version_has_begun_goes_on(tmp_path):
     assert one.result()["measures"] == {"top-1": 7}
     (tmp_path / "a0/run.json").unlink()
     assert states([one]) == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": [{}], "seeds": 2**62}, "'seeds' in .* must be a number .*at most 1000"),
+        ({"rows": [{}], "seeds": True}, "'seeds' in .* must be a number of at least 1, not True"),
+        ({"grid": {f"moco-{n}": list(range(99)) for n in "dkmt"}}, "makes 96,059,601 rows"),
+        ({"rows": [{"lr": "7" * 5000}]}, r"lr in .*: no flag takes that"),
+        ({"rows": [{"lr": {"a": 1}}]}, r"lr in .* is \{'a': 1\}: no flag takes that"),
+    ],
+)
+def test_absurd_counts_are_refused_at_once(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as refused:
+        ablation(tmp_path, **content)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_damaged_trial_is_listed_and_the_others_are_told_of(tmp_path):
+    trials = [trial(tmp_path, "a", 0, value(50)), trial(tmp_path, "b", 0, value(54))]
+    assert run_trials(trials) == {}
+    (tmp_path / "a0/run.json").write_bytes(bytes(30))
+    lines = listing(trials).splitlines()
+    assert lines[0] == "unreadable  a, seed 0" and "run.json: it is not JSON" in lines[1]
+    assert "done   b, seed 0" in lines
+    table = means_table(ablation_table(trials, {}))
+    assert "54.0" in table and "50.0" not in table
+    with pytest.raises(UserError, match="run.json: it is not JSON .*: remove that folder"):
+        run_trials(trials)  # none is begun

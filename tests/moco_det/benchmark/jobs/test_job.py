@@ -1,6 +1,7 @@
 """Job folders: states, the lock, other settings, the end of a log; and what a number came from."""
 
 import fcntl
+import os
 
 import pytest
 
@@ -86,3 +87,52 @@ def test_what_is_not_installed_is_left_out():
 
 def test_a_folder_that_is_no_checkout_has_no_commit(repository):
     assert job.commit(repository / "tests" / "nowhere") == "unknown"
+
+
+DAMAGES = [
+    b"", b'{"state": "fin', bytes(64), b"\xff\xfe", b'{"state": NaN}', b"[" * 5000, b'{"state": 5}',
+    b'{"state": "x"}', b'{"attempts": [3]}', b'{"attempts": {}}', b'{"seconds": "1"}',
+    b'{"identity": []}', b'{"hardware": "x"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGES)
+def test_a_damaged_record_is_unreadable_and_says_why(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    found = make(tmp_path).folder.look()
+    assert (found.state, found.record) == ("unreadable", {})
+    assert f"{tmp_path}/run.json" in found.problem and found.problem.endswith("remove that folder")
+    assert len(found.problem.splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["folder", "fifo", "loop"])
+def test_a_record_that_is_no_file_is_unreadable(tmp_path, what):
+    path = tmp_path / "run.json"
+    {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "loop": lambda: path.symlink_to(path)}[
+        what
+    ]()
+    assert make(tmp_path).folder.look().state == "unreadable"
+
+
+def test_a_look_is_the_state_and_the_record(tmp_path):
+    folder = make(tmp_path).folder
+    assert folder.look() == job.Look("to do", {})
+    folder.write_record({"state": "failed", "seconds": 1.5})
+    assert folder.look() == job.Look("failed", {"state": "failed", "seconds": 1.5})
+
+
+def test_a_damaged_record_of_an_earlier_version_is_unreadable(tmp_path):
+    def lacking():
+        return {"identity": {}["settings"]}
+
+    folder = JobFolder("a", tmp_path, lacking)
+    assert "lack 'settings': remove that folder" in folder.look().problem
+
+
+def test_a_record_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    folder, calls = make(tmp_path).folder, []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("flushed"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("renamed"), replace(a, b)))
+    folder.write_record({"state": "running"})
+    assert calls == ["flushed", "renamed"]

@@ -372,3 +372,25 @@ def test_without_gpus_the_cores_are_shared(gpus, monkeypatch):
     assert gpu_slots(2, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert gpu_slots(1, 2) == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        ("print('error: no such data set'); sys.exit(1)", 1),
+        ("print('x.py: error: unrecognized arguments'); sys.exit(2)", 1),
+        ("print('Traceback'); sys.exit(1)", 3),
+        ("print('error: one'); print('and on'); sys.exit(1)", 3),
+    ],
+)
+def test_a_user_s_error_is_not_tried_again(tmp_path, run, body, count):
+    job = execution(tmp_path, run, body, retries=2)
+    assert job.carry_out() == "failed"
+    assert starts(tmp_path, run) == count
+
+
+def test_a_result_that_cannot_be_read_is_a_failure_of_that_run(tmp_path, run):
+    said = []
+    job = execution(tmp_path, run, "(folder / 'metrics.json').write_text('x\\n{}')", 0, said)
+    assert job.carry_out() == "failed"
+    assert len(said) == 1 and "metrics.json, line 1 is no JSON" in said[0]

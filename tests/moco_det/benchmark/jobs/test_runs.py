@@ -2,6 +2,7 @@
 their conversion, done once."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,63 @@ def test_converted_weights_that_are_gone_are_made_again(checkpoint, repository, 
     weights.unlink()
     convert({"mine": checkpoint}, tmp_path, repository)
     assert weights.is_file()
+
+
+# -- damaged folders ------------------------------------------------------------------------------
+
+
+def finished(tmp_path):
+    folder = make(tmp_path)
+    write_metrics(folder, trained(19, 5.0), {"iteration": 20, "bbox/AP": 1.0})
+    (folder.path / "config.yaml").write_text("SOLVER: {MAX_ITER: 20, IMS_PER_BATCH: 2}\n")
+    folder.write_record({"state": "finished"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.json", b"", "holds no evaluation"),
+        ("metrics.json", bytes(200), "holds no evaluation"),  # a last line without its end
+        ("metrics.json", b"\xb8\n", "line 1 is no JSON of an object"),
+        ("metrics.json", b'{"iteration": 3}\n\0\0\n', "line 2 is no JSON"),
+        ("metrics.json", b'{"iteration": "3", "lr": 1}\n', "line 1: iteration is '3'"),
+        ("metrics.json", b'{"lr": 1}\n', "line 1: iteration is None"),
+        ("metrics.json", b'{"iteration": 3, "bbox/AP": "x"}\n', "line 1: bbox/AP is 'x'"),
+        ("metrics.json", b'{"iteration": 3, "total_loss": [1]}\n', r"total_loss is \[1\]"),
+        ("config.yaml", b"", "lacks SOLVER.MAX_ITER"),
+        ("config.yaml", bytes(100), "not valid YAML"),
+        ("config.yaml", b"SOLVER: [1]\n", "lacks SOLVER.MAX_ITER"),
+        ("config.yaml", b"SOLVER: {MAX_ITER: x, IMS_PER_BATCH: 2}\n", "lacks SOLVER.MAX_ITER"),
+        ("config.yaml", b"SOLVER: {MAX_ITER: 1", "not valid YAML"),
+    ],
+)
+def test_a_finished_run_whose_files_are_damaged_is_unreadable(tmp_path, name, content, message):
+    folder = finished(tmp_path)
+    assert folder.look().state == "finished"
+    (folder.path / name).write_bytes(content)
+    found = folder.look()
+    assert found.state == "unreadable"
+    with pytest.raises(UserError, match=message):
+        raise UserError(found.problem)
+    assert str(folder.path) in found.problem and len(found.problem) <= 300
+
+
+def test_a_file_that_is_gone_makes_a_finished_run_unreadable(tmp_path):
+    folder = finished(tmp_path)
+    (folder.path / "config.yaml").unlink()
+    assert "cannot read config" in folder.look().problem
+    folder = finished(tmp_path)
+    (folder.path / "metrics.json").unlink()
+    (folder.path / "metrics.json").mkdir()
+    assert "no regular file" in folder.look().problem
+
+
+def test_numbers_that_are_none_are_passed_over(tmp_path):
+    """Detectron2 writes NaN for a class that the test set lacks, and for a loss that diverges."""
+    folder = make(tmp_path)
+    write_metrics(
+        folder, trained(19, float("nan")), {"iteration": 20, "bbox/AP": 1.0, "bbox/AP-x": math.nan}
+    )
+    assert folder.results() == {"bbox/AP": 1.0}
+    assert folder.losses() == [] and folder.iteration() == 20

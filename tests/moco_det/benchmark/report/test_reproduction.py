@@ -324,3 +324,32 @@ def test_pictures_name_their_row(report):
     assert '<img src="data:,a" alt="Image 7, truth">' in text
     assert '<img src="data:,b" alt="Image 7, super.">' in text
     assert "<h3>x</h3>" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", bytes(40)), ("run.json", b""), ("metrics.json", bytes(40)),
+        ("metrics.json", b'{"iteration": 3, "bbox/AP": "x"}\n'), ("config.yaml", b"SOLVER: [1"),
+        ("config.yaml", b""),
+    ],
+)  # fmt: skip
+def test_one_damaged_folder_is_said_and_the_others_are_reported(settings, name, content):
+    runs = planned()
+    for run in runs:
+        finish(run, settings, 80.0 + run.trial, 50.0)
+    damaged = next(run for run in runs if run.row == "moco")
+    (settings.folder(damaged).path / name).write_bytes(content)
+    found = collected(settings, runs)
+    outcome = next(o for o in found.outcomes if o.run == damaged)
+    assert outcome.state == "unreadable" and name in outcome.problem
+    assert cells_of(found, "moco")["AP50"].values == {2: 82.0}
+    assert cells_of(found, "supervised")["AP50"].values == {1: 81.0, 2: 82.0}
+    assert any(note.startswith(f"Unreadable: {damaged.name}: ") for note in found.tables[0].notes)
+    curves = reproduction.loss_curves(runs, settings)
+    assert sorted(map(len, curves["voc"]["moco"])) == [0, 2]
+    page = reproduction.write_report(found, settings.output, curves, {})
+    assert f"unreadable: {outcome.problem[:20]}" in page.read_text()
+    assert damaged.name in (settings.output / "report.md").read_text()
+    content = json.loads((settings.output / "report.json").read_text())
+    assert [run.get("problem", "") for run in content["runs"]].count("") == len(runs) - 1

@@ -50,3 +50,13 @@ def test_medians_of_twenty_iterations_and_no_time_of_the_first_three(tmp_path, c
         "19",
         "20",
     ]
+
+
+@pytest.mark.parametrize("half", ['{"iteration": 0, "lr"', '{"a": {"iteration": 0}', "\0" * 100])
+def test_half_a_line_that_a_kill_has_left_is_dropped_before_the_next(tmp_path, half):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 0}\n' + half)
+    with MetricLog(tmp_path, start_iter=0, max_iter=21) as log:
+        log.write(1, {"lr": 0.5})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"iteration": 0}, {"iteration": 1, "lr": 0.5}]

@@ -14,7 +14,9 @@ from moco_det.common.errors import UserError
 from moco_det.common.launch import launch
 from moco_det.native.modeling.layers import (
     FrozenBatchNorm2d,
+    NaiveSyncBatchNorm,
     SyncBatchNorm,
+    freeze,
     get_norm,
     precise_bn,
     sync_on_cpu,
@@ -77,7 +79,7 @@ def test_layers_in_evaluation_mode_keep_their_statistics():
     assert all(torch.equal(before[k], v) for k, v in model[2].state_dict().items())
 
 
-NORM_CLASSES = {"BN": nn.BatchNorm2d, "SyncBN": SyncBatchNorm}
+NORM_CLASSES = {"BN": nn.BatchNorm2d, "SyncBN": SyncBatchNorm, "naive": NaiveSyncBatchNorm}
 
 
 def two_processes(folder):
@@ -124,9 +126,10 @@ def test_unknown_norm():
         get_norm("BatchNorm", 4)
 
 
-def test_sync_batch_norm_alone_is_batch_norm():
+@pytest.mark.parametrize("kind", [SyncBatchNorm, NaiveSyncBatchNorm])
+def test_sync_batch_norm_alone_is_batch_norm(kind):
     torch.manual_seed(0)
-    ours, reference = SyncBatchNorm(4), nn.BatchNorm2d(4)
+    ours, reference = kind(4), nn.BatchNorm2d(4)
     x = torch.randn(3, 4, 5, 6)
     assert torch.equal(ours(x), reference(x))
     assert torch.equal(ours.running_var, reference.running_var)
@@ -168,6 +171,85 @@ def _sync_batch_norm_process(process: int, folder: str) -> None:
     results["gradients"] = [p.grad for p in norm.parameters()]
     torch.save(results, f"{folder}/{process}.pt")
     torch.distributed.destroy_process_group()
+
+
+def naive_batches(step: int) -> list[torch.Tensor]:
+    """What each process holds: images of different number and size, with different statistics."""
+    generator = torch.Generator().manual_seed(5 + step)
+    shapes = [(5, 3, 2, 4), (1, 3, 3, 2)]
+    pairs = [(1 + p) * (p + torch.randn(*s, generator=generator)) for p, s in enumerate(shapes)]
+    return [x.double() for x in pairs]
+
+
+def _naive_sync_batch_norm_process(process: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2
+    )
+    norm = get_norm("naiveSyncBN", 3)
+    nn.init.constant_(norm.weight, 1.5)
+    results = {}
+    for step in range(2):
+        x = naive_batches(step)[process].float().requires_grad_()
+        y = norm(x)
+        loss_of(y, process).backward()
+        results[step] = (y.detach(), x.grad)
+    results["weight"] = norm.weight.grad
+    results["norm"] = [norm.running_mean.clone(), norm.running_var.clone()]
+    # A process without any value is left out: the other's statistics are those of both.
+    norm.zero_grad()
+    results["one"] = norm(naive_batches(2)[process].float()[: 1 - process])
+    results["one"].sum().backward()
+    before = [norm.running_mean.clone(), norm.running_var.clone()]
+    norm(x.detach()[:0]).sum().backward()  # and where no process has one, nothing is learnt
+    after = [norm.running_mean, norm.running_var]
+    results["nothing learnt"] = all(map(torch.equal, before, after))
+    results["half"] = norm(x.detach().bfloat16()).dtype
+    results["evaluated"] = norm.eval()(x.detach())
+    torch.save(results, f"{folder}/{process}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_naive_sync_batch_norm_weighs_the_processes_alike(tmp_path):
+    """Against the formula: the mean of the processes' means, and of their mean squares."""
+    run_in_two_processes(_naive_sync_batch_norm_process, str(tmp_path))
+    processes = [torch.load(tmp_path / f"{p}.pt") for p in (0, 1)]
+
+    def channels(v):
+        return v.reshape(1, 3, 1, 1)
+
+    running_mean, running_var = torch.zeros(3).double(), torch.ones(3).double()
+    weights = [torch.full((3,), 1.5).double().requires_grad_() for _ in (0, 1)]
+    for step in range(2):
+        xs = [x.requires_grad_() for x in naive_batches(step)]
+        mean = sum(x.mean(dim=(0, 2, 3)) for x in xs) / 2
+        var = sum((x**2).mean(dim=(0, 2, 3)) for x in xs) / 2 - mean**2
+        running_mean = 0.9 * running_mean + 0.1 * mean.detach()
+        running_var = 0.9 * running_var + 0.1 * var.detach()
+        deviation = channels((var + 1e-5).sqrt())
+        ys = [channels(weights[p]) * (x - channels(mean)) / deviation for p, x in enumerate(xs)]
+        sum(loss_of(y, p) for p, y in enumerate(ys)).backward()
+        for p, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            torch.testing.assert_close(processes[p][step][0].double(), y, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(processes[p][step][1].double(), x.grad, rtol=1e-4, atol=1e-4)
+    union = torch.cat([x.detach().transpose(0, 1).flatten(1) for x in xs], dim=1)
+    assert (mean.detach() - union.mean(dim=1)).abs().min() > 0.1  # SyncBN would differ
+    for p, result in enumerate(processes):
+        torch.testing.assert_close(result["norm"][0].double(), running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result["norm"][1].double(), running_var, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result["weight"].double(), weights[p].grad, rtol=1e-4, atol=1e-3)
+        assert result["nothing learnt"]
+        assert result["half"] == torch.bfloat16
+    alone = nn.BatchNorm2d(3)
+    nn.init.constant_(alone.weight, 1.5)
+    expected = alone(naive_batches(2)[0].float()[:1])
+    torch.testing.assert_close(processes[0]["one"], expected, rtol=1e-4, atol=1e-4)
+    assert processes[1]["one"].shape == (0, 3, 3, 2)
+
+
+def test_naive_sync_batch_norm_is_frozen_like_any_other():
+    layers = nn.Sequential(NaiveSyncBatchNorm(3))
+    freeze(layers)
+    assert isinstance(layers[0], FrozenBatchNorm2d)
 
 
 def test_sync_batch_norm_of_two_processes_is_batch_norm_over_the_union(tmp_path):
