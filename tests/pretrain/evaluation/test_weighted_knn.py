@@ -1,9 +1,11 @@
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from moco_det.common.errors import UserError
 from pretrain.evaluation.weighted_knn import KnnMonitor, weighted_knn
@@ -54,6 +56,31 @@ def test_colours_are_told_apart(tmp_path):
     encoder = build_encoder("resnet18", 8).train()
     assert monitor.top1(encoder) == 100.0
     assert encoder.training
+
+
+def test_the_monitor_sees_running_statistics_and_leaves_the_model_as_it_was(tmp_path):
+    """Batch statistics would take val's mean colour, mostly red, from the weak red image: blue."""
+    red, weak_red, blue = (250, 0, 0), (100, 0, 90), (0, 0, 250)
+    splits = {
+        "train": {"red": [red], "blue": [blue]},
+        "val": {"red": [red, red, red, weak_red], "blue": [blue]},
+    }
+    for split, classes in splits.items():
+        for name, colours in classes.items():
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i, colour in enumerate(colours):
+                Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
+    bn, pool, head = nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Linear(3, 2)
+    bn.running_mean = -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225])  # of black
+    encoder = nn.Sequential(bn, pool, head).train()
+    before, draws = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
+    assert KnnMonitor(tmp_path, 8, 0, torch.device("cpu"), k=1).top1(encoder) == 100.0
+    assert all(module.training for module in encoder.modules())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    after = encoder.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), draws)
 
 
 def test_an_unreadable_image_does_not_count(tmp_path):

@@ -67,3 +67,36 @@ def test_a_widened_encoder_is_initialised_as_torchvisions():
 def test_a_small_stem_keeps_the_width():
     encoder = on_meta("resnet50w2x", small_stem=True)
     assert encoder.conv1.weight.shape == (128, 3, 3, 3)
+
+
+def official_head(encoder: torch.nn.Module, mlp: bool) -> torch.nn.Module:
+    """As facebookresearch/moco's builder makes it, written from the papers: v2 hacks in an MLP."""
+    if mlp:
+        width = encoder.fc.weight.shape[1]
+        encoder.fc = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 16)
+        )
+    return encoder
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_heads_are_the_official_builders(mlp):
+    """The same keys and shapes, and the same outputs under the same weights."""
+    torch.manual_seed(0)
+    official = official_head(torchvision.models.resnet18(num_classes=16), mlp).eval()
+    ours = build_encoder("resnet18", 16, mlp).eval()
+    shapes = [
+        {name: value.shape for name, value in model.state_dict().items()}
+        for model in (ours, official)
+    ]
+    assert list(shapes[0].items()) == list(shapes[1].items())
+    ours.load_state_dict(official.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), official(images))
+        # Before and after the ReLU the features differ: it is there, and it is a ReLU.
+        if mlp:
+            features = torch.randn(5, 512)
+            hidden = torch.nn.functional.linear(features, ours.fc[0].weight, ours.fc[0].bias)
+            wanted = hidden.clamp(min=0) @ ours.fc[2].weight.T + ours.fc[2].bias
+            torch.testing.assert_close(ours.fc(features), wanted)

@@ -1,0 +1,154 @@
+"""The recipes of configs/pretrain and configs/finetune, value by value.
+
+`PAPERS` has every flag that decides what a run computes, as the papers give it; a recipe's flags
+and the commands' defaults together must come to exactly these. The papers' numbers are read from
+experiments.yaml too, where that lies beside the repository.
+"""
+
+import pytest
+import yaml
+from paths import CONFIGS, EXPERIMENTS
+
+from pretrain.flags import parse_linear, parse_pretraining
+
+# Sections 3 and 4 of MoCo v1, the official code for what they leave open.
+V1 = {
+    "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256,
+    "epochs": 200, "start_epoch": 0, "iterations": None, "samples_per_epoch": None,
+    "lr": 0.03, "schedule": [120, 160], "cos": False, "lr_decay": 0.9, "lr_decay_every": None,
+    "momentum": 0.9, "weight_decay": 1e-4, "amp": "none",
+    "mechanism": "moco", "loss": "infonce", "shuffle_bn": True, "bn_groups": None,
+    "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "bank_momentum": 0.5,
+    "mlp": False, "aug_plus": False, "color_strength": 0.5,
+}  # fmt: skip
+V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
+IG1B = V1 | {
+    "batch_size": 1024, "iterations": 1250000, "lr": 0.12, "lr_decay": 0.9,
+    "lr_decay_every": 62500,
+}  # fmt: skip
+# A.6 and A.7: the learning rates are the papers', the rest is "the typical ResNet implementation".
+FINETUNING = {
+    "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256, "epochs": 100,
+    "start_epoch": 0, "lr": 0.03, "schedule": [70, 90], "momentum": 0.9, "weight_decay": 1e-4,
+    "amp": "none", "finetune": True, "bn_groups": None, "cache_features": False,
+}  # fmt: skip
+LINEAR = FINETUNING | {"lr": 30.0, "schedule": [60, 80], "weight_decay": 0.0, "finetune": False}
+
+PAPERS = {
+    "pretrain/moco_v1_r50": V1,
+    "pretrain/moco_v2_r50": V2,
+    "pretrain/moco_v1_r50_ig1b": IG1B,
+    "finetune/imagenet_r50": FINETUNING,
+    "finetune/inaturalist2018_r50": FINETUNING | {"lr": 0.025},
+}
+
+# Small runs of our own: where they differ from MoCo v2.
+SMALL = {
+    "pretrain/bccd_r18": {
+        "arch": "resnet18", "image_size": 64, "batch_size": 32, "epochs": 60, "lr": 0.004,
+        "moco_k": 64, "moco_m": 0.99, "moco_t": 0.1,
+    },
+    "pretrain/cifar10_mini_r18": {
+        "arch": "resnet18", "image_size": 32, "batch_size": 128, "epochs": 10,
+        "moco_k": 256, "moco_m": 0.99, "moco_t": 0.1,
+    },
+    "pretrain/cifar10_mini_r18w0.25x": {
+        "arch": "resnet18w0.25x", "image_size": 32, "batch_size": 64, "bn_groups": 4, "epochs": 4,
+        "moco_dim": 64, "moco_k": 64, "moco_m": 0.99, "moco_t": 0.1,
+    },
+    "pretrain/quickstart_r18": {
+        "arch": "resnet18", "image_size": 32, "batch_size": 64, "epochs": 10, "lr": 0.015,
+        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1,
+    },
+    "pretrain/reproduce_quick_r50": {
+        "arch": "resnet50w0.25x", "image_size": 32, "batch_size": 64, "epochs": 15, "lr": 0.015,
+        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1,
+    },
+}  # fmt: skip
+EXPECTED = PAPERS | {name: V2 | changes for name, changes in SMALL.items()}
+
+# Flags of where a run reads and writes and of how fast it is, which its numbers do not depend on.
+NO_NUMBER = {
+    "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
+    "seed", "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
+    "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
+}  # fmt: skip
+
+
+def recipes() -> set[str]:
+    return {
+        f"{folder}/{path.stem}"
+        for folder in ("pretrain", "finetune")
+        for path in (CONFIGS / folder).glob("*.yaml")
+    }
+
+
+def effective(name: str) -> dict:
+    """Every flag that decides on numbers, of a command run with the recipe alone."""
+    parse = parse_linear if name.startswith("finetune") else parse_pretraining
+    args = parse(["DATA", "--recipe", str(CONFIGS / f"{name}.yaml")])
+    return {flag: value for flag, value in vars(args).items() if flag not in NO_NUMBER}
+
+
+def test_every_recipe_is_held_to_its_values():
+    assert recipes() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_recipe_comes_to_these_values(name):
+    assert effective(name) == EXPECTED[name]
+
+
+def test_the_commands_alone_are_the_papers_v1_and_linear_protocol():
+    def values(args):
+        return {flag: value for flag, value in vars(args).items() if flag not in NO_NUMBER}
+
+    assert values(parse_pretraining(["DATA"])) == V1
+    assert values(parse_linear(["DATA"])) == LINEAR
+
+
+@pytest.fixture(scope="module")
+def published():
+    if not EXPERIMENTS.is_file():
+        pytest.skip(f"{EXPERIMENTS} is absent")
+    return yaml.safe_load(EXPERIMENTS.read_text())
+
+
+# Names in experiments.yaml -> flags.
+PUBLISHED = {
+    "arch": "arch", "batch": "batch_size", "lr": "lr", "epochs": "epochs", "K": "moco_k",
+    "lr_steps": "schedule", "sgd_momentum": "momentum", "weight_decay": "weight_decay",
+    "m": "moco_m", "tau": "moco_t", "dim": "moco_dim", "crop": "image_size",
+    "aug_plus": "aug_plus", "iterations": "iterations", "lr_decay": "lr_decay",
+    "decay_every_iterations": "lr_decay_every",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "entries"),
+    [
+        ("moco_v1_r50", ["moco_v1_in1m"]),
+        ("moco_v2_r50", ["moco_v1_in1m", "moco_v2_in1m_200"]),
+        ("moco_v1_r50_ig1b", ["moco_v1_in1m", "moco_v1_ig1b"]),
+    ],
+)
+def test_pretraining_is_as_published(published, recipe, entries):
+    """Later entries build on earlier ones."""
+    values = {}
+    for entry in entries:
+        values |= published["pretrain"][entry]
+    found = effective(f"pretrain/{recipe}")
+    compared = {name: values[name] for name in PUBLISHED if name in values}
+    assert len(compared) >= 12
+    assert {name: found[PUBLISHED[name]] for name in compared} == compared
+    assert found["mlp"] == ("mlp" in values["head"])
+    assert found["cos"] == (values.get("schedule") == "cosine")
+
+
+def test_the_linear_protocol_is_as_published(published):
+    protocol = published["linear_protocol"]
+    args = parse_linear(["DATA"])
+    names = {"lr": "lr", "weight_decay": "weight_decay", "epochs": "epochs", "batch": "batch_size"}
+    assert {name: getattr(args, flag) for name, flag in names.items()} == {
+        name: protocol[name] for name in names
+    }
