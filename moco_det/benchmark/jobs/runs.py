@@ -29,7 +29,7 @@ from moco_det.common.documents import (
 )
 from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
-from moco_det.config.loading import load_config
+from moco_det.config.loading import KEYS, get_cfg, load_config
 from moco_det.weights.files import read_state_dict
 from moco_det.weights.names import DETECTRON2, find_wrapped_layout
 
@@ -192,7 +192,14 @@ def _config_hash(path: Path) -> str:
     """Of all values that the file and those below it give; "" where there is no such file."""
     if not path.is_file():
         return ""
-    return hashlib.sha256(load_config(str(path)).dump().encode()).hexdigest()[:16]
+    cfg, defaults = load_config(str(path)), get_cfg()
+    cfg.defrost()
+    for key in KEYS["later"]:
+        *sections, name = key.split(".")
+        node, default = (functools.reduce(getattr, sections, tree) for tree in (cfg, defaults))
+        if node[name] == default[name]:
+            del node[name]
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()[:16]
 
 
 # -- the checkpoints that a user gives ------------------------------------------------------------

@@ -12,6 +12,7 @@ Shapes: N images of H x W pixels, C channels; level i of a pyramid has stride 2^
 """
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
@@ -276,12 +277,30 @@ class FPN(nn.Module):
 
 
 def build_resnet_fpn(cfg) -> FPN:
-    return FPN(
-        build_resnet(cfg),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-    )
+    """Raises UserError where the ResNet lacks a feature, or their strides do not double."""
+    bottom_up, fpn = build_resnet(cfg), cfg.MODEL.FPN
+    feature_strides(bottom_up, fpn.IN_FEATURES, "MODEL.FPN.IN_FEATURES")
+    try:
+        return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM)
+    except ValueError as error:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES: {error}; see MODEL.RESNETS.RES5_DILATION"
+        ) from error
+
+
+def feature_strides(backbone: nn.Module, names: Sequence[str], key: str) -> list[int]:
+    """Input pixels per pixel of the backbone's maps `names`, the value of the config key `key`.
+
+    Raises:
+        UserError: the backbone has no map of such a name, or there is no name.
+    """
+    missing = [name for name in names if name not in backbone.strides]
+    if missing or not names:
+        raise UserError(
+            f"{key} {list(names)}: the backbone gives {', '.join(backbone.strides)}; name some of "
+            "these (MODEL.RESNETS.OUT_FEATURES says what a ResNet gives)"
+        )
+    return [backbone.strides[name] for name in names]
 
 
 # -- dilated C5 -----------------------------------------------------------------------------------

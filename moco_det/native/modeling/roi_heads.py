@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
-from moco_det.native.modeling.backbones import BottleneckBlock, make_stage
+from moco_det.native.modeling.backbones import BottleneckBlock, feature_strides, make_stage
 from moco_det.native.modeling.box_head import (
     FastRCNNOutputLayers,
     build_box_head,
@@ -292,7 +292,8 @@ def build_res5(cfg, extra_norm: bool) -> nn.Sequential:
 def build_pooler(cfg, backbone: nn.Module, head: str) -> ROIPooler:
     """That of the section `head` of MODEL, such as ROI_MASK_HEAD."""
     section = cfg.MODEL[head]
-    strides = [backbone.strides[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+    strides = feature_strides(backbone, names, "MODEL.ROI_HEADS.IN_FEATURES")
     return ROIPooler(
         section.POOLER_RESOLUTION,
         strides,

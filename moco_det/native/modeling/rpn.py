@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from moco_det.common.errors import UserError
+from moco_det.native.modeling.backbones import feature_strides
 from moco_det.native.modeling.boxes import (
     Losses,
     Size,
@@ -334,9 +336,13 @@ class RPN(nn.Module):
 
 
 def build_rpn(cfg, backbone: nn.Module) -> RPN:
+    """Raises UserError where features, anchors and backbone do not fit each other."""
     rpn, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
-    strides = [backbone.strides[name] for name in rpn.IN_FEATURES]
-    generator = AnchorGenerator(anchors.SIZES, anchors.ASPECT_RATIOS, strides, anchors.OFFSET)
+    strides = feature_strides(backbone, rpn.IN_FEATURES, "MODEL.RPN.IN_FEATURES")
+    try:
+        generator = AnchorGenerator(anchors.SIZES, anchors.ASPECT_RATIOS, strides, anchors.OFFSET)
+    except ValueError as error:
+        raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}; see MODEL.RPN.IN_FEATURES") from error
     return RPN(
         RPNHead(backbone.channels[rpn.IN_FEATURES[0]], generator.num_anchors),
         generator,

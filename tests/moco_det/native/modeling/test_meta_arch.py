@@ -322,3 +322,19 @@ def test_what_is_not_there_is_refused_by_name(key, value):
         build_model(small_cfg(key, value))
     with pytest.raises(UserError, match=message):
         build_backbone(small_cfg(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.RESNETS.OUT_FEATURES", ["res9"], "MODEL.RESNETS.OUT_FEATURES.*res9"),
+        ("MODEL.FPN.IN_FEATURES", ["res9"], "MODEL.FPN.IN_FEATURES.*the backbone gives res2"),
+        ("MODEL.FPN.IN_FEATURES", ["res2", "res4"], "MODEL.FPN.IN_FEATURES.*do not double"),
+        ("MODEL.RPN.IN_FEATURES", ["p2", "p9"], "MODEL.RPN.IN_FEATURES.*the backbone gives p2"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES.*gives p2"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16]], "MODEL.ANCHOR_GENERATOR: 2 lists of"),
+    ],
+)
+def test_features_that_do_not_fit_each_other_are_named(key, value, message):
+    with pytest.raises(UserError, match=message):
+        build_model(small_cfg(key, value))
