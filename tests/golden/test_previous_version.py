@@ -29,12 +29,17 @@ def finished(command, codes=(0,)) -> str:
     return done.stdout
 
 
+# What checkpoints hold since then.
+ADDED = {"/config/max_image_pixels", "/data/images", "/data/hash"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_goes_on_as_in_the_version_before(folder, name):
     before = len(read_metrics(folder, name))
     finished(resume_command(name, REPOSITORY))
     found, expected = summary(folder, name, before), RECORDED[name]
-    assert found["values"] == expected["values"]
+    assert expected["values"].items() <= found["values"].items()
+    assert found["values"].keys() - expected["values"].keys() <= ADDED
     assert len(found["losses"]) == len(expected["losses"]) > 0
     # Between a processor's best instructions and none rounding made 2e-10 of a loss in float64;
     # in the detector's float32 1e-7 of a loss, and 1e-3 of a momentum.
