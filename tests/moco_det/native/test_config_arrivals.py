@@ -37,7 +37,7 @@ ELSEWHERE = {
     "MODEL.SEM_SEG_HEAD.IN_FEATURES": "test_semantic_head.py",
     "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "one value",
     "INPUT.CROP.ENABLED": "test_mapper.py",
-    "INPUT.MAX_IMAGE_PIXELS": "a limit of common.images; test_trainer.py",
+    "INPUT.MAX_IMAGE_PIXELS": "a limit of common.images; test_check_data.py",
     "INPUT.CROP.TYPE": "test_mapper.py",
     "DATASETS.TEST": "test_inference.py",
     "SOLVER.REFERENCE_WORLD_SIZE": "test_batch_plan.py",
