@@ -4,9 +4,18 @@ import importlib
 import importlib.util
 
 from moco_det.common.errors import UserError
+from moco_det.common.run_folder import RunFiles
 from moco_det.parity.probe import EngineProbe
 
 ENGINES = ("auto", "native", "detectron2")
+
+# What training leaves in OUTPUT_DIR with either engine.
+RUN_FILES = RunFiles(
+    marks=("last_checkpoint",),
+    others=("model_*.pth", "metrics.json", "events.out.tfevents.*"),
+    flag="OUTPUT_DIR",
+    resume="--resume",
+)
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:

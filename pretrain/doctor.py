@@ -6,16 +6,22 @@
 A run says the same by itself, at the step where it shows; this reads `metrics.jsonl` again.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path
 
+from moco_det.common.command_line import CommandParser
 from moco_det.common.errors import exit_cleanly
 from pretrain.engine.diagnosis import examine
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 no problem; 1 problems, or an error",

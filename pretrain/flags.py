@@ -5,18 +5,24 @@ What lies deeper gets explicit arguments: an `argparse.Namespace` is passed to c
 
 import argparse
 import contextlib
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from moco_det.common.command_line import CommandParser, nearest
 from moco_det.common.documents import one_line, read_mapping, shown
 from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.common.images import MAX_PIXELS
-from moco_det.common.launch import free_local_url, process_group, spawn, torchrun_ranks
+from moco_det.common.launch import (
+    check_url,
+    free_local_url,
+    process_group,
+    spawn,
+    torchrun_ranks,
+)
 from moco_det.common.processes import workers_per_process
 from pretrain.data.images import Loading
 from pretrain.data.shards import is_shards
@@ -87,7 +93,8 @@ def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     args = _parse(pretraining_parser(), argv)
     counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer"]
     counts += ["iterations", "lr_decay_every", "samples_per_epoch"]
-    _check(args, TRAINING_COUNTS + counts, lambda count: count >= 1, "at least 1")
+    _check_training(args)
+    _check(args, counts, lambda count: count >= 1, "at least 1")
     _check(args, ["moco_m", "bank_momentum"], lambda value: 0 <= value < 1, "in [0, 1)")
     _check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
     if args.cos and args.lr_decay_every:
@@ -156,7 +163,8 @@ def parse_linear(argv: list[str]) -> argparse.Namespace:
         # implementation in PyTorch" has momentum 0.9 and weight decay 1e-4 on all parameters.
         parser.set_defaults(output="output/finetune", lr=0.03, schedule=[70, 90], weight_decay=1e-4)
         args = _parse(parser, argv)
-    _check(args, [*TRAINING_COUNTS, "eval_every"], lambda count: count >= 1, "at least 1")
+    _check_training(args)
+    _check(args, ["eval_every"], lambda count: count >= 1, "at least 1")
     if args.finetune and args.cache_features:
         raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
     if args.bn_groups and not args.finetune:
@@ -202,7 +210,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
 
 def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
     """The flags of every command; `data` and `arch` are help texts."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -241,6 +249,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="", metavar="PATH|auto", help="auto: --output's last one, if any")
     add("--restart-epoch", action="store_true",
         help="resume at the beginning of the epoch, on whatever images")  # fmt: skip
+    add("--overwrite", action="store_true", help="delete the run that --output holds")
     add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
     add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
@@ -278,6 +287,15 @@ def run_settings(args: argparse.Namespace, seed: int) -> RunSettings:
     )
 
 
+def _check_training(args: argparse.Namespace) -> None:
+    """What both commands that train ask of their flags. Raises UserError."""
+    _check(args, TRAINING_COUNTS, lambda count: count >= 1, "at least 1")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch}: there are --epochs {args.epochs}")
+
+
 def _check(
     args: argparse.Namespace, names: list[str], holds: Callable[[float], bool], what: str
 ) -> None:
@@ -298,7 +316,7 @@ RANGES = {
     "bank_momentum": (0, 1), "color_strength": (0, 10), "max_unreadable": (0, 1),
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
-    "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**63 - 1),
+    "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
     "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip
@@ -344,12 +362,6 @@ def _check_length(key: str, value: object, where: str) -> None:
             raise UserError(f"{key} in {where} is {shown(item)}: no flag takes that")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" where one of `known` is close to `name`, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 # -- launch ---------------------------------------------------------------------------------------
 
 
@@ -368,18 +380,41 @@ def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> N
         args = parse(sys.argv[1:])
         if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
             _join(run, args, "env://", *torchrun_ranks())
-        elif args.multiprocessing_distributed:
+            return
+        check_launch(args)
+        if args.multiprocessing_distributed:
             local = torch.cuda.device_count() or 1
             nodes, node = max(args.world_size, 1), max(args.rank, 0)
             url = args.dist_url or free_local_url()
             ranks = local, node * local, nodes * local
             spawn(_run_spawned, (run, args), *ranks, url, args.dist_backend)
         elif args.world_size > 1:
-            if args.rank < 0:
-                raise UserError("--world-size above 1 needs --rank, this process's number")
             _join(run, args, args.dist_url, args.rank, args.world_size, args.gpu or 0)
         else:
             run(args, _device(args.gpu or 0))
+
+
+def check_launch(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that no launch can follow, before any process starts."""
+    if args.gpu is not None and not torch.cuda.is_available():
+        raise UserError(f"--gpu {args.gpu}: torch finds no GPU; without the flag, the CPU is used")
+    if args.gpu is not None and not 0 <= args.gpu < torch.cuda.device_count():
+        raise UserError(f"--gpu {args.gpu}: there are {torch.cuda.device_count()}, counted from 0")
+    if args.rank >= max(args.world_size, 1):
+        raise UserError(f"--rank {args.rank}: ranks go from 0 to --world-size - 1")
+    if args.world_size > 1:
+        if args.rank < 0:
+            raise UserError(
+                f"--world-size {args.world_size} needs --rank, the number of this node (with "
+                "--multiprocessing-distributed) or process"
+            )
+        if not args.dist_url:
+            raise UserError(
+                f"--world-size {args.world_size} needs --dist-url tcp://HOST:PORT, the address of "
+                "rank 0"
+            )
+    if args.dist_url and (args.world_size > 1 or args.multiprocessing_distributed):
+        check_url(args.dist_url, hosted_here=args.rank <= 0)
 
 
 def _join(run: Callable, args, url: str, rank: int, world_size: int, local_rank: int) -> None:

@@ -6,15 +6,20 @@
 The weighted kNN of Wu et al. 2018 (Sec. 3.4): nothing is trained.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from moco_det.common.errors import UserError
+from moco_det.common.files import check_output_file, write_json
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, print_on_main, workers_per_process
+from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.weighted_knn import KnnMonitor
 from pretrain.flags import launch, parse_knn
@@ -23,6 +28,8 @@ from pretrain.flags import launch, parse_knn
 def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Print the top-1 accuracy, and write it if asked to; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
+    if args.output:
+        on_main(check_output_file, args.output, "--output")
     data = Path(args.data)
     if not KnnMonitor.applies_to(data):
         raise UserError(f"{data} lacks class folders: DATA needs train/CLASS and val/CLASS")
@@ -35,7 +42,7 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     print_on_main(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
     if args.output and is_main():
         values = {"knn_top1": top1, "k": args.k, "temperature": args.temperature}
-        Path(args.output).write_text(json.dumps(values) + "\n")
+        write_json(args.output, values, indent=None)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,13 @@ Every process holds the features of all validation images, with --cache-features
 images as well: 10 GB for ImageNet and a ResNet-50.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -32,7 +38,7 @@ from pretrain.data.labelled import LabelledBatches, LabelledSplit, find_splits
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
-from pretrain.engine.trainer import Trainer, make_output_folder, seed_run
+from pretrain.engine.trainer import Trainer, seed_run
 from pretrain.evaluation.classification import (
     Classification,
     FeatureBatches,
@@ -52,30 +58,31 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Train a classifier, or evaluate one, on `device`; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
     output = Path(args.output)
-    checkpoint = checkpoints.find(args.resume, output)
-    if checkpoint and args.restart_epoch:
-        checkpoint = checkpoints.restart_epoch(checkpoint)
-    if args.evaluate and checkpoint is None:
-        raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
-    seed = seed_run(args.seed, checkpoint)
-    batching = loading(args, device, seed)
-    classes, train, val = find_splits(Path(args.data))
-    if checkpoint:
-        check_classes(checkpoint, classes)
-    encoder = build_encoder(args, len(classes), checkpoint)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
-    features = SplitFeatures(val, args.image_size, batching, device, AMP_DTYPES[args.amp])
-    if args.evaluate:
-        values = evaluate(encoder.fc, *features.compute(pooled(encoder)))
-        values["epoch"] = max(args.start_epoch, checkpoint.state["epoch"])
-        best = max(values["val_acc1"], float(checkpoint.state.get("best_acc1", 0.0)))
-        print_on_main(validation_line(args.epochs, values, best))
-        return
-    with StopRequest() as stop:
-        make_output_folder(output)
-        task = build_task(args, encoder, classes, train, features, batching)
-        describe(args, task, train, len(classes), seed)
-        Trainer(task, run_settings(args, seed), stop, checkpoint).train()
+    claim = checkpoints.claimed_output(output, args.resume, args.overwrite, args.pretrained)
+    with contextlib.nullcontext() if args.evaluate else claim:
+        checkpoint = checkpoints.find(args.resume, output)
+        if checkpoint and args.restart_epoch:
+            checkpoint = checkpoints.restart_epoch(checkpoint)
+        if args.evaluate and checkpoint is None:
+            raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
+        seed = seed_run(args.seed, checkpoint)
+        batching = loading(args, device, seed)
+        classes, train, val = find_splits(Path(args.data))
+        if checkpoint:
+            check_classes(checkpoint, classes)
+        encoder = build_encoder(args, len(classes), checkpoint)
+        encoder = encoder.to(device, memory_format=torch.channels_last)
+        features = SplitFeatures(val, args.image_size, batching, device, AMP_DTYPES[args.amp])
+        if args.evaluate:
+            values = evaluate(encoder.fc, *features.compute(pooled(encoder)))
+            values["epoch"] = max(args.start_epoch, checkpoint.state["epoch"])
+            best = max(values["val_acc1"], float(checkpoint.state.get("best_acc1", 0.0)))
+            print_on_main(validation_line(args.epochs, values, best))
+            return
+        with StopRequest() as stop:
+            task = build_task(args, encoder, classes, train, features, batching)
+            describe(args, task, train, len(classes), seed)
+            Trainer(task, run_settings(args, seed), stop, checkpoint).train()
 
 
 def build_encoder(
@@ -146,6 +153,12 @@ def describe(
         f"of {batch_size}; {processes} process(es), {task.device}, seed {seed}, "
         f"output {args.output}"
     )
+    usual = (0.03 if args.finetune else 30.0) * batch_size / 256
+    if args.lr > 4 * usual:
+        print_on_main(
+            f"advice: --lr {args.lr:g} is {args.lr / usual:.2g} times the {usual:.2g} that the "
+            f"protocol's rate gives for a batch of {batch_size}: the loss may explode"
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@
 Flags are those of facebookresearch/moco's main_moco.py, with a few more.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 from pathlib import Path
 
@@ -23,7 +28,7 @@ from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
-from pretrain.engine.trainer import Trainer, make_output_folder, seed_run
+from pretrain.engine.trainer import Trainer, seed_run
 from pretrain.evaluation.weighted_knn import KnnMonitor
 from pretrain.flags import launch, loading, parse_pretraining, run_settings
 from pretrain.moco import MECHANISMS, build_mechanism
@@ -36,9 +41,9 @@ from pretrain.moco.losses import LOSSES
 def pretrain(args: argparse.Namespace, device: torch.device) -> None:
     """From images to a checkpoint, on `device`; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
-    with StopRequest() as stop:
-        output = Path(args.output)
-        make_output_folder(output)
+    output = Path(args.output)
+    claim = checkpoints.claimed_output(output, args.resume, args.overwrite)
+    with StopRequest() as stop, claim:
         checkpoint = checkpoints.find(args.resume, output)
         if checkpoint and args.restart_epoch:
             checkpoint = checkpoints.restart_epoch(checkpoint)

@@ -10,6 +10,11 @@ the others go on, and the command ends with code 1. moco_det/benchmark/jobs/abla
 what the file holds.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path
@@ -18,7 +23,9 @@ from moco_det.benchmark.jobs import ablation
 from moco_det.benchmark.jobs.job import provenance
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
-from moco_det.common.errors import command_parser, exit_cleanly
+from moco_det.common.command_line import at_least, command_parser
+from moco_det.common.errors import exit_cleanly
+from moco_det.common.files import make_folder
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,8 +35,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")
     add("--output", type=Path, metavar="DIR", help="default: output/ablations/NAME-OF-YAML")
     add("--seeds", type=int, help="runs of each row, instead of the number in the file")
-    add("-j", "--workers", type=int, help="data loading processes of a run")
-    add("--nproc-per-node", type=int, default=1, metavar="N", help="more than 1: through torchrun")
+    add("-j", "--workers", type=at_least(0), help="data loading processes of a run")
+    add(
+        "--nproc-per-node",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="more than 1: through torchrun",
+    )
     add("--dry-run", action="store_true", help="list the runs; print the table so far")
     return parser.parse_args(arguments)
 
@@ -45,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.dry_run:
             print(f"{ablation.listing(trials)}\n\n{means_table(ablation_table(trials, {}))}")
             return
+        make_folder(output, "--output")
         failures = ablation.run_trials(trials)
         title = (
             f"{args.ablation.stem}: mean ± standard deviation over n seeds; accuracies in percent"

@@ -7,6 +7,11 @@ python tools/benchmark.py pretrain-cost
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from tabulate import tabulate
 from moco_det.benchmark import speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
+from moco_det.common.command_line import CommandParser
 from moco_det.common.errors import exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
@@ -33,7 +39,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

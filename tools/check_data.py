@@ -11,10 +11,16 @@ of zero area; missing masks and keypoints; broken dense pose, and files of the b
 needs; classes that do not fit the model; wrong versions.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import sys
 
-from moco_det.common.errors import command_parser, exit_cleanly
+from moco_det.common.command_line import command_parser
+from moco_det.common.errors import exit_cleanly
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.dataset_doctor import describe, examine, table

@@ -9,11 +9,17 @@ Gradients are computed in float64, because rounding would decide on which side o
 lie; everything else in float32. Needs Detectron2, but no data set.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 
 import torch
 
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.command_line import command_parser
+from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.inference import Probe

@@ -4,11 +4,17 @@
 python tools/compare.py moco=output/voc random=output/voc_random
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 from collections import defaultdict
 from pathlib import Path
 
 from moco_det.benchmark.report.tables import compare_runs, means_table
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.command_line import command_parser
+from moco_det.common.errors import UserError, exit_cleanly
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,11 +7,19 @@ The backbone that the weights go into is built by the native engine, with Detect
 written only if its features res2 to res5 equal the source network's.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
+from pathlib import Path
 
 from torch import nn
 
-from moco_det.common.errors import command_parser, exit_cleanly
+from moco_det.common.command_line import command_parser
+from moco_det.common.errors import exit_cleanly
+from moco_det.common.files import make_folder
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.weights.conversion import convert_file
 from moco_det.weights.names import Architecture
@@ -20,6 +28,7 @@ from moco_det.weights.names import Architecture
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
+        make_folder(Path(args.out).parent, "OUT")
         conversion = convert_file(args.source, args.out, args.to, build_backbone)
         print(conversion.describe(args.verbose))
         print(f"written: {args.out}")

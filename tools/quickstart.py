@@ -8,13 +8,20 @@ Draws a small data set (or takes yours), pretrains a ResNet-18 with MoCo v2 on i
 labels, converts it, and fine-tunes the same detector from it and from random weights.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path
 
 from moco_det.benchmark.jobs.quickstart import make_plan, run
 from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
-from moco_det.common.errors import command_parser, exit_cleanly
+from moco_det.common.command_line import command_parser
+from moco_det.common.errors import exit_cleanly
+from moco_det.common.files import make_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "configs/pretrain/quickstart_r18.yaml"
@@ -38,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly(), exit_on_signals(f"stopping; what is done so far is in {args.output}"):
+        make_folder(args.output, "--output")
         try:
             page = run(make_plan(REPOSITORY, **vars(args)))
         except JobFailed as failure:

@@ -13,6 +13,11 @@ resumes from its checkpoint. The NAME of --weights is the paper's row that the c
 compared with (default: moco_in1m); other names become rows of their own.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,7 +28,8 @@ from moco_det.benchmark.jobs.job import Job
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.command_line import at_least, command_parser
+from moco_det.common.errors import UserError, exit_cleanly
 from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
@@ -47,10 +53,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--launcher", choices=("local", "slurm"), default="local")
     add("--slurm", nargs="+", default=[], metavar="NAME=VALUE",
         help="for submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
-    add("--gpus-per-run", type=int, default=1, metavar="N", help="processes of a run, per machine")
-    add("--jobs", type=int, metavar="N",
+    add(
+        "--gpus-per-run",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes of a run, per machine",
+    )
+    add("--jobs", type=at_least(1), metavar="N",
         help="runs at a time (default: as the GPUs allow; on a CPU 1, with --quick 2)")  # fmt: skip
-    add("--retries", type=int, default=1, metavar="N", help="after a failure (default: 1)")
+    add("--retries", type=at_least(0), default=1, metavar="N", help="after a failure (default: 1)")
     add("--quick", action="store_true", help="toy experiments on drawn images: minutes on a CPU")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")

@@ -7,24 +7,38 @@ python tools/train_net.py --config-file configs/X.yaml --eval-only MODEL.WEIGHTS
 torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import os
 
-from moco_det.common.errors import EXIT_INTERRUPTED, command_parser, exit_cleanly
+import torch
+
+from moco_det.common.command_line import command_parser
+from moco_det.common.ending import EXIT_CTRL_C
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError, exit_cleanly
 from moco_det.common.images import allow_pixels
-from moco_det.common.launch import launch
-from moco_det.config.loading import add_config_arguments
-from moco_det.engines import ENGINES, choose_engine
+from moco_det.common.launch import launch, torchrun_started_this
+from moco_det.common.run_folder import claimed
+from moco_det.config.loading import add_config_arguments, load_config
+from moco_det.engines import ENGINES, RUN_FILES, choose_engine
 from moco_det.evaluation import verify_results
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    codes = f"0 done; 1 an error, in one line; {EXIT_INTERRUPTED} SIGTERM, a checkpoint is saved"
+    codes = (
+        f"0 done; 1 an error, in one line; {EXIT_INTERRUPTED} SIGTERM and {EXIT_CTRL_C} Ctrl-C, a "
+        "checkpoint is saved"
+    )
     parser = command_parser(__doc__, codes)
     add_config_arguments(parser)
     add = parser.add_argument
     add("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
     add("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint, if any")
+    add("--overwrite", action="store_true", help="delete the run that OUTPUT_DIR holds")
     add("--num-gpus", type=int, default=1, help="processes per machine")
     add("--num-machines", type=int, default=1)
     add("--machine-rank", type=int, default=0, help="number of this machine")
@@ -43,10 +57,29 @@ def main(args: argparse.Namespace, engine: str) -> None:
         from moco_det.native.engine import trainer
     cfg = trainer.load_config(args.config_file, args.opts)
     allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
-    run = trainer.evaluate_weights if args.eval_only else trainer.train
-    results = run(cfg, args.resume, args.allow_missing)
+    train = (args.resume, args.allow_missing)
+    if args.eval_only:
+        results = trainer.evaluate_weights(cfg, *train)
+    else:
+        reads = [cfg.MODEL.WEIGHTS]
+        with claimed(cfg.OUTPUT_DIR, RUN_FILES, not args.resume, args.overwrite, reads):
+            results = trainer.train(cfg, *train)
     if results:  # the main process alone has them
         verify_results(cfg.TEST.EXPECTED_RESULTS, results)
+
+
+def check(args: argparse.Namespace, engine: str) -> None:
+    """Raises UserError for what is wrong before any process starts."""
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
+    if engine == "detectron2" or torchrun_started_this():
+        return
+    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    if args.num_gpus > 1 and device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"--num-gpus {args.num_gpus}: torch finds no GPU here; with MODEL.DEVICE cpu the run "
+            "has so many processes on the CPU"
+        )
 
 
 if __name__ == "__main__":
@@ -55,5 +88,6 @@ if __name__ == "__main__":
         engine, reason = choose_engine(arguments.engine)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"engine: {engine} ({reason})", flush=True)
+        check(arguments, engine)
         machines = arguments.num_machines, arguments.machine_rank
         launch(main, arguments.num_gpus, *machines, arguments.dist_url, args=(arguments, engine))

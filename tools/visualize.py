@@ -10,6 +10,11 @@ Boxes with class and score, masks, keypoints with their skeleton, dense pose (po
 a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
 """
 
+from moco_det.common.ending import start_command
+
+if __name__ == "__main__":
+    start_command()  # before the imports that take seconds
+
 import argparse
 import re
 from pathlib import Path
@@ -20,7 +25,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.command_line import at_least, command_parser
+from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.files import make_folder
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_file, add_config_option, load_config
 from moco_det.datasets import Dataset, Record, get_dataset
@@ -31,6 +38,7 @@ from moco_det.evaluation.predictions import read_predictions
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
+        make_folder(args.output, "--output")
         problems = SkippedProblems()
         dataset = get_dataset(args.dataset or configured_dataset(args), problems)
         if args.max_image_pixels:
@@ -65,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="lowest drawn (default 0.5)")  # fmt: skip
     add("--beside", action="store_true",
         help="with --predictions: draw the annotations on the left")  # fmt: skip
-    add("--limit", type=int, default=20, metavar="N", help="images; 0: all")
+    add("--limit", type=at_least(0), default=20, metavar="N", help="images; 0: all")
     add("--ids", nargs="+", metavar="ID", help="image ids")
     add("--max-image-pixels", type=int, metavar="N", help="refuse larger image files")
     add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")

@@ -1,10 +1,14 @@
 """What a user can put right: one message, an exit code, no traceback."""
 
-import argparse
 import contextlib
+import errno
 import importlib
+import re
 import sys
+import traceback
 from types import ModuleType
+
+from moco_det.common import ending
 
 # Exit code after SIGTERM: the state is saved, and the same command goes on from it when it resumes.
 # 75 is EX_TEMPFAIL of sysexits.h, "try again later"; schedulers can requeue on it.
@@ -17,23 +21,97 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_cleanly():
-    """Turn a `UserError` into one line on stderr and exit code 1, and Ctrl-C into exit code 130."""
+    """Turn what a user can understand into one line on stderr, and give each end its exit code.
+
+    1 for a `UserError` and for what `explained` knows, 130 for Ctrl-C. Other exceptions pass. A
+    command that has begun with `start_command` ends within seconds after any of these.
+    """
     print_any_name()
+    ending.restore_ctrl_c()
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    except SystemExit as end:
+        ending.note_failure(end.code if isinstance(end.code, int) else 1)
+        raise
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit(ending.EXIT_CTRL_C, "interrupted")
+    except Exception as error:
+        ending.ignore_children()
+        line = str(error) if isinstance(error, UserError) else explained(error)
+        if line is None:
+            ending.note_failure(1)
+            raise
+        _exit(1, f"error: {line}")
 
 
-def command_parser(description: str, exit_codes: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command whose --help prints both texts, the first as it is laid out."""
-    return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=exit_codes and f"exit codes: {exit_codes}",
+def _exit(code: int, line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    ending.note_failure(code)
+    sys.exit(code)
+
+
+# -- other packages' errors that are no bug -------------------------------------------------------
+
+KILLED_FOR_MEMORY = "as the kernel does where memory runs out"
+
+LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket Timeout|Connection refused"
+    r"|remote process exited|NCCL communicator was aborted|Timed out waiting \d+ms for",
+    re.IGNORECASE,
+)
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def explained(error: BaseException) -> str | None:
+    """What happened and what helps, in one line; None for an error that is not known here."""
+    text = str(error)
+    if killed := re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", text):
+        return _killed_worker(f" (pid {killed[1]})", killed[2].strip())
+    if ended := re.search(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", text):
+        return _killed_worker(f" (pid {ended[1]})", "Killed")
+    if isinstance(error, ConnectionError | EOFError) and _while_fetching_tensors(error):
+        return _killed_worker("", "Killed")
+    if "out of memory" in text and (type(error).__name__ == "OutOfMemoryError" or "CUDA" in text):
+        what = ". ".join(text.splitlines()[0].split(". ")[:2])
+        return (
+            f"{what}: lower the batch (--batch-size, SOLVER.IMS_PER_BATCH) or raise "
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS, use more GPUs, or mixed precision (--amp bf16, "
+            "SOLVER.AMP.ENABLED True)"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"the machine's memory is too small for this: {text or 'out of memory'}"
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return "the port of --dist-url is in use: pass another one"
+    if is_lost_peer(error):
+        return "the connection to another process of this run broke: see what that one has printed"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"cannot write{f' {error.filename}' * bool(error.filename)}: {error.strerror}"
+    return None
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error only tells that another process of the run has ended."""
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    text = str(error)
+    return bool(LOST_PEER.search(text)) and (distributed or "gloo" in text or "TCPStore" in text)
+
+
+def _while_fetching_tensors(error: BaseException) -> bool:
+    """From another process of this machine, which has promised them and is no more."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename.endswith("torch/multiprocessing/reductions.py") for frame in frames)
+
+
+def _killed_worker(pid: str, name: str) -> str:
+    if name == "Bus error":
+        return (
+            f"a data loading process{pid} ran out of shared memory: enlarge /dev/shm "
+            "(docker run --shm-size 8g), or pass fewer --workers (DATALOADER.NUM_WORKERS)"
+        )
+    why = f", {KILLED_FOR_MEMORY}" if name == "Killed" else f" ({name})"
+    return (
+        f"a data loading process{pid} was killed{why}: pass fewer --workers "
+        "(DATALOADER.NUM_WORKERS), or give the run more memory"
     )
 
 
@@ -45,6 +123,9 @@ def print_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # not a stream of text
             stream.reconfigure(errors="backslashreplace")
+
+
+# -- packages that may be absent ------------------------------------------------------------------
 
 
 def import_optional(module: str, needed_by: str, install: str) -> ModuleType:

@@ -1,16 +1,20 @@
-"""Files that are written whole or not at all, or read only if regular; the hash of a content."""
+"""Files: written whole or not at all, read only if regular; places to write to; hashes."""
 
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from moco_det.common.errors import UserError
+
+PROBE = b"\0" * 65536  # of a disk that is full
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp(\.[^.]*)?")  # the names that `replacing` gives
 
 
 @contextlib.contextmanager
@@ -79,6 +83,70 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
             return file.read()
     except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+# -- before the work ------------------------------------------------------------------------------
+
+
+def make_folder(folder: str | Path, flag: str) -> Path:
+    """The folder that `flag` names, made and written to once.
+
+    Raises:
+        UserError: nothing can be written there: a full disk, a read-only place, a file in the way.
+    """
+    folder = Path(folder)
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError as error:  # TensorBoard cannot write there
+        raise UserError(f"{flag} {folder}: the name is not UTF-8: choose another one") from error
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(probe, "wb") as file:
+                file.write(PROBE)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from error
+    return folder
+
+
+def check_output_file(path: str | Path, flag: str) -> None:
+    """Raises UserError where the file that `flag` names could not be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write to {flag} {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write to {flag} {path}: there is no folder {path.parent}")
+    make_folder(path.parent, flag)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {flag} {path}: it is read-only")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of processes of this machine that were killed while writing."""
+    for path in folder.iterdir():
+        name = TEMPORARY.fullmatch(path.name)
+        if name and not is_running(int(name[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+# -- what a file holds ----------------------------------------------------------------------------
 
 
 def file_hash(path: Path) -> str:

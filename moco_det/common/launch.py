@@ -1,22 +1,39 @@
 """Start the processes of a run, or join those that torchrun has started."""
 
 import contextlib
-import logging
+import errno
+import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco_det.common.errors import UserError, print_any_name
-from moco_det.common.processes import signals_handled
+from moco_det.common import ending
+from moco_det.common.errors import (
+    KILLED_FOR_MEMORY,
+    UserError,
+    explained,
+    is_lost_peer,
+    print_any_name,
+)
+from moco_det.common.processes import STOPS, signals_handled
 
 TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the others waiting
+GRACE = 5.0  # seconds, for processes whose run has failed
+# Python's tracker of semaphores inherits this: it would tell of what a killed process has left.
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+LONGEST_REPORT = 20_000  # characters, which a pipe takes before anyone reads it
 
 
 def launch(
@@ -62,6 +79,30 @@ def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -
         raise UserError(f"--num-gpus {num_gpus}: only {torch.cuda.device_count()} are visible")
     if num_machines > 1 and dist_url == "auto":
         raise UserError("several machines need --dist-url tcp://HOST:PORT of machine 0")
+    if dist_url != "auto":
+        check_url(dist_url, hosted_here=machine_rank == 0)
+
+
+def check_url(url: str, hosted_here: bool) -> None:
+    """Raises UserError for an address that no process can be found at.
+
+    Args:
+        hosted_here: whether rank 0 is on this machine, so that the port has to be free.
+    """
+    if url.startswith(("file://", "env://")):
+        return
+    parts = re.fullmatch(r"tcp://(\[?[^/\]]+\]?):(\d+)/?", url)
+    if not parts or int(parts[2]) > 65535:
+        raise UserError(f"--dist-url {url}: the form is tcp://HOST:PORT")
+    if hosted_here:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(parts[2])))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise UserError(f"--dist-url {url}: {error.strerror}") from error
+                raise UserError(f"--dist-url {url}: port {parts[2]} is in use") from error
 
 
 def torchrun_started_this() -> bool:
@@ -99,53 +140,153 @@ def spawn(
         first_rank, world_size: the rank of the first of them, and the processes of all machines.
         backend: see `process_group`.
 
+    Signals to this process reach them, because their checkpoint is what is to be saved.
+
     Raises:
-        UserError: the first process's; the others' connections only break because of it.
-        SystemExit: a process ended with another exit code; it is passed on.
+        UserError: the first process's, or which process was killed; the others' connections only
+            break because of it.
+        SystemExit: the processes ended with another exit code; it is passed on.
+        ProcessRaisedException: one of them has raised something else.
     """
+    if QUIET_TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(QUIET_TRACKER)
     failures = mp.get_context("spawn").SimpleQueue()
     spawned = (main, args, processes, first_rank, world_size, url, backend, failures)
-    # It would announce, after the first process that fails, the end of each of the others.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = mp.start_processes(_worker, spawned, nprocs=processes, join=False)
-    with _sigterm_passed_on(context.pids()):
-        try:
-            while not context.join():
-                pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            if not failures.empty():
-                raise UserError(failures.get()) from None
-            if getattr(error, "exit_code", 0) > 0:
-                sys.exit(error.exit_code)
-            raise
+    # Born with Ctrl-C blocked, they are not torn out of their imports: `_worker` lets it through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        children = mp.start_processes(_worker, spawned, nprocs=processes, join=False).processes
+        with _signals_passed_on(children) as passed:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            ends = _wait_for(children)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    told: dict[str, tuple[int, str]] = {}
+    while not failures.empty():
+        kind, rank, text = failures.get()
+        told.setdefault(kind, (rank, text))
+    _raise_failure(ends, first_rank, told, passed)
 
 
 @contextlib.contextmanager
-def _sigterm_passed_on(pids: list[int]) -> Iterator[None]:
-    """`kill` reaches only this process; the checkpoint is written by its children."""
+def _signals_passed_on(children: list) -> Iterator[list[int]]:
+    """`kill` reaches only this process; a second one ends all at once. Yields those so far."""
+    passed: list[int] = []
+    since = 0.0
 
     def pass_on(signum, frame):
-        for pid in pids:
+        nonlocal since
+        now = time.monotonic()
+        if passed and now - since > ending.AGAIN:
+            ending.end_now(128 + signum, f"ended at once by a second {STOPS[signum][0]}")
+        since = since or now
+        passed.append(signum)
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+                os.kill(child.pid, signum)
 
-    with signals_handled(pass_on, signal.SIGTERM):
-        yield
+    with signals_handled(pass_on, *STOPS):
+        yield passed
+
+
+def _wait_for(children: list) -> list[tuple[int, int]]:
+    """Wait for all to end; after a failure, only `GRACE` for those that may be waiting for it.
+
+    Returns:
+        Index and exit code of each that ended by itself, in this order.
+    """
+    running = {child.sentinel: number for number, child in enumerate(children)}
+    ends, deadline = [], None
+    while running:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(running), left)
+        if not ready:
+            for number in running.values():
+                children[number].kill()
+                children[number].join()
+            break
+        for number in map(running.pop, ready):
+            children[number].join()
+            ends.append((number, children[number].exitcode))
+        # Whoever stops has saved: nobody is hurried who may be saving still.
+        stopped = {0, *(code for _, code in STOPS.values())}
+        if deadline is None and any(code not in stopped for _, code in ends):
+            deadline = time.monotonic() + GRACE
+    return ends
+
+
+def _raise_failure(ends: list[tuple[int, int]], first_rank: int, told: dict, passed: list) -> None:
+    """Raise what `spawn` says, causes before consequences.
+
+    Args:
+        ends: see `_wait_for`.
+        told: by the processes: kind -> the first (rank, text).
+        passed: the signals that were passed on.
+    """
+    if "error" in told:
+        raise UserError(told["error"][1])
+    if "bug" in told:
+        rank, text = told["bug"]
+        raise mp.ProcessRaisedException(f"\n\n-- rank {rank} raised:\n{text}", rank, 0)
+    killed = [(number, -code) for number, code in ends if code < 0]
+    for number, signum in killed:
+        if signum not in passed:
+            why = f", {KILLED_FOR_MEMORY}" if signum == signal.SIGKILL else ""
+            name = signal.Signals(signum).name
+            raise UserError(
+                f"the process of rank {first_rank + number} was killed by {name}{why}; the run's "
+                "other processes have ended with it"
+            )
+    if killed:  # before their work has begun
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + killed[0][1])
+    if "interrupted" in told:
+        raise KeyboardInterrupt
+    if "lost" in told:
+        raise UserError(told["lost"][1])
+    code = max((code for _, code in ends), default=0)
+    if code:
+        sys.exit(code)
 
 
 def _worker(
     local_rank: int, main, args, processes, first_rank, world_size, url, backend, failures
 ) -> None:
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as torchrun does
-    print_any_name()
-    with process_group(url, first_rank + local_rank, world_size, local_rank, backend):
-        try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ending.prepare_end()
+    rank = first_rank + local_rank
+    with _reported(failures, rank):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not multiprocessing.parent_process().is_alive():
+            sys.exit(1)  # it would have told this process to end
+        if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as torchrun does
+        print_any_name()
+        group = process_group(url, rank, world_size, local_rank, backend)
+        with group, _reported(failures, rank):  # before the group ends, which others notice
             main(*args)
-        except UserError as error:  # reported once, by the launching process, whoever raises
-            failures.put(str(error))
-            sys.exit(1)
+
+
+@contextlib.contextmanager
+def _reported(failures, rank: int) -> Iterator[None]:
+    """Leave reports to the launching process, which prints one, whoever fails."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kind, text, code = "interrupted", "", ending.EXIT_CTRL_C
+    except Exception as error:
+        ending.ignore_children()
+        kind, text, code = "error", str(error), 1
+        if not isinstance(error, UserError):
+            kind, text = "lost" if is_lost_peer(error) else "error", explained(error)
+        if text is None:
+            kind, text = "bug", traceback.format_exc()[-LONGEST_REPORT:]
+    else:
+        return
+    failures.put((kind, rank, text))
+    ending.note_failure(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -169,5 +310,10 @@ def process_group(
     )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # It may wait for a process that is no more.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(GRACE)
+        raise
+    dist.destroy_process_group()

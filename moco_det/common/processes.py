@@ -7,10 +7,15 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+
+from moco_det.common import ending
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 
 # torch 2.14 renamed it, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -106,6 +111,20 @@ def from_main(item):
     return box[0]
 
 
+def on_main(function: Callable, *args):
+    """`function(*args)` on the main process; its result, or its `UserError`, on every process."""
+    result = error = None
+    if is_main():
+        try:
+            result = function(*args)
+        except UserError as raised:
+            error = str(raised)
+    error = from_main(error)
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every process the main process's buffers, such as running statistics."""
     if world_size() > 1:
@@ -120,10 +139,21 @@ def synchronize() -> None:
 
 # -- a request to stop ----------------------------------------------------------------------------
 
+# Signal -> its name for the user, and the exit code once the state is saved.
+STOPS = {
+    signal.SIGTERM: ("SIGTERM", EXIT_INTERRUPTED),
+    signal.SIGINT: ("Ctrl-C", ending.EXIT_CTRL_C),
+}
+
 
 @contextlib.contextmanager
 def signals_handled(handler: Callable, *numbers: int) -> Iterator[None]:
-    """While open, `handler` takes these signals; for the main thread."""
+    """While open, `handler` takes these signals.
+
+    Python lets only the main thread handle signals; elsewhere they keep their meaning.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -133,27 +163,58 @@ def signals_handled(handler: Callable, *numbers: int) -> Iterator[None]:
 
 
 class StopRequest:
-    """While open, SIGTERM is noted instead of ending the process.
+    """While open, SIGTERM and Ctrl-C are noted instead of ending the process.
 
-    A loop asks between two steps, and stops there with everything saved.
+    A loop asks between two steps, and stops there with everything saved. A second signal ends the
+    process at once.
+
+    Attributes:
+        received: number of the signal; 0 for none.
     """
 
-    received = False
+    received = 0
 
     def __enter__(self) -> "StopRequest":
-        # Python lets only the main thread handle signals; elsewhere SIGTERM keeps its meaning.
-        self._restore: Callable | int | None = None
-        if threading.current_thread() is threading.main_thread():
-            self._restore = signal.signal(signal.SIGTERM, self._note)
+        self._handled = signals_handled(self._note, *STOPS)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._restore is not None:
-            signal.signal(signal.SIGTERM, self._restore)
+        self._handled.__exit__(None, None, None)
 
-    def _note(self, signum, frame) -> None:
-        self.received = True
+    def _note(self, signum: int, frame) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = signum, now
+        elif now - self._since > ending.AGAIN:
+            ending.end_now(128 + signum, f"ended at once by a second {STOPS[signum][0]}")
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Collective where there are several."""
-        return bool(gather_rows([float(self.received)]).any())
+        self.received = int(gather_rows([float(self.received)]).max())
+        return self.received != 0
+
+
+def end_run(signum: int, saved: str) -> None:
+    """End this process, which has `saved` what it was asked to save by a signal.
+
+    Raises:
+        SystemExit: always.
+    """
+    name, code = STOPS[signal.Signals(signum)]
+    print_on_main(f"{name}: saved {saved}")
+    raise SystemExit(code)
+
+
+# -- data loading processes -----------------------------------------------------------------------
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For a loader's new worker: a signal to all processes of a run must not take its images.
+
+    Its loop is about to save its state. The worker ends with the process that it works for, killed
+    or not: see `ending.prepare_end`, which that process has to call.
+    """
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, allow_pixels, max_pixels, read_image
-from moco_det.common.processes import rank, world_size
+from moco_det.common.processes import ignore_stop_signals, rank, world_size
 from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -247,6 +247,7 @@ def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> 
 
     It has a generator of its own, so that it takes no draw from the process's.
     """
+    prepare_end()
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -261,6 +262,4 @@ def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> 
 def _prepare_worker(worker: int, pixels: float) -> None:
     allow_pixels(pixels)  # where a worker is not forked
     cv2.setNumThreads(0)
-    # A SIGTERM to the whole process group must not kill the workers under a loop that is about to
-    # save its state; they end with the loop that they work for.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()

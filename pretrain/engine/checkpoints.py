@@ -16,10 +16,16 @@ facebookresearch/moco, so its tools read our files and this file reads its relea
                  a folder: how many images, and a hash of their names
     classes      of a classifier: their names
     config       the flags of the run
+    numbered_from  the number in the name of the first epoch's checkpoint
+
+Names are those of facebookresearch/moco: `checkpoint_0199.pth.tar` is the last of 200 epochs. Runs
+that were begun before we adopted them count from 1, and go on to do so.
 """
 
 import os
 import random
+import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +47,18 @@ from moco_det.common.resume_state import (
     entries_of,
     newest_whole,
 )
+from moco_det.common.run_folder import RunFiles, claimed
 from moco_det.common.weight_checks import checked_weights, describe_stripping, unwrapped
 
 LAST = "checkpoint_last.pth.tar"
+NUMBERED = "checkpoint_{:04d}.pth.tar"
+
+RUN_FILES = RunFiles(
+    marks=("checkpoint_*.pth.tar",),
+    others=("metrics.jsonl", "events.out.tfevents.*"),
+    flag="--output",
+    resume="--resume auto",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -51,6 +66,20 @@ class Checkpoint(NamedTuple):
 
     path: Path
     state: dict
+
+
+def claimed_output(
+    output: Path, resume: str, overwrite: bool, pretrained: str = ""
+) -> AbstractContextManager[None]:
+    """Hold the folder of a run, while open; see `run_folder.claimed`. Collective.
+
+    Args:
+        resume: as for `find`.
+        pretrained: a checkpoint that the run reads.
+    """
+    path = output / LAST if resume == "auto" else Path(resume)
+    goes_on = path.is_file() and path.resolve().parent == output.resolve()
+    return claimed(output, RUN_FILES, not goes_on, overwrite, [resume, pretrained])
 
 
 def find(resume: str, output: Path) -> Checkpoint | None:
@@ -77,6 +106,12 @@ def restart_epoch(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(path, state | {"step_in_epoch": 0, "data": data})
 
 
+def numbered_from(state: dict) -> int:
+    """The number in the name of the first epoch's checkpoint, in the run that `state` is of."""
+    begun_earlier = "config" in state  # by us: the official code writes none
+    return state.get("numbered_from", 1 if begun_earlier else 0)
+
+
 def save(state: dict, path: Path) -> None:
     """Write `path` whole or not at all. Raises UserError where the disk is full."""
     try:
@@ -87,18 +122,38 @@ def save(state: dict, path: Path) -> None:
         raise UserError(f"could not save {path} (disk full?): {error}; {kept}") from error
 
 
-def keep_epoch(output: Path, epoch: int, keep: int, save_every: int) -> None:
-    """Keep the last checkpoint, by a hard link, under its epoch's own name; prune older epochs.
+def keep_epoch(output: Path, epoch: int, keep: int, save_every: int, first: int = 0) -> None:
+    """Keep the last checkpoint under its epoch's own name; prune older epochs.
 
-    The newest `keep` epochs stay, and each `save_every`-th epoch for good (0: none).
+    The newest `keep` epochs up to this one stay, and each `save_every`-th for good (0: none). Later
+    ones, which are there after a return to an earlier checkpoint, are left alone.
+
+    Args:
+        epoch: counted from 1.
+        first: the number of the first epoch's name.
+
+    Raises:
+        UserError: the disk is full.
     """
-    numbered = output / f"checkpoint_{epoch:04d}.pth.tar"
-    numbered.unlink(missing_ok=True)
-    os.link(output / LAST, numbered)
-    for path in sorted(output.glob("checkpoint_[0-9]*.pth.tar"))[:-keep]:
-        older = int(path.name.split("_")[1].split(".")[0])
-        if not (save_every and older % save_every == 0):
+    numbered = output / NUMBERED.format(epoch - 1 + first)
+    try:
+        with replacing(numbered) as temporary:
+            link_or_copy(output / LAST, temporary)
+    except OSError as error:
+        raise UserError(f"could not save {numbered} (disk full?): {error}") from error
+    older = sorted(path for path in output.glob("checkpoint_[0-9]*.pth.tar") if path <= numbered)
+    for path in older[:-keep]:
+        number = int(path.name.split("_")[1].split(".")[0]) + 1 - first
+        if not (save_every and number % save_every == 0):
             path.unlink()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for `source`; a copy on file systems without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def load(path: Path) -> dict:
@@ -116,6 +171,7 @@ def load(path: Path) -> dict:
     if beyond:
         print_on_main(f"{path}: {describe_stripping(beyond)}")
         weights = {f"module.{names[old]}": value for old, value in weights.items()}
+    _tell_of_later_epoch(path, state)
     return state | {"state_dict": weights}
 
 
@@ -160,6 +216,15 @@ def _check_positions(data: dict) -> None:
 def _check_queue(arrays: dict[str, torch.Tensor]) -> None:
     if "queue" in arrays and "queue_ptr" in arrays:
         check_count("queue_ptr", int(arrays["queue_ptr"]), arrays["queue"].shape[-1] - 1)
+
+
+def _tell_of_later_epoch(path: Path, state: dict) -> None:
+    """Where a run counts from 1, the official code's name of its last epoch is that before it."""
+    epoch = state.get("epoch")
+    if isinstance(epoch, int) and numbered_from(state) and path.name == NUMBERED.format(epoch):
+        later = path.with_name(NUMBERED.format(epoch + 1))
+        if later.is_file():
+            print_on_main(f"{path} is of epoch {epoch}: its run counts from 1 and has {later.name}")
 
 
 def check_arch(checkpoint: Checkpoint, arch: str) -> None:

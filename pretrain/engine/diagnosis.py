@@ -205,6 +205,21 @@ def learning_rate(course: Course) -> str | None:
     return f"{rate_words(course.flags)}; {danger}. Scale --lr with --batch-size"
 
 
+def never_full(course: Course) -> str | None:
+    """More keys than the whole run encodes: some negatives stay random points to its end."""
+    flags = course.flags
+    if flags.get("mechanism") != "moco" or "last_step" not in flags:
+        return None
+    seen = flags["last_step"] * flags["batch_size"]
+    if flags["moco_k"] <= seen:
+        return None
+    return (
+        f"the queue never fills: --moco-k {flags['moco_k']} is more than the {seen} keys of all "
+        f"{flags['last_step']} steps, so at least {1 - seen / flags['moco_k']:.0%} of the "
+        "negatives are random to the end. Pass a --moco-k that a few epochs fill, or train longer"
+    )
+
+
 def filling(course: Course) -> str | None:
     """The initial keys are random points of the sphere, far from all images' features."""
     if course.fill == 1 or not course.last:
@@ -323,7 +338,7 @@ def no_gain(course: Course) -> str | None:
 
 
 RULES: list[Callable[[Course], str | None]] = [
-    nan, learning_rate, filling, rising, collapse, leak, loader, no_gain,
+    nan, learning_rate, never_full, filling, rising, collapse, leak, loader, no_gain,
 ]  # fmt: skip
 
 

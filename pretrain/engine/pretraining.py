@@ -45,6 +45,8 @@ class MoCoPretraining(Task):
     keep: int = 2
     save_every: int = 0
 
+    numbered_from = 0  # the number of the first epoch's checkpoint
+
     measures = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
 
     def __post_init__(self):
@@ -70,7 +72,8 @@ class MoCoPretraining(Task):
     def after_epoch(self, trainer: Trainer, number: int) -> None:
         trainer.save()
         if trainer.step_in_epoch == 0 and is_main():
-            checkpoints.keep_epoch(trainer.output, number, self.keep, self.save_every)
+            kept = self.keep, self.save_every, self.numbered_from
+            checkpoints.keep_epoch(trainer.output, number, *kept)
         if self.monitor and (number % self.knn_every == 0 or number == trainer.epochs):
             self.record_knn(trainer)
 
@@ -92,10 +95,12 @@ class MoCoPretraining(Task):
             "loss": self.loss.state_dict(),
             "rng": checkpoints.rng_states(),
             "data": self.batches.state(),
+            "numbered_from": self.numbered_from,
         }
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint
+        self.numbered_from = checkpoints.numbered_from(state)
         saved = state.get("loss", {})
         wrong = checkpoints.misfit(self.loss.state_dict(), saved)
         if wrong:

@@ -18,9 +18,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
-from moco_det.common.processes import StopRequest, from_main, is_main, print_on_main, world_size
+from moco_det.common.processes import (
+    StopRequest,
+    end_run,
+    from_main,
+    is_main,
+    print_on_main,
+    world_size,
+)
 from moco_det.common.resume_state import entries_of
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
@@ -175,8 +182,7 @@ class Trainer:
             if self.meter.steps:
                 self.report()
             self.save()
-            print_on_main(f"SIGTERM: saved {self.output / checkpoints.LAST} at step {self.step}")
-            raise SystemExit(EXIT_INTERRUPTED)
+            end_run(self.stop.received, f"{self.output / checkpoints.LAST} at step {self.step}")
 
     def report(self) -> None:
         """Log the means since the last report. Raises UserError when the loss is NaN."""
@@ -354,18 +360,6 @@ def progress_line(epoch: str, left: int, values: dict) -> str:
 
 
 # -- the start of a run ---------------------------------------------------------------------------
-
-
-def make_output_folder(folder: Path) -> None:
-    """Raises UserError where that cannot be, or TensorBoard cannot write there."""
-    try:
-        os.fsencode(folder).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--output {folder}: the name is not UTF-8: choose another one") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
 
 
 def seed_run(wanted: int | None, checkpoint: Checkpoint | None) -> int:

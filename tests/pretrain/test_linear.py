@@ -175,7 +175,7 @@ def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
     assert printed.count("03.png") == 1
     assert "warning: unreadable image, left out" in printed
     with pytest.raises(UserError, match="1 of 50 images are unreadable.*03.png"):
-        train(data, pretrained, tmp_path / "output", *flags)
+        train(data, pretrained, tmp_path / "output", *flags, "--overwrite")
 
 
 @pytest.mark.parametrize(

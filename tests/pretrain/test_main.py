@@ -68,7 +68,7 @@ def test_a_run_writes_what_a_person_and_a_program_want(whole_run):
     assert int(state["state_dict"]["module.queue_ptr"]) == STEPS * 16 % 40
     assert list(whole_run.glob("events.out.tfevents.*"))
     kept = sorted(path.name for path in whole_run.glob("checkpoint_0*"))
-    assert kept == ["checkpoint_0002.pth.tar", "checkpoint_0003.pth.tar"]
+    assert kept == ["checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar"]
     lines = records(whole_run)
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [0, 2, 3]
     steps = [line for line in lines if "loss" in line]
@@ -208,7 +208,7 @@ def test_corrupt_images_are_replaced_up_to_a_share(images, tmp_path, capsys):
     assert "warning: unreadable image 1: " in printed
     assert "00.png: truncated file" in printed
     with pytest.raises(UserError, match="1 of 50 images .* than --max-unreadable 0.01 allows"):
-        pretrain(parse_pretraining(argv), torch.device("cpu"))
+        pretrain(parse_pretraining([*argv, "--overwrite"]), torch.device("cpu"))
 
 
 # -- data as people have it -----------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """The command line, as a user meets it: exit codes, one-line errors, kill and resume."""
 
+import contextlib
+import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,15 +73,63 @@ def test_kill_9_then_resume_equals_one_run(command, tmp_path):
     assert identical(weights(whole), weights(parts))
 
 
-def test_sigterm_saves_and_exits_with_75(command, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_stop_saves_and_has_its_exit_code(command, tmp_path, number, name, code):
     opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
     with Command(*command(*opts, "OUTPUT_DIR", tmp_path / "out")) as started:
         assert any("iter: 19" in line for line in started.stdout)
-        started.terminate()
+        os.kill(started.pid, number)
         output = started.stdout.read()
-        assert started.wait() == 75
+        assert started.wait() == code
     saved = (tmp_path / "out" / "last_checkpoint").read_text()
-    assert f"saved {tmp_path / 'out' / saved}" in output
+    assert f"{name}: saved {tmp_path / 'out' / saved}" in output
+
+
+def of_group(leader: int) -> list[int]:
+    """The processes that the command has started, with those that they have started."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if pid != leader and os.getpgid(pid) == leader:
+                found.append(pid)
+    return found
+
+
+def test_a_killed_process_ends_the_others_and_is_named(command, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
+    with Command(*command("--num-gpus", "2", *opts, "OUTPUT_DIR", tmp_path / "out")) as started:
+        assert any("iter: 19" in line for line in started.stdout)
+        first, second = of_group(started.pid)
+        os.kill(second, signal.SIGKILL)
+        output = started.stdout.read()
+        assert started.wait(60) == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert re.match("error: the process of rank [01] was killed by SIGKILL", line)
+    assert "Traceback" not in output
+    assert not of_group(started.pid)
+
+
+def test_a_new_run_does_not_replace_another_unless_it_is_told_to(command, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tmp_path / "out")
+    assert run(*command(*opts)).returncode == 0
+    (tmp_path / "out" / "model_0000007.pth").write_text("of the first")
+    refused = run(*command(*opts))
+    assert refused.returncode == 1
+    (line,) = error_lines(refused)
+    assert "holds a run (last_checkpoint): go on with --resume, begin anew with --overw" in line
+    again = run(*command("--overwrite", *opts))
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "out" / "model_0000007.pth").exists()
+    assert len((tmp_path / "out" / "metrics.json").read_text().splitlines()) == 2
+    own = ("MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth")
+    doomed = run(*command("--overwrite", *opts, *own))
+    assert "--overwrite would delete" in error_lines(doomed)[0]
+    assert (tmp_path / "out" / "model_final.pth").exists()
+    both = run(*command("--overwrite", "--resume", *opts))
+    assert "pass one of them" in error_lines(both)[0]
 
 
 def test_two_processes_train_evaluate_and_agree_with_torchrun(command, tmp_path):

@@ -56,7 +56,8 @@ UNTRAINED = "untrained"
 MOST = 1000  # rows, and seeds of each
 # Arguments of main.py that no number depends on, and the data, which is an entry of its own.
 NO_SETTINGS = (
-    "data", "recipe", "output", "resume", "workers", "save_every", "save_steps", "keep",
+    "data", "recipe", "output", "resume", "overwrite", "workers", "save_every", "save_steps",
+    "keep",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
 )  # fmt: skip
 EXPECTED = {"pretrain": 120, "knn": 15, "linear": 20}  # seconds; the first guess of an ETA

@@ -32,6 +32,7 @@ from moco_det.benchmark.jobs.job import (
     cores,
     provenance,
 )
+from moco_det.common import ending
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.processes import signals_handled
 
@@ -427,10 +428,19 @@ def _visible_gpus() -> list[str]:
 def exit_on_signals(message: str) -> Iterator[None]:
     """While open, SIGTERM and Ctrl-C print `message` and exit with the code that a shell reports.
 
-    Running commands are stopped first, with their checkpoints saved.
+    Running commands are stopped first, with their checkpoints saved; a second signal does not wait
+    for that.
     """
+    begun = 0.0
 
     def stop(number: int, frame: object) -> None:
+        nonlocal begun
+        now = time.monotonic()
+        if begun and now - begun > ending.AGAIN:
+            ending.end_now(128 + number, "ended at once; what was running saves and ends by itself")
+        if begun:
+            return
+        begun = now
         print(message, file=sys.stderr, flush=True)
         sys.exit(128 + number)
 

@@ -9,7 +9,6 @@ number of loading workers.
 
 import math
 import pickle
-import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
-from moco_det.common.processes import print_on_main, rank, world_size
+from moco_det.common.processes import ignore_stop_signals, print_on_main, rank, world_size
 from moco_det.config.batch_plan import BatchPlan
 from moco_det.config.checks import is_semantic, wanted_of
 from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
@@ -237,6 +237,7 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
     Raises:
         UserError: an image could not be read.
     """
+    prepare_end()
     loader = DataLoader(
         records,
         batch_sampler=batches,
@@ -253,14 +254,9 @@ def load(records: MappedRecords, batches, num_workers: int, pin_memory: bool) ->
 
 
 def _prepare_worker(worker: int, pixels: float) -> None:
-    """The limit of images holds also where a worker is not forked.
-
-    SIGTERM to all processes of a run must not take the images from its last iteration.
-
-    Nor does it end a worker when Python exits, which is why the generator that owns it is closed.
-    """
+    """The limit of images holds also where a worker is not forked."""
     allow_pixels(pixels)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()
 
 
 # -- from a config --------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
-from moco_det.common.errors import EXIT_INTERRUPTED, UserError
-from moco_det.common.files import write_text
+from moco_det.common.errors import UserError
+from moco_det.common.files import make_folder, write_text
 from moco_det.common.processes import (
     StopRequest,
+    end_run,
     from_main,
     gather_rows,
     is_main,
@@ -70,7 +71,8 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
 
     Raises:
         UserError: bad settings, data or weights; a loss that is not finite; a full disk.
-        SystemExit: SIGTERM came and a checkpoint was saved; the code is `EXIT_INTERRUPTED`.
+        SystemExit: SIGTERM or Ctrl-C came and a checkpoint was saved; the code is that of
+            `processes.STOPS`.
     """
     cfg = prepare(cfg)
     plan = plan_batch(cfg, world_size())
@@ -129,8 +131,8 @@ def prepare(cfg):
     check_metric_files(cfg)
     check_scoring(cfg, cfg.DATASETS.TEST)
     if is_main():
+        make_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         try:
-            Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
             write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
         except OSError as error:
             raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
@@ -332,10 +334,10 @@ class Trainer:
         seeds = (self.state.seed, rank(), iteration * self.accumulation + number)
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
-    def after_iteration(self, iteration: int, stop: bool) -> None:
+    def after_iteration(self, iteration: int, stop: int) -> None:
         """Precise BN, checkpoint, evaluation, as they are due; the end, where it is asked for.
 
-        The evaluation after the last iteration is `train`'s.
+        The evaluation after the last iteration is `train`'s. `stop`: the signal that asks for it.
         """
         done = iteration + 1
         last = done == self.max_iter
@@ -348,9 +350,7 @@ class Trainer:
         if last:
             self.save("model_final", iteration)
         elif stop:
-            saved = self.checkpoints.last()
-            print_on_main(f"SIGTERM: saved {saved}, to go on from with --resume")
-            raise SystemExit(EXIT_INTERRUPTED)
+            end_run(stop, f"{self.checkpoints.last()}, to go on from with --resume")
         elif evaluating:
             results = self.evaluate(self.state.model)
             if self.log:
@@ -374,17 +374,18 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def shared_metrics(
-    losses: dict[str, Tensor], data_time: float, stop: bool
-) -> tuple[dict[str, float], bool]:
+    losses: dict[str, Tensor], data_time: float, stop: int
+) -> tuple[dict[str, float], int]:
     """The same numbers on every process: mean losses, their sum, the longest wait for data.
 
-    Also whether any process was asked to stop, so that all of them stop at the same iteration.
+    Also the signal by which any process was asked to stop, 0 for none, so that all of them stop at
+    the same iteration.
     """
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
     rows = gather_rows([*values, data_time, float(stop)])
     means = dict(zip(losses, rows[:, :-2].mean(dim=0).tolist(), strict=True))
     metrics = {"total_loss": sum(means.values()), **means, "data_time": rows[:, -2].max().item()}
-    return metrics, bool(rows[:, -1].any())
+    return metrics, int(rows[:, -1].max())
 
 
 def check_finite(

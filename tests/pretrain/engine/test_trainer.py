@@ -2,6 +2,7 @@
 
 import math
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
+from moco_det.common.files import make_folder
 from moco_det.common.processes import StopRequest
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
 from pretrain.engine.optimization import ScheduledSGD
@@ -21,7 +23,6 @@ from pretrain.engine.trainer import (
     RunSettings,
     Task,
     Trainer,
-    make_output_folder,
     progress_line,
     seed_run,
 )
@@ -56,7 +57,7 @@ class Line(Task):
         loss = (self.model(batch) - 1).square().mean()
         self.optimizer.minimize(loss)
         if step == self.stop_at:
-            self.stop.received = True
+            self.stop.received = signal.SIGTERM
         value = math.nan if step == self.nan_at else float(loss.detach())
         return torch.tensor([value, 0.0, 0.0])
 
@@ -74,7 +75,7 @@ def run(output, task: Line, checkpoint=None, iterations=None, **settings) -> Tra
     config = {"batch_size": 8, "seed": 1}
     given = {"epochs": 2, "print_freq": 2} | settings
     task.stop = StopRequest()
-    make_output_folder(output)
+    make_folder(output, "--output")
     trainer = Trainer(
         task, RunSettings(output, "toy", config, 8, **given), task.stop, checkpoint, iterations
     )
@@ -165,7 +166,7 @@ def test_a_seed_is_wanted_else_resumed_else_drawn():
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --output .*file"):
-        make_output_folder(tmp_path / "file" / "below")
+        make_folder(tmp_path / "file" / "below", "--output")
 
 
 # -- what a person watches ------------------------------------------------------------------------

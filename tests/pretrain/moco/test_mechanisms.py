@@ -222,7 +222,7 @@ def test_iterations_end_a_run_within_an_epoch(images, one_process, capsys):
     output = one_process("moco")
     state = checkpoint(output)
     assert (state["epoch"], state["step_in_epoch"], state["step"]) == (1, 1, 3)
-    assert [p.name for p in output.glob("checkpoint_0*")] == ["checkpoint_0001.pth.tar"]
+    assert [p.name for p in output.glob("checkpoint_0*")] == ["checkpoint_0000.pth.tar"]
     before = (output / LAST).read_bytes()
     capsys.readouterr()
     run(images, output, "--resume", "auto")  # nothing is left to do
@@ -234,11 +234,11 @@ def test_an_epoch_that_was_left_after_its_last_step_is_closed(images, tmp_path):
     """As by a kill between `--save-steps` and the end of the epoch."""
     state = run(images, tmp_path, "--iterations", "2")
     assert (state["epoch"], state["step_in_epoch"]) == (1, 0)
-    (tmp_path / "checkpoint_0001.pth.tar").unlink()
+    (tmp_path / "checkpoint_0000.pth.tar").unlink()
     torch.save(state | {"epoch": 0, "step_in_epoch": 2}, tmp_path / LAST)
     closed = run(images, tmp_path, "--iterations", "2", "--resume", "auto")
     assert (closed["epoch"], closed["step_in_epoch"], closed["step"]) == (1, 0, 2)
-    assert (tmp_path / "checkpoint_0001.pth.tar").exists()
+    assert (tmp_path / "checkpoint_0000.pth.tar").exists()
 
 
 def test_the_log_says_what_the_keys_are(one_process):
