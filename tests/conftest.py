@@ -1,6 +1,7 @@
 """How many threads the tests have, in which order they run, and where the small real data is."""
 
 import os
+import signal
 from pathlib import Path
 
 import fork_server
@@ -25,6 +26,10 @@ def pytest_configure(config):
     """
     if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
         return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what runs in the background so, and the commands that tests interrupt
+        # would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, (os.cpu_count() or 1) // processes)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
