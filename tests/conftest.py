@@ -9,6 +9,7 @@ import pytest
 import torch
 from float64 import in_float64
 from paths import REPOSITORY, SHARED_DATA
+from PIL import Image
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +34,12 @@ def pytest_configure(config):
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, (os.cpu_count() or 1) // processes)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
+
+
+@pytest.fixture(autouse=True)
+def pixel_limit(monkeypatch):
+    """A command's limit on the pixels of images is its process's, here also that of other tests."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 @pytest.fixture

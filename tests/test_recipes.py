@@ -71,6 +71,7 @@ EXPECTED = PAPERS | {name: V2 | changes for name, changes in SMALL.items()}
 NO_NUMBER = {
     "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
     "seed", "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
+    "overwrite", "restart_epoch", "max_image_pixels",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
 }  # fmt: skip
 

@@ -45,9 +45,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly(), exit_on_signals(f"stopping; what is done so far is in {args.output}"):
+        plan = make_plan(REPOSITORY, **vars(args))
         make_folder(args.output, "--output")
         try:
-            page = run(make_plan(REPOSITORY, **vars(args)))
+            page = run(plan)
         except JobFailed as failure:
             print(f"error: {failure}", file=sys.stderr)
             sys.exit(failure.code)

@@ -188,7 +188,7 @@ def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
         (["-b", "64"], "at most the 50 images"),
         (["-e"], "pass --resume"),
         (["--resume", "PRETRAINED"], "is no classifier of this data"),
-        (["--lr", "nan"], "the loss is nan at step"),
+        (["--lr", "nan"], "--lr nan: it takes numbers from 0"),
     ],
     ids=["arch", "stem", "absent", "none", "batch", "evaluate", "resume", "nan"],
 )

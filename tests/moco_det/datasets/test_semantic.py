@@ -139,7 +139,8 @@ def test_cityscapes_classes_are_the_official_ones():
 def test_cityscapes_names_what_has_no_partner(cityscapes, missing, message):
     path = cityscapes / missing.format(STEMS[1])
     path.unlink()
-    with pytest.raises(UserError, match=f"{message} .*{STEMS[1]}.*expected .*{path}"):
+    # A message of long paths is shortened in its middle.
+    with pytest.raises(UserError, match=f"{message} .*{STEMS[1]}.*{path.name}"):
         get_dataset(f"cityscapes_sem_seg:{cityscapes}:val").records()
 
 

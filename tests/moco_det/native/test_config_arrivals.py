@@ -7,8 +7,8 @@ person when it was recorded. A key that is forgotten, or handed to a neighbour, 
 import json
 
 import pytest
+from paths import REPOSITORY
 from record_config_arrivals import CASES, arrivals
-from recording import FOLDER
 
 from moco_det.config.loading import KEYS, get_cfg, leaves
 
@@ -53,7 +53,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def recorded():
-    return json.loads((FOLDER / "config_arrivals.json").read_text())
+    return json.loads((REPOSITORY / "tests/support/config_arrivals.json").read_text())
 
 
 @pytest.mark.parametrize("experiment", CASES)

@@ -1,6 +1,6 @@
 """Record where each config key arrives in the native engine: which constructed values it changes.
 
-    python tests/golden/record_config_arrivals.py
+    python tests/support/record_config_arrivals.py
 
 Read the result before it is committed: a key's value is to stand where the key says, and nowhere
 else. `CASES` has, for each key of defaults.yaml that the native engine honours, a value other than
@@ -8,13 +8,9 @@ the default and an experiment in which the key has work.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 from constructed import construct
 
 from moco_det.config.loading import load_config
