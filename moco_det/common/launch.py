@@ -152,15 +152,18 @@ def spawn(
         sys.warnoptions.append(QUIET_TRACKER)
     failures = mp.get_context("spawn").SimpleQueue()
     spawned = (main, args, processes, first_rank, world_size, url, backend, failures)
-    # Born with Ctrl-C blocked, they are not torn out of their imports: `_worker` lets it through.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        children = mp.start_processes(_worker, spawned, nprocs=processes, join=False).processes
-        with _signals_passed_on(children) as passed:
+    children: list = []
+    with _signals_passed_on(children) as passed:
+        # Born with Ctrl-C blocked, they are not torn out of their imports; `_worker` unblocks it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            context = mp.start_processes(_worker, spawned, nprocs=processes, join=False)
+        finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            ends = _wait_for(children)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        children += context.processes
+        for signum in passed[:1]:  # it came before they were there; twice within a second is once
+            _send(children, signum)
+        ends = _wait_for(children)
     told: dict[str, tuple[int, str]] = {}
     while not failures.empty():
         kind, rank, text = failures.get()
@@ -181,12 +184,16 @@ def _signals_passed_on(children: list) -> Iterator[list[int]]:
             ending.end_now(128 + signum, f"ended at once by a second {STOPS[signum][0]}")
         since = since or now
         passed.append(signum)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, signum)
+        _send(children, signum)
 
     with signals_handled(pass_on, *STOPS):
         yield passed
+
+
+def _send(children: list, signum: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signum)
 
 
 def _wait_for(children: list) -> list[tuple[int, int]]:
@@ -198,9 +205,10 @@ def _wait_for(children: list) -> list[tuple[int, int]]:
     running = {child.sentinel: number for number, child in enumerate(children)}
     ends, deadline = [], None
     while running:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait(list(running), left)
-        if not ready:
+        # A signal may come just before the wait, which does not see it: so none is long.
+        left = 1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(running), min(left, 1.0))
+        if deadline and not ready and time.monotonic() >= deadline:
             for number in running.values():
                 children[number].kill()
                 children[number].join()

@@ -7,6 +7,7 @@ process that such a command spawns.
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing import context, forkserver, reduction
@@ -59,6 +60,8 @@ def become(server: dict, environment: dict[str, str], stdout: int, stderr: int) 
 
     It goes on using the same server, as Python's documentation says; it would start another.
     """
+    # The server has Ctrl-C blocked for good if it was started while a launch had.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     vars(forkserver._forkserver).update(server)
     forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
     os.dup2(stdout, 1)
