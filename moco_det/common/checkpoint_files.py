@@ -17,7 +17,6 @@ import math
 import os
 import re
 import reprlib
-import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from moco_det.common.errors import UserError
+from moco_det.common.files import NotRegularFile, open_regular
 from moco_det.common.pickled_arrays import (
     STORAGES,
     Fault,
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path) -> Any:
         UnreadableFile: in one line what is wrong with the file.
     """
     try:
-        with open_regular(path) as file:
+        with _open(path) as file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except UnsafeName as fault:
         raise UnreadableFile(f"{path} cannot be read safely: {fault}") from fault
@@ -82,18 +82,14 @@ def read_checkpoint(path: str | Path) -> Any:
         raise UnreadableFile(f"{path} is damaged or no checkpoint: {why}") from error
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """The file, open for reading. Raises Fault for a FIFO or a device, which it does not wait for,
-    OSError where there is none."""
+def _open(path: str | Path) -> BinaryIO:
+    """The file, open for reading. Raises Fault, or OSError where there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return open_regular(path)
+    except NotRegularFile as error:
+        raise Fault("it is not a regular file") from error
     except ValueError as error:
         raise Fault("its name holds a NUL") from error
-    file = open(descriptor, "rb")  # noqa: SIM115 (the caller closes it)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise Fault("it is not a regular file")
-    return file
 
 
 def _read(file: BinaryIO, size: int) -> Any:

@@ -13,26 +13,17 @@ from typing import Any
 
 import yaml
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import open_regular
 
 MOST_YAML = 1 << 18  # bytes; Detectron2's longest configs have a hundredth
 MOST_NODES = 100_000  # of a YAML file, with what its aliases repeat
 MOST_JSON = 1 << 30  # bytes
 DEEPEST = 50
-LONGEST = 300  # characters of a message
 LARGEST = 2**63 - 1  # an integer
 
 
 # -- words of a message ---------------------------------------------------------------------------
-
-
-def one_line(text: object, most: int = LONGEST) -> str:
-    """The text on one line of printable characters, the middle of a long one left out."""
-    words = " ".join(str(text).split())
-    clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-    half = most // 2 - 3
-    return clean if len(clean) <= most else f"{clean[:half]} ... {clean[-half:]}"
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -14,9 +14,20 @@ from moco_det.common import ending
 # 75 is EX_TEMPFAIL of sysexits.h, "try again later"; schedulers can requeue on it.
 EXIT_INTERRUPTED = 75
 
+LONGEST = 300  # characters of a message
+
 
 class UserError(Exception):
     """Bad input, a missing file, an impossible setting: the message names it and the remedy."""
+
+
+def one_line(text: object, most: int = LONGEST) -> str:
+    """The text on one line of printable characters, the middle of a long one left out."""
+    clean = " ".join(str(text).split())
+    if not clean.isprintable():
+        clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in clean)
+    half = most // 2 - 3
+    return clean if len(clean) <= most else f"{clean[:half]} ... {clean[-half:]}"
 
 
 @contextlib.contextmanager

@@ -51,19 +51,22 @@ def write_json(path: str | Path, content, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
-@contextlib.contextmanager
-def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+class NotRegularFile(OSError):
+    """What has the name is a FIFO, a device or a folder."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
     """A regular file, open for reading; what else has a name (a FIFO, a device) is not waited for.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file; ValueError: no file has such a name.
+        NotRegularFile, or another OSError: it cannot be opened.
+        ValueError: no file has such a name.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("it is no regular file")
-    with open(descriptor, "rb") as file:
-        yield file
+        raise NotRegularFile("it is no regular file")
+    return open(descriptor, "rb")
 
 
 def read_regular(path: str | Path, most: int | None = None) -> bytes:

@@ -15,7 +15,6 @@ import contextlib
 import math
 import os
 import re
-import stat
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +24,8 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
+from moco_det.common.files import NotRegularFile, open_regular
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -148,14 +148,11 @@ def read_bytes(path: str | Path) -> bytes:
 
 def _open_file(path: str | Path) -> BinaryIO:
     try:
-        # A FIFO without a writer would have the reader wait.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
+    except NotRegularFile as error:
+        raise UnreadableImage(str(path), "not a regular file") from error
     except (OSError, ValueError) as error:  # a ValueError where there is a NUL in the name
         raise UnreadableImage(str(path), getattr(error, "strerror", "") or str(error)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UnreadableImage(str(path), "not a regular file")
-    return open(descriptor, "rb")
 
 
 # -- checks ---------------------------------------------------------------------------------------
@@ -251,4 +248,4 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__

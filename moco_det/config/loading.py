@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from moco_det.common.documents import one_line, read_yaml, shortened, shown
-from moco_det.common.errors import UserError
+from moco_det.common.documents import read_yaml, shortened, shown
+from moco_det.common.errors import UserError, one_line
 
 # -- the keys -------------------------------------------------------------------------------------
 

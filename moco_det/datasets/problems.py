@@ -8,6 +8,7 @@ what a run would stumble over, and nothing else. Drawing goes on without what ca
 import sys
 from typing import Any, NamedTuple
 
+from moco_det.common import errors
 from moco_det.common.errors import UserError
 
 MOST_ALIKE = 1000  # problems that are told one by one
@@ -87,14 +88,8 @@ def refuse_each(check: str, texts: list[str], problems: Problems) -> None:
 
 
 def one_line(text: object) -> str:
-    """The text on one line of printable characters, the middle of a long one left out."""
-    clean = " ".join(str(text).split())
-    if not clean.isprintable():
-        clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in clean)
-    if len(clean) <= LONGEST:
-        return clean
-    half = LONGEST // 2 - 3
-    return f"{clean[:half]} ... {clean[-half:]}"
+    """A message as it is told: see `errors.one_line`; paths make these longer than others."""
+    return errors.one_line(text, LONGEST)
 
 
 def shown(value: object, most: int = 60) -> str:

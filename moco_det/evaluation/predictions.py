@@ -16,8 +16,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from moco_det.common.documents import one_line, read_json, shortened
-from moco_det.common.errors import UserError
+from moco_det.common.documents import read_json, shortened
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import write_text
 from moco_det.datasets import Dataset
 from moco_det.datasets.masks import is_whole

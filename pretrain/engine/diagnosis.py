@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_det.common.documents import one_line, read_json_lines, shortened, shown
-from moco_det.common.errors import UserError
+from moco_det.common.documents import read_json_lines, shortened, shown
+from moco_det.common.errors import UserError, one_line
 from pretrain.engine import checkpoints
 
 LOG = "metrics.jsonl"

@@ -39,13 +39,12 @@ from moco_det.benchmark.jobs.job import (
 )
 from moco_det.benchmark.jobs.runner import JobFailed, ScreenEta, run_on_screen
 from moco_det.common.documents import (
-    one_line,
     read_json,
     read_json_lines,
     read_mapping,
     shown,
 )
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from pretrain import flags
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM

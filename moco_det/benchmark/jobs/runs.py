@@ -21,13 +21,12 @@ from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, scrip
 from moco_det.benchmark.jobs.runner import run_in_order
 from moco_det.common.documents import (
     mend_last_line,
-    one_line,
     read_json,
     read_json_lines,
     read_mapping,
     shown,
 )
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import file_hash
 from moco_det.config.loading import KEYS, get_cfg, load_config
 from moco_det.weights.files import read_state_dict

@@ -7,17 +7,15 @@ import time
 
 import pytest
 
-from moco_det.common import documents
 from moco_det.common.documents import (
     mend_last_line,
-    one_line,
     read_json,
     read_json_lines,
     read_mapping,
     read_yaml,
     shown,
 )
-from moco_det.common.errors import UserError
+from moco_det.common.errors import LONGEST, UserError, one_line
 
 
 @pytest.fixture
@@ -199,6 +197,6 @@ def test_the_last_line_is_mended_before_the_next_is_appended(write):
 
 def test_a_message_is_one_printable_line():
     assert one_line("a\n  b\tc\0") == "a b c\\x00"
-    assert len(one_line("x" * 5000)) <= documents.LONGEST
+    assert len(one_line("x" * 5000)) <= LONGEST
     assert shown(10**5000) == "a int"
     assert shown("a" * 500).startswith("'aaa") and len(shown("a" * 500)) <= 60
