@@ -191,8 +191,10 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Collective where there are several."""
-        self.received = int(gather_rows([float(self.received)]).max())
-        return self.received != 0
+        asked = int(gather_rows([float(self.received)]).max())
+        if asked:  # a signal that came meanwhile is for the next time, and must not be overwritten
+            self.received = asked
+        return asked != 0
 
 
 def end_run(signum: int, saved: str) -> None:

@@ -148,3 +148,19 @@ def test_signals_have_their_handler_while_it_is_open():
             signal.raise_signal(number)
     assert heard == [*numbers]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    """It is heeded the next time: the other processes have been told that there is none."""
+    gather = processes.gather_rows
+
+    def interrupted(values):
+        os.kill(os.getpid(), signal.SIGINT)
+        return gather(values)
+
+    with processes.StopRequest() as stop:
+        monkeypatch.setattr(processes, "gather_rows", interrupted)
+        assert not stop.agreed()
+        monkeypatch.setattr(processes, "gather_rows", gather)
+        assert stop.agreed()
+        assert stop.received == signal.SIGINT
