@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 
 from moco_det.common.errors import UserError
-from moco_det.common.run_folder import RunFiles
+from moco_det.common.files import RunFiles
 from moco_det.parity.probe import EngineProbe
 
 ENGINES = ("auto", "native", "detectron2")

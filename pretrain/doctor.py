@@ -15,8 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moco_det.common.command_line import CommandParser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import CommandParser, exit_cleanly
 from pretrain.engine.diagnosis import examine
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from moco_det.common.command_line import CommandParser, nearest
 from moco_det.common.documents import read_mapping, shown
-from moco_det.common.errors import UserError, exit_cleanly, one_line
+from moco_det.common.errors import CommandParser, UserError, exit_cleanly, nearest, one_line
 from moco_det.common.images import MAX_PIXELS
 from moco_det.common.launch import (
     check_url,

@@ -20,8 +20,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import check_output_file, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
-from pretrain.evaluation.features import load_encoder
-from pretrain.evaluation.weighted_knn import KnnMonitor
+from pretrain.evaluation.features import KnnMonitor, load_encoder
 from pretrain.flags import launch, parse_knn
 
 

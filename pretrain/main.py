@@ -29,7 +29,7 @@ from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
 from pretrain.engine.trainer import Trainer, seed_run
-from pretrain.evaluation.weighted_knn import KnnMonitor
+from pretrain.evaluation.features import KnnMonitor
 from pretrain.flags import launch, loading, parse_pretraining, run_settings
 from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.encoders import build_encoder

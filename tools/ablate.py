@@ -23,8 +23,7 @@ from moco_det.benchmark.jobs import ablation
 from moco_det.benchmark.jobs.job import provenance
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
-from moco_det.common.command_line import at_least, command_parser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import at_least, command_parser, exit_cleanly
 from moco_det.common.files import make_folder
 
 

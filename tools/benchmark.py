@@ -21,8 +21,7 @@ from tabulate import tabulate
 from moco_det.benchmark import speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
-from moco_det.common.command_line import CommandParser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import CommandParser, exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES

@@ -19,8 +19,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from moco_det.common.command_line import command_parser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.dataset_doctor import describe, examine, table

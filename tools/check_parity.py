@@ -18,13 +18,12 @@ import argparse
 
 import torch
 
-from moco_det.common.command_line import command_parser
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.inference import Probe
 from moco_det.parity import comparison as parity
-from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.files import load_backbone_weights
 
 SMALLEST_SIDE = 64  # pixels: the coarsest map of a pyramid keeps more than one position
 

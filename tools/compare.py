@@ -13,8 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from moco_det.benchmark.report.tables import compare_runs, means_table
-from moco_det.common.command_line import command_parser
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, command_parser, exit_cleanly
 
 
 def main(arguments: list[str] | None = None) -> None:

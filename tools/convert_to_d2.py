@@ -17,8 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moco_det.common.command_line import command_parser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.files import make_folder
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.weights.conversion import convert_file

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from moco_det.benchmark.jobs.quickstart import make_plan, run
 from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
-from moco_det.common.command_line import command_parser
-from moco_det.common.errors import exit_cleanly
+from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.files import make_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]

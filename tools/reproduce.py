@@ -28,8 +28,7 @@ from moco_det.benchmark.jobs.job import Job
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.common.command_line import at_least, command_parser
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 

@@ -17,12 +17,11 @@ import os
 
 import torch
 
-from moco_det.common.command_line import command_parser
 from moco_det.common.ending import EXIT_CTRL_C
-from moco_det.common.errors import EXIT_INTERRUPTED, UserError, exit_cleanly
+from moco_det.common.errors import EXIT_INTERRUPTED, UserError, command_parser, exit_cleanly
+from moco_det.common.files import claimed
 from moco_det.common.images import allow_pixels
 from moco_det.common.launch import launch, torchrun_started_this
-from moco_det.common.run_folder import claimed
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import ENGINES, RUN_FILES, choose_engine
 from moco_det.evaluation import verify_results

@@ -25,8 +25,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.common.command_line import at_least, command_parser
-from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
 from moco_det.common.files import make_folder
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import add_config_file, add_config_option, load_config

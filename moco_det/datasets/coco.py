@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moco_det.common.errors import UserError
+from moco_det.datasets.coco_annotations import compressed, rle_problem
 from moco_det.datasets.coco_file import (
     CocoContent,
     load_coco,
@@ -19,7 +20,6 @@ from moco_det.datasets.coco_file import (
     read_content,
 )
 from moco_det.datasets.dataset import NOTHING, Dataset, Record, Wanted, require
-from moco_det.datasets.masks import compressed, rle_problem
 from moco_det.datasets.problems import DatasetError, Problems, shown
 
 LVIS_CLASSES = 1230

@@ -2,5 +2,6 @@
 
 What needs no detector belongs here; the head and its loss do not (`moco_det.native.modeling`), nor
 reading annotations (`moco_det.datasets.coco`) or scoring (`moco_det.evaluation.densepose`).
-Start with `points.py`, the two forms of a dense pose; then `body.py` and `similarity.py`.
+Start with `points.py`, the two forms of a dense pose; then `body.py`, the template body
+and distances on it.
 """

@@ -15,8 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import DensePoseDataset
-from moco_det.densepose.body import Geodesics, read_geodesics
-from moco_det.densepose.similarity import Pairs, pairwise_similarity
+from moco_det.densepose.body import Geodesics, Pairs, pairwise_similarity, read_geodesics
 from moco_det.evaluation.coco import (
     KEYPOINT_METRICS,
     as_results,

@@ -20,7 +20,7 @@ from moco_det.common.documents import read_json, shortened
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import write_text
 from moco_det.datasets import Dataset
-from moco_det.datasets.masks import is_whole
+from moco_det.datasets.coco_annotations import is_whole
 from moco_det.densepose.points import encode_iuv
 
 MOST = 8 << 30  # bytes of a file of predictions

@@ -51,7 +51,7 @@ from moco_det.datasets import (
     get_dataset,
     read_labels,
 )
-from moco_det.datasets.image_files import check_images
+from moco_det.datasets.dataset import check_images
 from moco_det.datasets.semantic import IGNORED
 from moco_det.datasets.voc import read_lines
 from moco_det.densepose import body

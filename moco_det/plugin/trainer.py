@@ -29,13 +29,14 @@ from moco_det.common.resume_state import (
     entries_of,
     newest_whole,
 )
-from moco_det.config.batch_plan import BatchPlan, plan_batch
 from moco_det.config.checks import (
+    BatchPlan,
     check_input,
     check_metric_files,
     check_scoring,
     check_weights,
     is_semantic,
+    plan_batch,
     wanted_of,
 )
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
@@ -50,8 +51,7 @@ from moco_det.plugin.data import (
     register_datasets,
 )
 from moco_det.plugin.extensions import load_config
-from moco_det.weights.files import read_state_dict
-from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.files import load_backbone_weights, read_state_dict
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 
@@ -248,7 +248,7 @@ class SamePreciseBN(hooks.PreciseBN):
 
 
 class StrictCheckpointer(DetectionCheckpointer):
-    """Every file through our checked readers; initial weights through `weights.loading`, and what
+    """Every file through our checked readers; initial weights through `weights.files`, and what
     is resumed goes where Detectron2 puts it.
 
     Detectron2 only warns of backbone arrays that a file lacks, and looks at neither the channel

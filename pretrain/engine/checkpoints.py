@@ -34,7 +34,7 @@ import torch
 
 from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
 from moco_det.common.errors import UserError
-from moco_det.common.files import replacing
+from moco_det.common.files import RunFiles, claimed, replacing
 from moco_det.common.processes import all_objects, print_on_main
 from moco_det.common.resume_state import (
     check_count,
@@ -47,7 +47,6 @@ from moco_det.common.resume_state import (
     entries_of,
     newest_whole,
 )
-from moco_det.common.run_folder import RunFiles, claimed
 from moco_det.common.weight_checks import checked_weights, describe_stripping, unwrapped
 
 LAST = "checkpoint_last.pth.tar"
@@ -71,7 +70,7 @@ class Checkpoint(NamedTuple):
 def claimed_output(
     output: Path, resume: str, overwrite: bool, pretrained: str = ""
 ) -> AbstractContextManager[None]:
-    """Hold the folder of a run, while open; see `run_folder.claimed`. Collective.
+    """Hold the folder of a run, while open; see `files.claimed`. Collective.
 
     Args:
         resume: as for `find`.

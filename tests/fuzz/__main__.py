@@ -24,7 +24,7 @@ import moco_det.dataset_doctor  # noqa: E402, F401
 import moco_det.native.engine.trainer  # noqa: E402, F401
 import moco_det.visualize  # noqa: E402, F401
 import pretrain.engine.pretraining  # noqa: E402, F401
-import pretrain.evaluation.weighted_knn  # noqa: E402, F401
+import pretrain.evaluation.features  # noqa: E402, F401
 from tests.fuzz import annotations, detection, folders, images, settings, weights  # noqa: E402
 from tests.fuzz.cases import run_cases  # noqa: E402
 from tests.fuzz.sandbox import FAILURES, Outcome, run_all  # noqa: E402

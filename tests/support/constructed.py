@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moco_det.config.batch_plan import plan_batch
+from moco_det.config.checks import plan_batch
 from moco_det.native.data import loader, mapper
 from moco_det.native.engine import trainer
 

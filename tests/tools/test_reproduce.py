@@ -11,7 +11,7 @@ import time
 import pytest
 from commands import Command, load_command, python, run
 
-from moco_det.benchmark.jobs import preflight
+from moco_det.benchmark.jobs import reproduction
 from moco_det.benchmark.synthetic import tasks
 from moco_det.weights.names import Architecture, rename
 
@@ -203,7 +203,7 @@ def test_a_dry_run_tells_the_same_problems(weights, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--tables", "2b", "--weights", weights, "--output", tmp_path / "out"]
-    monkeypatch.setattr(preflight, "read_state_dict", lambda path: ({}, {}))  # some are remote
+    monkeypatch.setattr(reproduction, "read_state_dict", lambda path: ({}, {}))  # some are remote
     code, _, listed = start(capsys, *arguments, "--dry-run")
     assert code == 0
     code, _, err = start(capsys, *arguments)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
-from moco_det.benchmark.report import pictures
+from moco_det.benchmark.report import pages
 from moco_det.benchmark.report.pages import Points, render
 from moco_det.common.documents import read_json_lines
 from moco_det.common.errors import UserError
@@ -32,7 +32,7 @@ METRICS = {
 }
 PICTURES = 8  # test images
 
-PicturePair = Mapping[str, pictures.JudgedPicture]  # start -> its detector on one image
+PicturePair = Mapping[str, pages.JudgedPicture]  # start -> its detector on one image
 
 
 # -- what is known of a run -----------------------------------------------------------------------
@@ -226,7 +226,7 @@ def draw_pairs(plan) -> list[PicturePair]:
             start: read_predictions(predictions_file(folders[0].path, dataset.name), dataset)
             for start, folders in _detector_folders(plan).items()
         }
-        records = pictures.evenly_spaced(dataset.records(), PICTURES)
+        records = pages.evenly_spaced(dataset.records(), PICTURES)
         return [draw_pair(record, found, dataset.classes) for record in records]
     except UserError as error:  # the numbers are worth a report without pictures too
         print(f"warning: the report has no pictures: {error}", flush=True)
@@ -238,7 +238,7 @@ def draw_pair(record: Record, found: Mapping[str, Mapping], classes: Sequence[st
     image_id, pair = str(record["image_id"]), {}
     for start, name in (("moco", "MoCo"), ("random", "Random")):
         label = f"{name}, image {image_id}"
-        pair[start] = pictures.judged_picture(record, found[start][image_id], classes, label)
+        pair[start] = pages.judged_picture(record, found[start][image_id], classes, label)
     return pair
 
 
@@ -275,7 +275,7 @@ def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
         epoch_means=_epoch_means(results.pretraining.loss),
         metrics=METRICS,
         pairs=pairs,
-        score_shown=pictures.SCORE_SHOWN,
+        score_shown=pages.SCORE_SHOWN,
         commands="\n\n".join(step["command"] for step in results.steps),
     )
 

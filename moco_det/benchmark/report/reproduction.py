@@ -18,8 +18,7 @@ from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
-from moco_det.benchmark.report.pages import Points, line_chart, render
-from moco_det.benchmark.report.pictures import SCORE_SHOWN, Sample
+from moco_det.benchmark.report.pages import SCORE_SHOWN, Points, Sample, line_chart, render
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, Row, RunCount, Table
 from moco_det.benchmark.significance import difference_from_published, difference_of_trials
 from moco_det.common.files import write_text
@@ -282,7 +281,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def render_page(report: Report, curves: Curves, pictures: Pictures) -> Markup:
-    """report.html; `pictures`: experiment -> `pictures.sample_pictures`."""
+    """report.html; `pictures`: experiment -> `pages.sample_pictures`."""
     records = [outcome.record for outcome in report.outcomes if outcome.record]
     return render(
         "reproduction.html.j2",

@@ -22,11 +22,9 @@ from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import ignore_stop_signals, print_on_main, rank, world_size
-from moco_det.config.batch_plan import BatchPlan
-from moco_det.config.checks import is_semantic, wanted_of
+from moco_det.config.checks import BatchPlan, is_semantic, wanted_of
 from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
-from moco_det.datasets.dataset import learnable
-from moco_det.datasets.image_files import check_images
+from moco_det.datasets.dataset import check_images, learnable
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
 from moco_det.native.data.mapper import (
     DatasetMapper,

@@ -8,7 +8,7 @@ from tiny_voc import write_tiny_voc
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.datasets.image_files import evenly_spaced
+from moco_det.datasets.dataset import evenly_spaced
 
 
 @pytest.fixture

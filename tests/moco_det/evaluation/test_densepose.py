@@ -13,9 +13,8 @@ from recording import read
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.densepose.body import read_geodesics
+from moco_det.densepose.body import pairwise_similarity, read_geodesics
 from moco_det.densepose.points import encode_iuv
-from moco_det.densepose.similarity import pairwise_similarity
 from moco_det.evaluation import evaluate
 
 BOX = [10, 20, 48, 48]

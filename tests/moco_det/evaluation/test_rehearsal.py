@@ -9,8 +9,7 @@ from moco_det.common.errors import UserError
 from moco_det.config.checks import check_scoring
 from moco_det.config.loading import get_cfg
 from moco_det.datasets import get_dataset
-from moco_det.evaluation import evaluate
-from moco_det.evaluation.rehearsal import rehearse
+from moco_det.evaluation import evaluate, rehearse
 
 
 def own_objects(record):
@@ -99,7 +98,7 @@ def test_what_a_tool_raises_is_one_line(tmp_path, monkeypatch):
     def stumble(*arguments):
         raise IndexError("of a tool")
 
-    monkeypatch.setattr("moco_det.evaluation.rehearsal.evaluate", stumble)
+    monkeypatch.setattr("moco_det.evaluation.evaluate", stumble)
     name = write_tiny_coco(tmp_path, tiny_coco())
     with pytest.raises(UserError, match=f"dataset {name} cannot be scored: IndexError: of a tool"):
         rehearsed(name)

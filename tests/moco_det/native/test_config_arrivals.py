@@ -40,7 +40,7 @@ ELSEWHERE = {
     "INPUT.MAX_IMAGE_PIXELS": "a limit of common.images; test_check_data.py",
     "INPUT.CROP.TYPE": "test_mapper.py",
     "DATASETS.TEST": "test_inference.py",
-    "SOLVER.REFERENCE_WORLD_SIZE": "test_batch_plan.py",
+    "SOLVER.REFERENCE_WORLD_SIZE": "test_checks_batch_plan.py",
     "SOLVER.RESCALE_INTERVAL": "one value",
     "TEST.EXPECTED_RESULTS": "test_evaluation.py",
     "TEST.KEYPOINT_OKS_SIGMAS": "test_coco.py",

@@ -21,7 +21,7 @@ from moco_det.parity import comparison as parity
 from moco_det.plugin import load_config
 from moco_det.plugin import trainer as plugin
 from moco_det.plugin.probe import Probe as Detectron2Probe
-from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.files import load_backbone_weights
 
 ROOMS = {"native": (native, load_native), "detectron2": (plugin, load_config)}
 

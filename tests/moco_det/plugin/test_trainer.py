@@ -30,7 +30,7 @@ from moco_det.native.modeling.meta_arch import build_model as build_native
 from moco_det.plugin import load_config
 from moco_det.plugin import trainer as plugin
 from moco_det.plugin.trainer import AccumulatingTrainer, SamePreciseBN, StrictCheckpointer
-from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.files import load_backbone_weights
 
 ROOMS = {"native": (native, load_native), "detectron2": (plugin, load_config)}
 

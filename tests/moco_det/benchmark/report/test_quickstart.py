@@ -15,8 +15,7 @@ from markupsafe import Markup
 from moco_det.benchmark.jobs.grid import Experiment, Run
 from moco_det.benchmark.jobs.runs import RunFolder
 from moco_det.benchmark.report import quickstart
-from moco_det.benchmark.report.pages import duration
-from moco_det.benchmark.report.pictures import JudgedPicture
+from moco_det.benchmark.report.pages import JudgedPicture, duration
 from moco_det.benchmark.report.quickstart import DetectorPair, Pretraining
 from moco_det.benchmark.significance import signed
 from moco_det.benchmark.synthetic import images

@@ -12,7 +12,7 @@ from html_page import Page
 from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Row, Run, Table
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import reproduction, tables
-from moco_det.benchmark.report.pictures import Sample
+from moco_det.benchmark.report.pages import Sample
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, RunCount
 from moco_det.benchmark.significance import Difference, KnownDeviation, Summary
 

@@ -11,7 +11,7 @@ from tiny_densepose import write_tiny_densepose
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import plan_batch
+from moco_det.config.checks import plan_batch
 from moco_det.config.loading import get_cfg, load_config
 from moco_det.datasets import get_dataset
 from moco_det.datasets.dataset import count_keypoints, has_objects

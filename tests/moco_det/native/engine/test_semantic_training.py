@@ -9,7 +9,7 @@ from tiny_semantic import write_tiny_segmentor, write_tiny_semantic
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import plan_batch
+from moco_det.config.checks import plan_batch
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
@@ -20,7 +20,7 @@ from moco_det.native.data.loader import (
 )
 from moco_det.native.engine.trainer import evaluate_weights, prepare, train
 from moco_det.native.modeling.meta_arch import build_model
-from moco_det.weights.loading import load_backbone_weights
+from moco_det.weights.files import load_backbone_weights
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import nn
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.launch import launch
-from moco_det.config.batch_plan import plan_batch
+from moco_det.config.checks import plan_batch
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate, verify_results

@@ -3,7 +3,7 @@
 import pytest
 
 from moco_det.common.errors import UserError
-from moco_det.config.batch_plan import BatchPlan, plan_batch, scaled_to_processes
+from moco_det.config.checks import BatchPlan, plan_batch, scaled_to_processes
 from moco_det.config.loading import get_cfg
 
 

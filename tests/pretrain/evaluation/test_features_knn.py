@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from moco_det.common.errors import UserError
-from pretrain.evaluation.weighted_knn import KnnMonitor, weighted_knn
+from pretrain.evaluation.features import KnnMonitor, weighted_knn
 from pretrain.moco.encoders import build_encoder
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from moco_det.benchmark.jobs.grid import Experiment, Run
 from moco_det.benchmark.jobs.runs import Settings
-from moco_det.benchmark.report import pictures
+from moco_det.benchmark.report import pages
 from moco_det.benchmark.synthetic import tasks
 from moco_det.datasets import get_dataset
 from moco_det.evaluation.predictions import save_predictions
@@ -74,8 +74,8 @@ def test_annotations_and_rows_side_by_side(root, tmp_path, task):
     name = names(root)[task]
     records = get_dataset(name).records()
     run, settings = finished(tmp_path, name, [perfect(record) for record in records])
-    images = pictures.samples_of(EXPERIMENT, [run], settings)
-    assert len(images) == pictures.SAMPLES
+    images = pages.samples_of(EXPERIMENT, [run], settings)
+    assert len(images) == pages.SAMPLES
     assert [s.image_id for s in (images[0][0], images[-1][0])] == [
         str(records[0]["image_id"]),
         str(records[-1]["image_id"]),
@@ -94,13 +94,13 @@ def test_label_maps_under_the_experiments_own_names(root, tmp_path, monkeypatch)
         tmp_path, name, [{"image_id": r["image_id"], "sem_seg": []} for r in records]
     )
     used = []
-    draw = pictures.visualize.draw_labels
+    draw = pages.visualize.draw_labels
     monkeypatch.setattr(
-        pictures.visualize,
+        pages.visualize,
         "draw_labels",
         lambda image, labels, classes: used.append(tuple(classes)) or draw(image, labels, classes),
     )
-    images = pictures.samples_of(EXPERIMENT, [run], settings)
+    images = pages.samples_of(EXPERIMENT, [run], settings)
     assert {classes[:3] for classes in used} == {("nothing", "first", "bicycle")}
     annotated, found = images[0]
     assert np.abs(pixels(annotated) - pixels(found)).max() > 50
@@ -108,7 +108,7 @@ def test_label_maps_under_the_experiments_own_names(root, tmp_path, monkeypatch)
 
 def test_nothing_is_shown_of_what_is_not_finished(tmp_path):
     run = Run(EXPERIMENT, "moco", 1, Path("c.yaml"), ())
-    assert pictures.samples_of(EXPERIMENT, [run], Settings(Path("."), tmp_path, "native")) == []
+    assert pages.samples_of(EXPERIMENT, [run], Settings(Path("."), tmp_path, "native")) == []
 
 
 def test_missing_predictions_are_a_warning(root, tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_missing_predictions_are_a_warning(root, tmp_path, capsys):
     run, settings = finished(tmp_path, name, [])
     (path,) = (settings.folder(run).path / "inference").iterdir()
     path.write_text("[{")
-    assert pictures.sample_pictures([run], settings) == {}
+    assert pages.sample_pictures([run], settings) == {}
     assert "warning: no pictures of toy: cannot read predictions" in capsys.readouterr().out
 
 
@@ -124,7 +124,7 @@ def test_missing_predictions_are_a_warning(root, tmp_path, capsys):
 
 
 def boxes(rows, classes, scores=None):
-    return pictures.Boxes(
+    return pages.Boxes(
         np.array(rows, np.float32).reshape(-1, 4),
         np.array(classes, np.int64),
         None if scores is None else np.array(scores, np.float32),
@@ -160,19 +160,19 @@ def prediction(rows, classes, scores):
     ],
 )
 def test_matched(rows, classes, scores, right):
-    assert pictures.matched(boxes(rows, classes, scores), TARGETS).tolist() == right
+    assert pages.matched(boxes(rows, classes, scores), TARGETS).tolist() == right
 
 
 def test_without_objects_all_is_wrong():
     nothing = boxes([], [])
     found = boxes([[0, 0, 5, 5]], [0], [0.9])
-    assert pictures.matched(found, nothing).tolist() == [False]
+    assert pages.matched(found, nothing).tolist() == [False]
 
 
 def test_words():
     found = boxes([[0, 0, 10, 10], [0, 0, 3, 3]], [0, 0], [0.9, 0.7])
-    right = pictures.matched(found, TARGETS)
-    assert pictures.in_words(right, TARGETS) == "1 of 2 objects found, 1 false detection"
+    right = pages.matched(found, TARGETS)
+    assert pages.in_words(right, TARGETS) == "1 of 2 objects found, 1 false detection"
 
 
 @pytest.mark.parametrize("side", [60, 1200])
@@ -181,11 +181,11 @@ def test_picture_embeds_the_image_and_draws_in_its_pixels(tmp_path, side):
     image = np.random.default_rng(0).integers(0, 255, (side, side * 2, 3), np.uint8)
     cv2.imwrite(str(path), cv2.GaussianBlur(image, (0, 0), 5))
     found = prediction([[0, 0, 10, 10], [20, 20, 40, 41], [1, 2, 3, 4]], [0, 0, 0], [0.9, 0.6, 0.2])
-    svg = pictures.judged_picture(annotated(path), found, ("<a>", "b"), 'an "image"').svg
+    svg = pages.judged_picture(annotated(path), found, ("<a>", "b"), 'an "image"').svg
     assert f'viewBox="0 0 {side * 2} {side}"' in svg
     data = np.frombuffer(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1]), np.uint8)
     embedded = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    assert embedded.shape[1] == min(side * 2, pictures.JUDGED_SIDE)
+    assert embedded.shape[1] == min(side * 2, pages.JUDGED_SIDE)
     assert svg.count('class="truth"') == 2
     assert svg.count('class="right"') == 1
     assert 'class="wrong" x="20.0" y="20.0" width="20.0" height="21.0"' in svg
@@ -200,7 +200,7 @@ def test_labels_stay_inside_the_image(tmp_path):
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), np.zeros((100, 100, 3), np.uint8))
     found = prediction([[95, 0, 100, 5], [0, 98, 9, 100]], [0, 0], [0.9, 0.9])
-    svg = pictures.judged_picture(annotated(path), found, ("a_long_class",), "x").svg
+    svg = pages.judged_picture(annotated(path), found, ("a_long_class",), "x").svg
     plates = re.findall(r'class="plate \w+" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', svg)
     assert len(plates) == 2
     for plate in plates:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from moco_det.datasets.masks import compressed, rle_problem
+from moco_det.datasets.coco_annotations import compressed, rle_problem
 
 MASK = np.asfortranarray(np.eye(4, 5, dtype=np.uint8))
 CODE = coco_mask.encode(MASK)

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from moco_det.densepose.body import Geodesics
+from moco_det.densepose.body import Geodesics, Points, pairwise_similarity, point_similarity
 from moco_det.densepose.points import encode_iuv
-from moco_det.densepose.similarity import Points, pairwise_similarity, point_similarity
 
 KAPPA = 0.351  # of the torso
 

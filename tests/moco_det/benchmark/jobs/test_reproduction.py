@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_voc import write_tiny_config, write_tiny_voc
 
-from moco_det.benchmark.jobs import preflight as module
+from moco_det.benchmark.jobs import reproduction as module
 from moco_det.benchmark.jobs.grid import Experiment, Run
-from moco_det.benchmark.jobs.preflight import checkpoint_bytes, preflight
+from moco_det.benchmark.jobs.reproduction import checkpoint_bytes, preflight
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.config.loading import load_config
 from moco_det.native.modeling.meta_arch import build_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moco_det.common.command_line import CommandParser, at_least, command_parser, nearest
+from moco_det.common.errors import CommandParser, at_least, command_parser, nearest
 
 
 def parser(**options) -> CommandParser:

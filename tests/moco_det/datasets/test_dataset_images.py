@@ -8,7 +8,7 @@ from PIL import Image
 from moco_det.common.errors import UserError
 from moco_det.dataset_doctor import Report
 from moco_det.datasets import Problems
-from moco_det.datasets.image_files import check_images
+from moco_det.datasets.dataset import check_images
 
 
 def record(path, height=40, width=50):
