@@ -126,7 +126,7 @@ def verify_results(expected: list, results: dict) -> None:
 
 # -- tried before the first iteration --------------------------------------------------------------
 
-IMAGES = 8  # that are scored
+REHEARSED = 8  # images of a data set
 
 
 def rehearse(
@@ -156,7 +156,7 @@ def rehearse(
             for _ in threads.map(lambda r: read_labels(r, len(dataset.classes)).shape, records):
                 pass
     annotated = [record for record in records if record.get("annotations", True)]
-    chosen = evenly_spaced(annotated or records, IMAGES)
+    chosen = evenly_spaced(annotated or records, REHEARSED)
     for make in (_nothing, _annotated):
         predictions = [make(record, dataset, masks, keypoints) for record in chosen]
         try:
