@@ -118,7 +118,7 @@ def test_moco_voc_config_has_the_official_values():
     cfg = load_config(CONFIGS / "voc_R50_C4_24k_moco.yaml")
     assert cfg.SOLVER.STEPS == (18000, 22000)
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.BASE_LR) == (24000, 100, 0.02)
-    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (0, "SyncBN")
+    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (0, "naiveSyncBN")
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
     assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == list(range(480, 801, 32))
