@@ -122,8 +122,7 @@ class VocDataset(Dataset):
                 text = f"{path}: class {shown(name)} is not one of VOC's 20 classes"
                 problems.refuse("classes", text)
                 continue
-            # In VOC's inclusive numbers this is one pixel wide; in practice, a slip of the hand.
-            if xmax <= xmin or ymax <= ymin:
+            if is_empty(xmin, ymin, xmax, ymax):
                 continue
             annotations.append(
                 {
@@ -239,7 +238,7 @@ def _annotation(path: Path, state: tuple[int, int]) -> VocAnnotation:
             continue
         objects.append(found)
         name, (xmin, ymin, xmax, ymax), _ = found
-        if xmax <= xmin or ymax <= ymin:
+        if is_empty(xmin, ymin, xmax, ymax):
             corners = ", ".join(f"{corner:g}" for corner in found[1])
             text = f"{path}: {shown(name)} has a box of zero area, ({corners})"
             wrong.append((False, "area", text))
@@ -292,6 +291,11 @@ def _object(node: ElementTree.Element, size: tuple[int, int] | None) -> _Object 
     if difficult not in ("0", "1"):
         return f"{shown(name)} has <difficult>{difficult[:40]}</difficult>, which is 0 or 1"
     return name, box, int(difficult)
+
+
+def is_empty(xmin: float, ymin: float, xmax: float, ymax: float) -> bool:
+    """Whether a box of inclusive pixels has no area; it is one pixel wide where xmax = xmin."""
+    return xmax <= xmin - 1 or ymax <= ymin - 1
 
 
 def _size(root: ElementTree.Element) -> tuple[int, int] | None:

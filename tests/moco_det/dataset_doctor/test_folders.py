@@ -32,7 +32,7 @@ def test_all_that_is_wrong_with_a_voc_set_is_found(voc):
     Image.new("RGB", (30, 20)).save(photographs["002"])
     photographs["003"].write_bytes(b"")
     xml = (annotations / "004.xml").read_text()
-    empty = "<xmin>5</xmin><ymin>7</ymin><xmax>5</xmax><ymax>7</ymax>"
+    empty = "<xmin>5</xmin><ymin>7</ymin><xmax>4</xmax><ymax>7</ymax>"
     box = xml[xml.index("<xmin>") : xml.index("</bndbox>")]
     (annotations / "004.xml").write_text(xml.replace(box, empty))
     (annotations / "005.xml").write_text("<annotation>")
@@ -49,7 +49,7 @@ def test_all_that_is_wrong_with_a_voc_set_is_found(voc):
         ("image", photographs["001"], "cannot be decoded"),
         ("size", photographs["002"], "is 30x20 pixels, its annotation says 64x48"),
         ("image", photographs["003"], "cannot be decoded"),
-        ("area", annotations / "004.xml", "a box of zero area, (5, 7, 5, 7)"),
+        ("area", annotations / "004.xml", "a box of zero area, (5, 7, 4, 7)"),
         ("annotation", annotations / "005.xml", "cannot read annotation"),
         ("annotation", annotations / "006.xml", "cannot read annotation"),
         ("annotation", annotations / "007.xml", "lacks the numbers of a <bndbox>"),

@@ -76,7 +76,17 @@ def test_voc_difficult_is_kept(tmp_path):
     assert get_dataset(f"voc:{tmp_path}:t").records()[0]["annotations"][0]["difficult"] == 1
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 5), (5, 5, 5, 9), (5, 5, 9, 5), (9, 5, 5, 9)])
+@pytest.mark.parametrize("box", [(5, 5, 5, 5), (5, 5, 5, 9), (5, 5, 9, 5)])
+def test_voc_box_of_one_pixel_is_kept(tmp_path, box):
+    """In inclusive numbers it has an area, and Detectron2 trains on it and scores it."""
+    write_voc(tmp_path, {"a": SIZE + voc_object("ant", box)}, {"t": "a\n"})
+    (record,) = get_dataset(f"voc:{tmp_path}:t").records()
+    (annotation,) = record["annotations"]
+    x0, y0, x1, y1 = box
+    assert annotation["bbox"] == [x0 - 1, y0 - 1, x1, y1]
+
+
+@pytest.mark.parametrize("box", [(5, 5, 4, 9), (5, 5, 9, 4), (9, 5, 5, 9)])
 def test_voc_box_without_area_is_left_out(tmp_path, box):
     xml = SIZE + voc_object("ant", box) + voc_object("ant", (1, 1, 9, 9))
     write_voc(tmp_path, {"a": xml}, {"t": "a\n"})
@@ -134,7 +144,7 @@ def test_foreign_class_in_builtin_voc_is_named(tmp_path, monkeypatch):
 
 
 def test_bccd_counts(shared_data):
-    """4,888 boxes in 364 images, 2 of them without area, in the official splits of 292 and 72."""
+    """4,888 boxes in 364 images, in the official splits of 292 and 72."""
     root = shared_data("bccd_voc") / "BCCD"
     total = 0
     for split, images in (("trainval", 292), ("test", 72)):
@@ -143,7 +153,7 @@ def test_bccd_counts(shared_data):
         records = dataset.records()
         assert len(records) == images
         total += sum(len(record["annotations"]) for record in records)
-    assert total == 4888 - 2
+    assert total == 4888
 
 
 def test_voc_records_equal_detectron2s(shared_data):
