@@ -163,7 +163,7 @@ def test_scales_and_crop(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_bn_is_tuned_and_synchronised_but_in_the_frozen_rows(run):
     found = values(run)
-    official = "naiveSyncBN" if "_C4_" in run else "SyncBN"  # there are official configs of C4 alone
+    official = "naiveSyncBN" if "_C4_" in run else "SyncBN"  # only C4 has official configs
     trained = "" if run.endswith("frozen_bn") else official
     assert {key: value for key, value in found.items() if key.endswith(".NORM")} == {
         "MODEL.RESNETS.NORM": trained or "FrozenBN",

@@ -10,6 +10,7 @@ from batch_norms import randomise_norms
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.resnets import BLOCKS
 from moco_det.config.loading import get_cfg, load_config
 from moco_det.native.modeling.backbones import FPN, DilatedC5, ResNet, build_backbone, build_resnet
 from moco_det.weights.files import load_backbone_weights
@@ -37,6 +38,21 @@ def torchvision_features(network: nn.Module, x: torch.Tensor) -> dict[str, torch
     for index in range(1, 5):
         x = features[f"res{index + 1}"] = getattr(network, f"layer{index}")(x)
     return features
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_a_config_may_ask_for_every_depth(repository, depth):
+    options = [
+        "MODEL.RESNETS.DEPTH",
+        depth,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        64 if depth < 50 else 256,
+    ]
+    with torch.device("meta"):
+        model = build_resnet(load_config(repository / "configs/coco_R50_FPN_1x_moco.yaml", options))
+        reference = torchvision.models.get_model(f"resnet{depth}")
+    expected = {name: value.shape for name, value in from_torchvision(reference).items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == expected
 
 
 @pytest.mark.usefixtures("float64")
