@@ -171,6 +171,42 @@ def test_a_crash_then_resume_equals_one_run(make_cfg, stub):
     assert same(final(whole), final(parts))
 
 
+def test_precise_bn_before_each_evaluation_and_after_the_last_iteration(
+    make_cfg, stub, monkeypatch
+):
+    """As many images as without accumulation; batches that the training is still to see."""
+    calls, begun = [], []
+    build = trainer.build_train_loader
+
+    def loader(cfg, plan, records, seed, iteration, **options):
+        begun.append(iteration)
+        return build(cfg, plan, records, seed, iteration, **options)
+
+    monkeypatch.setattr(trainer, "build_train_loader", loader)
+    monkeypatch.setattr(
+        trainer, "precise_bn", lambda model, batches, passes: calls.append((begun[-1], passes))
+    )
+    period = ("TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "5", "TEST.PRECISE_BN.NUM_ITER", "3")
+    train(make_cfg("out", *period, "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
+    assert calls == [(2, 6), (4, 6), (5, 6)]
+    calls.clear()
+    train(make_cfg("none", *period, "TEST.PRECISE_BN.ENABLED", "False"))
+    assert calls == []
+
+
+def test_draws_differ_between_processes_iterations_and_passes(make_cfg, stub, monkeypatch):
+    cfg = prepare(make_cfg("out", "SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"))
+    loop = build_trainer(cfg, plan_batch(cfg, 1), build_state(cfg), None, None)
+    draws = []
+    for process in range(3):
+        monkeypatch.setattr(trainer, "rank", lambda process=process: process)
+        for iteration in range(3):
+            for number in range(2):
+                loop.seed_draws(iteration, number)
+                draws.append(torch.rand(()).item())
+    assert len(set(draws)) == 3 * 3 * 2
+
+
 def test_another_seed_is_another_run(make_cfg, stub):
     first, second = make_cfg("first"), make_cfg("second", "SEED", "4")
     train(first)
@@ -355,6 +391,28 @@ def test_two_processes_train_as_one(make_cfg, monkeypatch):
     assert metrics(one)[-1] == pytest.approx(metrics(two)[-1])
     loss, other = (metrics(cfg)[1]["loss_cls"] for cfg in (one, two))
     assert loss == pytest.approx(other, rel=ROUNDING)
+
+
+class StoppedStub(NoiselessStub):
+    """The second process is asked to stop, in the third iteration."""
+
+    def forward(self, batch):
+        self.at_iteration = {2: sigterm} if trainer.rank() == 1 else {}
+        return super().forward(batch)
+
+
+def train_stopped(cfg):
+    trainer.build_model = lambda cfg: StoppedStub()
+    train(cfg)
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_a_stop_of_any_process_is_one_of_all(make_cfg):
+    cfg = make_cfg("out", "TEST.EVAL_PERIOD", "0")
+    with pytest.raises(SystemExit) as stopped:
+        launch(train_stopped, num_gpus=2, args=(cfg,))
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert torch.load(Checkpoints(cfg.OUTPUT_DIR).last(), weights_only=True)["iteration"] == 2
 
 
 def test_number_of_classes_must_be_the_data_sets(make_cfg):
