@@ -46,8 +46,11 @@ class Problems:
         Raises:
             DatasetError: here; not where problems are collected.
         """
-        where = "" if self.file is None else f"{self.file}: "
-        raise DatasetError(check, where + one_line(text))
+        text = one_line(text)
+        if self.file is not None:
+            room = errors.LONGEST - len(f"error: : {text}")
+            text = f"{errors.one_line(self.file, max(60, room))}: {text}"
+        raise DatasetError(check, text)
 
     def flaw(self, check: str, text: object) -> None:
         """Something that a run leaves out, or does without."""
