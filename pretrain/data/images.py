@@ -56,7 +56,7 @@ class UnreadableImages:
             raise UserError(
                 f"{len(self.names)} of {self.total} images are unreadable, more than "
                 f"--max-unreadable {self.tolerated} allows; one of them: "
-                f"{one_line(min(self.names), 180)}"
+                f"{one_line(min(self.names), 190)}"
             )
 
 
