@@ -26,12 +26,11 @@ from moco_det.common.files import read_regular
 from moco_det.common.images import image_size
 from moco_det.datasets.coco_annotations import AnnotationReader, label, report_repeated
 from moco_det.datasets.dataset import Wanted
-from moco_det.datasets.problems import Problems, shown
+from moco_det.datasets.problems import LONGEST_NAME, Problems, shown
 
 SECTIONS = ("images", "annotations", "categories")
 _LARGEST_ID = 2**53  # beyond it NumPy, which the tools sort ids with, makes floats of them
 _MOST_PIXELS = 2**28  # that are believed without a look at the image's file
-_LONGEST_NAME = 255  # of a file or a folder, in the file systems that are common
 
 _Entry = dict[str, Any]
 
@@ -190,7 +189,7 @@ def _has_file(entry: _Entry, keys: Sequence[str], problems: Problems) -> bool:
     """Whether the entry names a file, which is the second of `keys`."""
     name = entry[keys[1]]
     is_path = isinstance(name, str) and name.strip("/. ") and "\0" not in name
-    if is_path and max(map(len, name.split("/"))) <= _LONGEST_NAME:
+    if is_path and max(map(len, name.split("/"))) <= LONGEST_NAME:
         return True
     problems.refuse("image", f"image {entry['id']} has the {keys[1]} {shown(name)}: name its file")
     return False

@@ -13,6 +13,7 @@ from moco_det.common.errors import UserError
 
 MOST_ALIKE = 1000  # problems that are told one by one
 LONGEST = 390  # characters of a message; values of files are shown in 60
+LONGEST_NAME = 255  # of a file or a folder, in the file systems that are common
 
 
 class Problem(NamedTuple):
