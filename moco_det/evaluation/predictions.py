@@ -24,6 +24,7 @@ from moco_det.datasets.masks import is_whole
 from moco_det.densepose.points import encode_iuv
 
 MOST = 8 << 30  # bytes of a file of predictions
+_LARGEST = 2.0**31  # pixels, or a score; what draws makes whole numbers of them
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
 
 
@@ -123,10 +124,10 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_impossible(record: dict[str, Any]) -> None:
-    """ValueError where a number of a prediction is not finite, or a box ends before it begins."""
+    """ValueError for a number that nothing in an image can have, or a box that ends too early."""
     for name, values in record.items():
-        if torch.is_tensor(values) and not values.isfinite().all():
-            raise ValueError(f"image {record['image_id']}: {name} are not all finite")
+        if torch.is_tensor(values) and not (values.abs() <= _LARGEST).all():  # nor is it of NaN
+            raise ValueError(f"image {record['image_id']}: {name} are not all finite, or huge")
     boxes = record["boxes"]
     exchanged = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     if exchanged.any():
