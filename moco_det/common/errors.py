@@ -75,6 +75,7 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+UNREACHABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 
 
 def explained(error: BaseException) -> str | None:
@@ -101,6 +102,8 @@ def explained(error: BaseException) -> str | None:
         return "the connection to another process of this run broke: see what that one has printed"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"cannot write{f' {error.filename}' * bool(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename:
+        return f"cannot use the path {one_line(error.filename, 200)}: {error.strerror}"
     return None
 
 

@@ -84,8 +84,8 @@ def max_pixels() -> float:
 
 def _too_large(what: str) -> str:
     return (
-        f"{what}, which is more than {max_pixels():,} pixels: if you trust the file, raise the "
-        "limit (--max-image-pixels, or INPUT.MAX_IMAGE_PIXELS in a detector's config)"
+        f"{what}, which is more than {max_pixels():,} pixels: if you trust the file, raise "
+        "--max-image-pixels or INPUT.MAX_IMAGE_PIXELS"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.processes import print_on_main
 from moco_det.config.loading import leaves
 from moco_det.datasets import NOTHING, Dataset, Problems, Record, Wanted, get_dataset
@@ -79,11 +79,15 @@ def check_dataset(cfg, dataset: Dataset) -> None:
             f"dataset {dataset.name} has no dense pose, but MODEL.DENSEPOSE_ON is True: take "
             "densepose_coco_2014_*, densepose:ANNOTATIONS.json:IMAGE_DIR, or set it to False"
         )
-    classes = dataset.classes
+    check_class_count(cfg, dataset.name, dataset.classes)
+
+
+def check_class_count(cfg, name: str, classes: Sequence[str]) -> None:
+    """UserError unless data set `name` has as many classes as the model tells apart."""
     if len(classes) != num_classes(cfg):
         raise UserError(
-            f"{num_classes_key(cfg)} is {num_classes(cfg)}, but {dataset.name} has {len(classes)} "
-            f"classes ({', '.join(classes[:30])}): set it to {len(classes)}"
+            f"{num_classes_key(cfg)} is {num_classes(cfg)}, but {one_line(name, 110)} has "
+            f"{len(classes)} classes ({one_line(', '.join(classes), 90)}): set it to {len(classes)}"
         )
 
 

@@ -257,11 +257,12 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
 
 # -- what a key may be ----------------------------------------------------------------------------
 
+LONGEST_WORD = 100  # characters
 RANGES = {key: (entry["from"], entry["to"]) for entry in KEYS["ranges"] for key in entry["keys"]}
 
 
 def check_value(key: str, value: Any, source: str) -> None:
-    """UserError where a number is outside the key's range, or a name is none; `source`: of it."""
+    """UserError for a number outside the key's range, or a name that is none; `source`: of it."""
     if value in ([], ()) and _LEAVES.get(key) and key not in KEYS["may_be_empty"]:
         raise UserError(f"{shortened(source)}: {key} is empty")
     if key in RANGES and value is not None:
@@ -273,12 +274,15 @@ def check_value(key: str, value: Any, source: str) -> None:
                     f"{shortened(source)}: {key} is {shown(value)}: it takes numbers from "
                     f"{low:g} to {high:g}"
                 )
+    for text in _flat(value) if key in _LEAVES.keys() - KEYS["paths"] else ():
+        if isinstance(text, str) and len(text) > LONGEST_WORD:
+            raise UserError(f"{shortened(source)}: {key} is {shown(text)}: no value is so long")
     if key in KEYS["names"] and not all(isinstance(name, str) for name in value):
         raise UserError(f"{shortened(source)}: {key} is {shown(value)}: it takes names")
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """The numbers in lists of lists."""
+    """The numbers and texts in lists of lists."""
     if isinstance(value, list | tuple):
         for part in value:
             yield from _flat(part)

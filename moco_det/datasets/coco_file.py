@@ -26,7 +26,7 @@ from moco_det.common.files import read_regular
 from moco_det.common.images import image_size
 from moco_det.datasets.coco_annotations import AnnotationReader, label, report_repeated
 from moco_det.datasets.dataset import Wanted
-from moco_det.datasets.problems import Problems, shown
+from moco_det.datasets.problems import LONGEST_NAME, Problems, shown
 
 SECTIONS = ("images", "annotations", "categories")
 _LARGEST_ID = 2**53  # beyond it NumPy, which the tools sort ids with, makes floats of them
@@ -188,7 +188,8 @@ def _read_images(
 def _has_file(entry: _Entry, keys: Sequence[str], problems: Problems) -> bool:
     """Whether the entry names a file, which is the second of `keys`."""
     name = entry[keys[1]]
-    if isinstance(name, str) and name.strip("/. ") and "\0" not in name:
+    is_path = isinstance(name, str) and name.strip("/. ") and "\0" not in name
+    if is_path and max(map(len, name.split("/"))) <= LONGEST_NAME:
         return True
     problems.refuse("image", f"image {entry['id']} has the {keys[1]} {shown(name)}: name its file")
     return False

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.images import UnreadableImage, image_size, read_bytes
 from moco_det.datasets.problems import Problem, Problems, refuse_each
 
@@ -199,7 +199,8 @@ def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
     except UnreadableImage as error:
         raise UserError(f"cannot read the label map {path}: {error.reason}") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        raise UserError(f"cannot read the label map {path}: {error}") from error
+        reason = one_line(error, 120)
+        raise UserError(f"cannot read the label map {path}: {reason}") from error
 
 
 # -- the images that a data set lists --------------------------------------------------------------

@@ -13,6 +13,7 @@ from moco_det.common.errors import UserError
 
 MOST_ALIKE = 1000  # problems that are told one by one
 LONGEST = 390  # characters of a message; values of files are shown in 60
+LONGEST_NAME = 255  # of a file or a folder, in the file systems that are common
 
 
 class Problem(NamedTuple):
@@ -46,8 +47,11 @@ class Problems:
         Raises:
             DatasetError: here; not where problems are collected.
         """
-        where = "" if self.file is None else f"{self.file}: "
-        raise DatasetError(check, where + one_line(text))
+        text = one_line(text)
+        if self.file is not None:
+            room = errors.LONGEST - len(f"error: : {text}")
+            text = f"{errors.one_line(self.file, max(60, room))}: {text}"
+        raise DatasetError(check, text)
 
     def flaw(self, check: str, text: object) -> None:
         """Something that a run leaves out, or does without."""

@@ -35,7 +35,7 @@ from typing import ClassVar
 import numpy as np
 
 from moco_det.common.errors import UserError
-from moco_det.common.images import image_size
+from moco_det.common.images import UnreadableImage, image_size
 from moco_det.datasets.cityscapes import CityscapesLayout
 from moco_det.datasets.dataset import (
     BUILT_IN,
@@ -95,8 +95,8 @@ class SemanticDataset(Dataset):
         for image_id, image, labels in self.pairs(problems):
             try:
                 height, width = image_size(image)
-            except UserError as error:
-                problems.refuse("image", f"{image} cannot be decoded: {error}")
+            except UnreadableImage as error:
+                problems.refuse("image", f"{image} cannot be decoded: {error.reason}")
                 continue
             records.append(
                 {

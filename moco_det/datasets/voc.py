@@ -14,7 +14,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import read_regular
 from moco_det.common.images import image_size
 from moco_det.datasets.dataset import NOTHING, REACH, Dataset, Record, Wanted, require
-from moco_det.datasets.problems import MOST_ALIKE, Problems, refuse_each, shown
+from moco_det.datasets.problems import LONGEST_NAME, MOST_ALIKE, Problems, refuse_each, shown
 
 # fmt: off
 VOC_CLASSES = (
@@ -160,13 +160,16 @@ _IMAGE_ENDING = re.compile(r"\.(jpe?g|png|bmp|tiff?|webp)$", re.IGNORECASE)
 
 
 def read_split(path: Path, problems: Problems, bare: bool = False) -> list[str]:
-    """The first word of each line of a split list; one that comes twice is a problem.
+    """The first word of each line of a split list; one that comes twice or is no name is a problem.
 
     Args:
         bare: a word may be the path of an image, of which its name is taken.
     """
     ids = [line.split()[0] for line in read_lines(path) if line.strip()]
     ids = [without_image_ending(word) for word in ids] if bare else ids
+    for word in (word for word in ids if len(word) > LONGEST_NAME):
+        problems.refuse("list", f"{path} lists {shown(word)}: no file can have so long a name")
+    ids = [word for word in ids if len(word) <= LONGEST_NAME]
     for image_id, times in Counter(ids).items():
         if times > 1:
             problems.refuse("list", f"{path} lists {image_id} {times} times: keep one of the lines")

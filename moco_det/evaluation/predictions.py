@@ -24,6 +24,7 @@ from moco_det.datasets.coco_annotations import is_whole
 from moco_det.densepose.points import encode_iuv
 
 MOST = 8 << 30  # bytes of a file of predictions
+_LARGEST = 2.0**31  # pixels, or a score; what draws makes whole numbers of them
 _TASK_OF = {"segmentations": "segm", "keypoints": "keypoints"}  # field of a prediction -> task
 
 
@@ -109,7 +110,7 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
             return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
         records = [checked(record, len(dataset.classes)) for record in found]
         for record in records:
-            _refuse_infinite(record)
+            _refuse_impossible(record)
         return {str(record["image_id"]): record for record in records}
     except (ValueError, RuntimeError, OverflowError) as error:  # of torch: odd shapes and numbers
         reason = one_line(error, 120)
@@ -122,11 +123,15 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def _refuse_infinite(record: dict[str, Any]) -> None:
-    """ValueError where a number of a prediction is not finite."""
+def _refuse_impossible(record: dict[str, Any]) -> None:
+    """ValueError for a number that nothing in an image can have, or a box that ends too early."""
     for name, values in record.items():
-        if torch.is_tensor(values) and not values.isfinite().all():
-            raise ValueError(f"image {record['image_id']}: {name} are not all finite")
+        if torch.is_tensor(values) and not (values.abs() <= _LARGEST).all():  # nor is it of NaN
+            raise ValueError(f"image {record['image_id']}: {name} are not all finite, or huge")
+    boxes = record["boxes"]
+    exchanged = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    if exchanged.any():
+        raise ValueError(f"image {record['image_id']}: {boxes[exchanged][0].tolist()} is no box")
 
 
 def checked(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:

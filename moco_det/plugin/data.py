@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
-from moco_det.config.checks import is_semantic, num_classes, num_classes_key
+from moco_det.config.checks import check_class_count, is_semantic
 from moco_det.datasets import (
     BUILT_IN,
     NOTHING,
@@ -230,11 +230,8 @@ def check_classes(cfg) -> None:
                 "fit: SemanticSegmentor learns from label maps, all others from objects"
             )
         classes = metadata.get("stuff_classes" if is_semantic(cfg) else "thing_classes")
-        if classes and len(classes) != num_classes(cfg):
-            raise UserError(
-                f"{num_classes_key(cfg)} is {num_classes(cfg)}, but {name} has {len(classes)} "
-                f"classes ({', '.join(classes[:20])}): set it to {len(classes)}"
-            )
+        if classes:
+            check_class_count(cfg, name, classes)
 
 
 # -- label maps -----------------------------------------------------------------------------------

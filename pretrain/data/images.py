@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_det.common.ending import prepare_end
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.images import UnreadableImage, allow_pixels, max_pixels, read_image
 from moco_det.common.processes import ignore_stop_signals, rank, world_size
 from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
@@ -55,7 +55,8 @@ class UnreadableImages:
         if fatal or len(self.names) > self.tolerated * self.total:
             raise UserError(
                 f"{len(self.names)} of {self.total} images are unreadable, more than "
-                f"--max-unreadable {self.tolerated} allows; one of them: {min(self.names)}"
+                f"--max-unreadable {self.tolerated} allows; one of them: "
+                f"{one_line(min(self.names), 190)}"
             )
 
 

@@ -42,7 +42,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from moco_det.common.errors import UserError, import_optional
+from moco_det.common.errors import UserError, import_optional, one_line
 from moco_det.common.images import UnreadableImage, decode_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
 from pretrain.data.images import (
@@ -349,12 +349,13 @@ def _find_shards(data: str) -> list[str]:
     try:
         urls = shardlists.expand_urls(data)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"cannot expand DATA {data}: {error}") from error
+        reason = one_line(error, 80)
+        raise UserError(f"cannot expand DATA {one_line(data, 180)}: {reason}") from error
     shards = []
     for url in urls:
         local = not re.search(r"^pipe:|://|^-$", url)
         found = sorted(glob.glob(url)) if local and not os.path.isfile(url) else [url]
         if not found:
-            raise UserError(f"no such shard: {url}")
+            raise UserError(f"no such shard: {one_line(url, 250)}")
         shards += found
     return shards

@@ -77,6 +77,7 @@ GPU_FULL = (
         (RuntimeError("EADDRINUSE: the server socket"), "port of --dist-url is in use"),
         (RuntimeError("[gloo/pair.cc] Connection closed by peer [::1]:1"), "another process of th"),
         (OSError(errno.ENOSPC, "No space left on device", "a.pth"), "cannot write a.pth: No space"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 9999), "cannot use the path aaa"),
     ],
 )  # fmt: skip
 def test_errors_of_other_packages_that_a_user_can_understand(error, words, capsys):

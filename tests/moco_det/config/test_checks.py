@@ -7,8 +7,9 @@ from densepose_template import write_template
 from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_voc
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import LONGEST, UserError
 from moco_det.config.checks import (
+    check_class_count,
     check_dataset,
     check_input,
     check_metric_files,
@@ -54,6 +55,17 @@ def test_data_sets_must_fit_the_task_and_the_classes(tmp_path):
     message = r"MODEL.SEM_SEG_HEAD.NUM_CLASSES is 54, but .* has 21 classes \(background, .*to 21"
     with pytest.raises(UserError, match=message):
         check_dataset(make_cfg(), labels)
+
+
+def test_many_classes_of_a_data_set_with_a_long_name_are_told_in_one_line():
+    classes = [f"thing {number}" for number in range(1, 1204)]
+    cfg = make_cfg("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1230)
+    with pytest.raises(UserError) as error:
+        check_class_count(cfg, f"lvis:{'/folder' * 40}/a.json:{'/folder' * 40}", classes)
+    message = str(error.value)
+    assert len(f"error: {message}") <= LONGEST
+    assert "has 1203 classes (thing 1, thing 2, " in message
+    assert message.endswith(", thing 1203): set it to 1203")
 
 
 def test_a_dense_pose_model_needs_dense_pose_and_its_metric_the_body(tmp_path, monkeypatch):

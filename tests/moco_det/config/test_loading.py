@@ -340,6 +340,8 @@ def test_every_numeric_key_has_a_range_that_holds_its_default(golden):
         ("MODEL: {RESNETS: {OUT_FEATURES: []}}\n", "MODEL.RESNETS.OUT_FEATURES is empty"),
         ("DATASETS: {TRAIN: [[[a]]]}\n", r"DATASETS.TRAIN is .*: it takes names"),
         ("DATASETS: {TRAIN: [.nan]}\n", r"DATASETS.TRAIN is \(nan,\): it takes names"),
+        (f"MODEL: {{RESNETS: {{NORM: '{'9' * 500}'}}}}\n", "MODEL.RESNETS.NORM is .*: no"),
+        (f"MODEL: {{RPN: {{IN_FEATURES: [{'a' * 500}]}}}}\n", "MODEL.RPN.IN_FEATURES is .*: no"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_with_its_key(write, text, key):

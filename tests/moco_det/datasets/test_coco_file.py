@@ -78,6 +78,7 @@ def test_an_annotation_is_refused_by_name_in_training_and_by_the_doctor(tmp_path
         ("images", {"id": 2**60}, "an id of the image entries is 1152921504606846976, no whole"),
         ("images", {"id": 3, "file_name": None}, "an image lacks file_name"),
         ("images", {"id": 3, "file_name": "a\0b"}, "image 3 has the file_name 'a\\x00b': name"),
+        ("images", {"id": 3, "file_name": "a" * 300}, f"image 3 has the file_name '{'a' * 59}..."),
         ("images", {"id": 3, "height": "96"}, "image 3 has a height and width of ['96', 128]"),
         ("images", {"id": 3, "height": 10**9}, "image 3 has a height and width of [1000000000, 12"),
         ("images", None, "image number 3 is None, not an entry"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moco_det.common import errors
 from moco_det.datasets.problems import DatasetError, Problems, SkippedProblems, one_line, shown
 
 
@@ -22,6 +23,16 @@ def test_the_first_is_raised_and_flaws_are_passed_over():
     with pytest.raises(DatasetError, match=r"^a\.json: is broken$") as error:
         problems.refuse("mask", "is broken")
     assert error.value.check == "mask"
+
+
+def test_a_long_path_leaves_room_for_what_is_wrong():
+    problem = f"annotation 7: {'x' * 120}: close the polygon"
+    with pytest.raises(DatasetError) as error:
+        Problems(f"/data/{'folder/' * 60}a.json").refuse("mask", problem)
+    message = str(error.value)
+    assert len(f"error: {message}") <= errors.LONGEST
+    assert message.startswith("/data/folder/")
+    assert message.endswith(f"a.json: {problem}")
 
 
 def test_what_is_skipped_is_printed_up_to_a_limit(capsys):

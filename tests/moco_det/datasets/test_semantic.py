@@ -197,3 +197,12 @@ def test_names_with_dots_keep_their_tails(tmp_path):
     (root / "ImageSets/Segmentation/train.txt").write_text("IMG_jpg.rf.fe2a\n")
     (record,) = get_dataset(f"voc_sem_seg:{root}:train").records()
     assert record["image_id"] == "IMG_jpg.rf.fe2a"
+
+
+def test_an_unreadable_image_is_named_once(tmp_path):
+    root = write_tiny_semantic(tmp_path / "voc", images=1)
+    path = root / "JPEGImages/000.jpg"
+    path.write_bytes(b"<html>")
+    with pytest.raises(UserError) as error:
+        get_dataset(f"voc_sem_seg:{root}:train").records()
+    assert str(error.value) == f"{path} cannot be decoded: not an image"

@@ -217,6 +217,7 @@ def test_an_object_is_refused_in_training_and_by_the_doctor(tmp_path, xml, messa
         ("a.jpg\n", r"there is no image a.jpg.\*; write a instead"),
         ("JPEGImages/a.jpg\n", r"there is no image JPEGImages/a.jpg.\*; write a instead"),
         ("a\0\n", "t.txt: it has a zero byte"),
+        ("a\n" + "x" * 5000, f"t.txt lists '{'x' * 59}...: no file can have so long a name$"),
     ],
 )
 def test_a_list_is_refused_in_training_and_by_the_doctor(tmp_path, lines, message):

@@ -228,6 +228,7 @@ WHOLE = {"image_id": "a", "boxes": [[1, 2, 3, 4]], "scores": [0.5], "classes": [
         {"scores": []}, {"scores": [float("nan")]}, {"boxes": [[1, 2, 3, float("inf")]]},
         {"classes": [8]}, {"classes": [10**30]}, {"classes": "x"}, {"keypoints": [[[1, 2]]]},
         {"segmentations": [5]}, {"segmentations": 5}, {"densepose": [5]},
+        {"boxes": [[1, 2, 3, -0.5]]}, {"boxes": [[1, 2, 3, 1e308]]},
     ],
 )  # fmt: skip
 def test_damaged_predictions_are_one_line(tmp_path, change):

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco_det.common.errors import LONGEST, UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     DistributedBatchSampler,
     ImageViews,
+    UnreadableImages,
     collate_views,
     training_folder,
 )
@@ -65,6 +67,16 @@ def test_nothing_readable_gives_no_batch(folder):
     views, unreadable = collate_views([views_of(folder)[(0, 0)]])
     assert views == []
     assert len(set(unreadable)) == 6
+
+
+def test_too_many_unreadable_images_are_told_in_one_line_however_long_the_path():
+    path, reason = f"/data/{'folder/' * 40}5.png", "400,000,000 pixels: see --max-pixels"
+    with pytest.raises(UserError) as caught:
+        UnreadableImages(total=1_281_167, tolerated=0.01).add([f"{path}: {reason}"], fatal=True)
+    message = str(caught.value)
+    assert len(f"error: {message}") <= LONGEST
+    assert message.startswith("1 of 1281167 images are unreadable")
+    assert message.endswith(f"5.png: {reason}")
 
 
 def test_batches_are_stacked_as_uint8(folder):

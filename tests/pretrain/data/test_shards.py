@@ -25,7 +25,7 @@ pytest.importorskip("webdataset")
 import webdataset
 from recorded_run import SIZE, numbered_image, write_shards
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import LONGEST, UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.shards import (
     BrokenShard,
@@ -217,6 +217,13 @@ def test_shards_are_named_as_webdataset_users_do(pattern, tmp_path):
         assert is_shards(data)
     with pytest.raises(UserError, match="no such shard: .*train-07.tar"):
         find_shards(str(folder / "train-{06..07}.tar"))
+
+
+@pytest.mark.parametrize("pattern", ["/data/{0..1%s}.tar", "/data/{9%s..1}.tar", "/%s.tar"])
+def test_long_patterns_are_told_in_short(pattern):
+    with pytest.raises(UserError) as error:
+        find_shards(pattern % ("x" * 5000))
+    assert len(f"error: {error.value}") <= LONGEST
 
 
 def test_without_webdataset_the_command_to_install_it_is_named(pattern, monkeypatch):
