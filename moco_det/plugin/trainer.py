@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
+    hooks,
+)
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -39,7 +47,7 @@ from moco_det.config.checks import (
     plan_batch,
     wanted_of,
 )
-from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
+from moco_det.native.modeling.layers import accumulate_gradients, precise_bn, sync_on_cpu
 from moco_det.plugin.data import (
     build_dense_pose_loader,
     build_evaluator,
@@ -105,15 +113,9 @@ def prepare(cfg, eval_only: bool) -> None:
     """Detectron2's set-up of a process, and the checks that it leaves out.
 
     Raises:
-        UserError: several processes without GPUs; data sets that are absent or do not fit.
+        UserError: data sets that are absent or do not fit.
     """
-    processes = comm.get_world_size()
-    if processes > 1:
-        if cfg.MODEL.DEVICE == "cpu":
-            raise UserError(
-                f"{processes} processes on CPUs: Detectron2's trainer needs a GPU for each; "
-                "use --engine native"
-            )
+    if comm.get_world_size() > 1:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     check_input(cfg, crops_objects=True)
     register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), wanted_of(cfg))
@@ -142,23 +144,45 @@ def missing_file(error: FileNotFoundError) -> str:
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with strict weights, equal PreciseBN and gradient accumulation.
 
+    Its processes may be several on a CPU, too.
+
     Args:
         cfg: of `moco_det.plugin.load_config`.
         allow_missing: let backbone arrays that MODEL.WEIGHTS lacks keep their initial values.
     """
 
     def __init__(self, cfg, allow_missing: bool = False):
-        super().__init__(cfg)
-        amp, on_cpu = self.cfg.SOLVER.AMP.ENABLED, self.cfg.MODEL.DEVICE == "cpu"
-        if self.plan.accumulation > 1 or (amp and on_cpu):
-            plain = self._trainer
-            self._trainer = AccumulatingTrainer(
-                plain.model, plain.data_loader, plain.optimizer, self.plan.accumulation, amp
-            )
-        # For loading; the hook that saves keeps Detectron2's own.
+        TrainerBase.__init__(self)  # DefaultTrainer's own asks for a GPU for each process
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        # In Detectron2's order, on which the random draws depend.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        self._trainer = self._build_steps(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # The hook that saves keeps Detectron2's own checkpointer; ours is for loading.
+        files = self.model, cfg.OUTPUT_DIR
+        self.checkpointer = DetectionCheckpointer(*files, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
         self.checkpointer = StrictCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, self.cfg, allow_missing, trainer=weakref.proxy(self)
+            *files, cfg, allow_missing, trainer=weakref.proxy(self)
         )
+
+    def _build_steps(self, model, loader, optimizer) -> SimpleTrainer:
+        amp, on_cpu = self.cfg.SOLVER.AMP.ENABLED, self.cfg.MODEL.DEVICE == "cpu"
+        devices = {"device_ids": None} if on_cpu else {}  # Detectron2's default is a GPU
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        if self.plan.accumulation > 1 or (amp and on_cpu):
+            return AccumulatingTrainer(model, loader, optimizer, self.plan.accumulation, amp)
+        return (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
+            sync_on_cpu(model)
+        return model
 
     @property
     def plan(self) -> BatchPlan:

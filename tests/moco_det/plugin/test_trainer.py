@@ -104,9 +104,10 @@ def test_the_command_trains_resumes_and_evaluates(tiny, tmp_path, repository):
     done = command("--engine", "detectron2", "--resume")
     assert done.returncode == 0, done.stderr
     assert "Starting training from iteration 2" in done.stdout
-    done = command("--num-gpus", "2")
-    assert done.returncode == 1
-    assert "error: 2 processes on CPUs" in done.stderr
+    done = command("--num-gpus", "2", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert "batch 2 = 2 process(es) x 1 images x 1 accumulated" in done.stdout
+    assert "copypaste: " in done.stdout
 
 
 def test_the_newest_whole_checkpoint_stands_in_for_a_damaged_last_one(tmp_path, capsys):
@@ -230,6 +231,29 @@ def test_a_config_that_contradicts_the_weights_is_refused(tiny, backbone_file):
         StrictCheckpointer(build_model(cfg), "", cfg).resume_or_load(path, resume=False)
     cfg = load_config(tiny, ["INPUT.FORMAT", "RGB"])
     StrictCheckpointer(build_model(cfg), "", cfg).resume_or_load(path, resume=False)
+
+
+def train_a_little(cfg, folder):
+    plugin.prepare(cfg, eval_only=False)
+    trainer = plugin.Trainer(cfg)
+    before = {name: value.clone() for name, value in trainer.model.module.state_dict().items()}
+    trainer.train()
+    state = {"before": before, "after": trainer.model.module.state_dict()}
+    torch.save(state, f"{folder}/{torch.distributed.get_rank()}.pt")
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_two_processes_on_a_cpu_train_one_model(tiny, tmp_path):
+    """Their images differ; gradients and statistics are shared, so what they hold does not."""
+    opts = ["SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "(2,)", "TEST.EVAL_PERIOD", "0"]
+    cfg = load_config(tiny, [*opts, "MODEL.RESNETS.NORM", "SyncBN", "OUTPUT_DIR", str(tmp_path)])
+    launch(train_a_little, num_gpus=2, args=(cfg, str(tmp_path)))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, value in first["after"].items():
+        assert torch.equal(value, second["after"][name]), name
+    moved = [n for n, value in first["before"].items() if not torch.equal(value, first["after"][n])]
+    assert any(name.endswith("conv1.weight") for name in moved)
+    assert any(name.endswith("running_var") for name in moved)
 
 
 def layers():
