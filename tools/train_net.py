@@ -22,7 +22,7 @@ from moco_det.common.errors import EXIT_INTERRUPTED, UserError, command_parser, 
 from moco_det.common.files import claimed
 from moco_det.common.images import allow_pixels
 from moco_det.common.launch import launch, torchrun_started_this
-from moco_det.config.loading import add_config_arguments, load_config
+from moco_det.config.loading import add_config_arguments, as_written, load_config
 from moco_det.engines import ENGINES, RUN_FILES, choose_engine
 from moco_det.evaluation import verify_results
 
@@ -71,9 +71,11 @@ def check(args: argparse.Namespace, engine: str) -> None:
     """Raises UserError for what is wrong before any process starts."""
     if args.resume and args.overwrite:
         raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
-    if engine == "detectron2" or torchrun_started_this():
+    if torchrun_started_this():
         return
-    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    if engine == "native":
+        load_config(args.config_file, args.opts)
+    device = as_written(args.config_file, args.opts, "MODEL.DEVICE", "cuda")
     if args.num_gpus > 1 and device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             f"--num-gpus {args.num_gpus}: torch finds no GPU here; with MODEL.DEVICE cpu the run "

@@ -155,6 +155,14 @@ def on_available_device(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def as_written(config_file: str, opts: Sequence[str], key: str, default: object) -> str:
+    """The value of a SECTION.KEY in a YAML file and `opts`, whatever else these hold."""
+    name, _, leaf = key.partition(".")
+    section = read_config(config_file).get(name)
+    value = section.get(leaf, default) if isinstance(section, dict) else default
+    return str(dict(zip(opts[::2], opts[1::2], strict=False)).get(key, value))
+
+
 def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
     """The sections of a YAML file, laid over those of its `_BASE_`: a file, or a list of files.
 
