@@ -280,7 +280,7 @@ def is_whole(shape: Mapping[str, Any]) -> bool:
         code = counts.encode("ascii") if isinstance(counts, str) else counts
     except (KeyError, TypeError, ValueError):
         return False
-    if not isinstance(code, bytes):
+    if not (isinstance(code, bytes) and _are_whole((height, width))):
         return False
     found = runs(code)
     return len(found) > 0 and found.min() >= 0 and int(found.sum()) == height * width

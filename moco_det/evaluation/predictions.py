@@ -107,7 +107,7 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
     try:
         found = read_json(path, "predictions", MOST, finite=False)
         if dataset.evaluator == "sem_seg":
-            return {str(record["image_id"]): {"sem_seg": record["sem_seg"]} for record in found}
+            return {str(r["image_id"]): _checked_labels(r, len(dataset.classes)) for r in found}
         records = [checked(record, len(dataset.classes)) for record in found]
         for record in records:
             _refuse_impossible(record)
@@ -121,6 +121,18 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
             f"{shortened(path)} does not hold predicted {kind} for {dataset.name}: no "
             f"{one_line(error, 60)}"
         ) from error
+
+
+def _checked_labels(prediction: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """The prediction's "sem_seg" alone; ValueError for a class that is none, or a broken mask."""
+    where = f"image {prediction['image_id']}"
+    for segment in prediction["sem_seg"]:
+        category = segment["category_id"]
+        if type(category) is not int or not 0 <= category < num_classes:
+            raise ValueError(f"{where}: a class is outside [0, {num_classes})")
+        if not is_whole(segment["segmentation"]):
+            raise ValueError(f"{where}: the runs of a mask do not make up its size")
+    return {"sem_seg": prediction["sem_seg"]}
 
 
 def _refuse_impossible(record: dict[str, Any]) -> None:

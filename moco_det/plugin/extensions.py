@@ -26,7 +26,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn, random
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.config import loading as native_config
 from moco_det.config.checks import check_dilated_c5
 from moco_det.config.loading import (
@@ -98,7 +98,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if unknown:
             close = nearest(unknown[1], [key for key, _ in leaves(cfg)])
             message = f"unknown key {unknown[1]}; the nearest is {close}"
-        raise UserError(f"config {config_file}: {message}") from error
+        raise UserError(one_line(f"config {config_file}: {message}", 290)) from error
     for key, value in leaves(cfg):
         check_value(key, value, config_file)
     cfg = on_available_device(cfg)

@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
+from pycocotools import mask as coco_mask
+from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_config, write_tiny_voc
 
+from tests.fuzz.annotations import coco
 from tests.fuzz.mutations import described, mutate_bytes, mutate_tree
 from tests.fuzz.sandbox import Step, canary, run_command
 from tests.fuzz.subjects import (
@@ -159,10 +163,34 @@ def prepare_runs(corpus: Path) -> None:
         (folder / "run.json").write_text(json.dumps(record))
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "inference" / f"{name.replace('__', '_')}.json").write_text(json.dumps(found))
+    write_predictions(corpus)
     images = write_images(corpus / "images")
     command(corpus, PRETRAIN, images, *MOCO, "--iterations", 4, "--output", corpus / "moco")
     for path in (corpus / "moco").glob("*.pth.tar"):
         path.unlink()
+
+
+def square(height: int, width: int) -> dict:
+    """A mask of a square as an RLE that JSON can hold."""
+    mask = np.zeros((height, width), np.uint8, order="F")
+    mask[4:24, 4:20] = 1
+    code = coco_mask.encode(mask)["counts"].decode()
+    return {"size": [height, width], "counts": code}
+
+
+def write_predictions(corpus: Path) -> None:
+    """Of shapes on a COCO data set, and of label maps: corpus/shapes.json and labels.json."""
+    (corpus / "coco.json").write_text(json.dumps(coco(corpus / "coco")))
+    write_tiny_semantic(corpus / "semantic", images=4)
+    shapes, labels = [], []
+    for i in range(2):
+        found = {"boxes": [[4.0, 4.0, 20.0, 24.0]], "scores": [0.9], "classes": [i]}
+        found |= {"segmentations": [square(48, 64)], "keypoints": [[[5.0, 5.0, 1.0]] * 3]}
+        shapes.append({"image_id": i} | found)
+        segment = {"category_id": 3 + i, "segmentation": square(96, 128)}
+        labels.append({"image_id": f"{i:03d}", "sem_seg": [segment]})
+    (corpus / "shapes.json").write_text(json.dumps(shapes))
+    (corpus / "labels.json").write_text(json.dumps(labels))
 
 
 def attempt_run(rng: random.Random, corpus: Path, folder: Path) -> str:
@@ -177,6 +205,9 @@ def attempt_run(rng: random.Random, corpus: Path, folder: Path) -> str:
         shutil.copytree(corpus / "moco", folder / "moco")
         file = folder / "moco/metrics.jsonl"
     file = next(file.iterdir()) if file.name == "inference" else file
+    if use == "visualize" and rng.random() < 0.7:
+        kind = rng.choice(("shapes.json", "labels.json"))
+        file = Path(shutil.copy(corpus / kind, folder / kind))
     what = change_record(rng, file)
     note(folder, f"{use}: {file.name} {what}")
     whole = what == "unchanged"
@@ -184,7 +215,11 @@ def attempt_run(rng: random.Random, corpus: Path, folder: Path) -> str:
         run_command(folder, "pretrain/doctor.py", folder / "moco")
         return ""  # it may have something to say of the whole run, too
     if use == "visualize":
-        step = run_command(folder, "tools/visualize.py", "--dataset", f"voc:{corpus / 'voc'}:test",
+        name = {
+            "shapes.json": f"coco:{corpus}/coco.json:{corpus}/coco",
+            "labels.json": f"voc_sem_seg:{corpus}/semantic:train",
+        }.get(file.name, f"voc:{corpus / 'voc'}:test")
+        step = run_command(folder, "tools/visualize.py", "--dataset", name,
                            "--predictions", file, "--output", folder / "drawn")  # fmt: skip
         return complaint(step, "accept" if whole else "any")
     if use == "compare":

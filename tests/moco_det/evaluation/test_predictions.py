@@ -240,6 +240,32 @@ def test_damaged_predictions_are_one_line(tmp_path, change):
     assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 300
 
 
+SEGMENT = {"category_id": 7, "segmentation": runs(RING)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"category_id": 8}, {"category_id": -1}, {"category_id": 1.0}, {"category_id": None},
+        {"segmentation": None}, {"segmentation": [[1, 2, 3, 4, 5, 6]]},
+        {"segmentation": runs(RING) | {"size": [10**9, 10**9]}},
+        {"segmentation": runs(RING) | {"size": [4.0, 5.0]}},
+        {"segmentation": runs(RING) | {"size": ["4", "5"]}},
+        {"segmentation": runs(RING) | {"counts": [0, 20]}},
+        {"segmentation": runs(RING) | {"counts": "~~"}},
+    ],
+)  # fmt: skip
+def test_damaged_label_maps_are_one_line(tmp_path, change):
+    dataset = SimpleNamespace(name="toy", evaluator="sem_seg", classes=range(8))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"image_id": "a", "sem_seg": [SEGMENT]}]))
+    assert read_predictions(path, dataset) == {"a": {"sem_seg": [SEGMENT]}}
+    path.write_text(json.dumps([{"image_id": "a", "sem_seg": [SEGMENT | change]}]))
+    with pytest.raises(UserError, match="a.json") as refused:
+        read_predictions(path, dataset)
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 300
+
+
 @pytest.mark.parametrize("text", ["", "\0" * 50, "{", "3", "[3]", "[null]", "[[]]", "[" * 5000])
 @pytest.mark.parametrize("evaluator", ["coco", "sem_seg"])
 def test_a_file_that_is_none_of_predictions(tmp_path, evaluator, text):

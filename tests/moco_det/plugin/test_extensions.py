@@ -51,6 +51,8 @@ def test_keys_of_our_own_have_our_defaults(tiny):
         (["SOLVER.BASELR", "1"], "unknown key SOLVER.BASELR; the nearest is SOLVER.BASE_LR"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR|Type mismatch"),
         (["SOLVER.BASE_LR"], "config"),
+        (["SOLVER.BASE_LR", "x" * 5000], "^.{1,290}$"),
+        (["x" * 5000, "1"], "^config .{1,280}; the nearest is [A-Z_.]+$"),
     ],
 )
 def test_mistakes_in_a_config(tiny, opts, message):
