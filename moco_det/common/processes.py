@@ -173,6 +173,7 @@ class StopRequest:
     """
 
     received = 0
+    _since: float | None = None  # when this process's own first signal came
 
     def __enter__(self) -> "StopRequest":
         self._handled = signals_handled(self._note, *STOPS)
@@ -184,8 +185,9 @@ class StopRequest:
 
     def _note(self, signum: int, frame) -> None:
         now = time.monotonic()
-        if not self.received:
-            self.received, self._since = signum, now
+        if self._since is None:  # also where another process's was heeded already
+            self._since = now
+            self.received = self.received or signum
         elif now - self._since > ending.AGAIN:
             ending.end_now(128 + signum, f"ended at once by a second {STOPS[signum][0]}")
 
@@ -198,11 +200,12 @@ class StopRequest:
 
 
 def end_run(signum: int, saved: str) -> None:
-    """End this process, which has `saved` what it was asked to save by a signal.
+    """End this process; the main one has `saved` what it was asked to save by a signal. Collective.
 
     Raises:
         SystemExit: always.
     """
+    synchronize()  # torchrun ends the others once one has ended, the one that saves among them
     name, code = STOPS[signal.Signals(signum)]
     print_on_main(f"{name}: saved {saved}")
     raise SystemExit(code)

@@ -102,7 +102,7 @@ def restart_epoch(checkpoint: Checkpoint) -> Checkpoint:
     """The same, at the beginning of its epoch, whatever images that is to be counted in."""
     path, state = checkpoint
     data = {k: v for k, v in state.get("data", {}).items() if k not in ("images", "hash")}
-    return Checkpoint(path, state | {"step_in_epoch": 0, "data": data})
+    return Checkpoint(path, state | {"step_in_epoch": 0, "data": data, "restarted": True})
 
 
 def numbered_from(state: dict) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco_det.common.errors import UserError
-from moco_det.common.processes import broadcast_buffers, is_main, print_on_main, rank
+from moco_det.common.processes import broadcast_buffers, from_main, is_main, print_on_main, rank
 from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
@@ -46,6 +46,7 @@ class MoCoPretraining(Task):
     save_every: int = 0
 
     numbered_from = 0  # the number of the first epoch's checkpoint
+    ended = None  # what the run goes on from: a file, and its epochs
 
     measures = ("loss", "acc1", "acc5", "positive_similarity", "negative_similarity", "feature_std")
 
@@ -68,14 +69,22 @@ class MoCoPretraining(Task):
     def before_training(self, trainer: Trainer) -> None:
         if self.monitor and trainer.step == 0:
             self.record_knn(trainer)
+        if self.ended == (trainer.output / checkpoints.LAST, trainer.epoch):
+            self.close_epoch(trainer, trainer.epoch)
 
     def after_epoch(self, trainer: Trainer, number: int) -> None:
         trainer.save()
+        self.close_epoch(trainer, number)
+
+    def close_epoch(self, trainer: Trainer, number: int) -> None:
+        """What follows the checkpoint of an epoch's end, also when a kill came between the two."""
         if trainer.step_in_epoch == 0 and is_main():
             kept = self.keep, self.save_every, self.numbered_from
             checkpoints.keep_epoch(trainer.output, number, *kept)
         if self.monitor and (number % self.knn_every == 0 or number == trainer.epochs):
-            self.record_knn(trainer)
+            records = (r for r in trainer.log.kept if r["step"] == trainer.step)
+            if not from_main(any("knn_top1" in record for record in records)):
+                self.record_knn(trainer)
 
     def record_knn(self, trainer: Trainer) -> None:
         """Log the kNN accuracy, under the main process's running statistics."""
@@ -100,6 +109,8 @@ class MoCoPretraining(Task):
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint
+        within = state.get("step_in_epoch") or state.get("restarted")
+        self.ended = None if within or not state["epoch"] else (path, state["epoch"])
         self.numbered_from = checkpoints.numbered_from(state)
         saved = state.get("loss", {})
         wrong = checkpoints.misfit(self.loss.state_dict(), saved)

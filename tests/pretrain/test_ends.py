@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import Command, run
 from noisy_colours import write_checkpoint
-from paths import CONFIGS
+from paths import CONFIGS, REPOSITORY
 from pretraining_runs import checkpoint, values
 
 from moco_det.common import ending
@@ -153,6 +153,33 @@ def test_a_killed_process_of_a_launch_is_named(images, tmp_path):
         printed = process.stdout.read()
         assert process.wait(SOON) == 1
     assert "the process of rank 0 was killed by SIGKILL" in one_error(printed)
+
+
+def under_torchrun(script, *arguments) -> Command:
+    """The command in two processes of torchrun, which is run itself."""
+    launcher = ("torch/distributed/run.py", "--standalone", "--nproc_per_node", "2")
+    path = Path(torch.__file__).parent.parent / launcher[0]
+    return Command(path, *launcher[1:], REPOSITORY / script, *arguments)
+
+
+def test_torchrun_has_an_exit_code_of_its_own_when_a_run_was_stopped_and_saved(images, tmp_path):
+    with under_torchrun(*pretraining(images, tmp_path, "--epochs", "100000")) as torchrun:
+        wait_for_steps(torchrun, 1)
+        torchrun.terminate()
+        printed = torchrun.stdout.read()
+        assert torchrun.wait(SOON) == 1
+    said = f"SIGTERM: saved {tmp_path / LAST} at step {checkpoint(tmp_path)['step']}"
+    assert printed.splitlines().count(said) == 1
+    assert "exitcode" not in printed
+
+
+def test_torchrun_tells_the_exit_codes_of_processes_that_have_failed():
+    with under_torchrun("pretrain/main.py", "no-such-data") as torchrun:
+        printed = torchrun.stdout.read()
+        assert torchrun.wait(SOON) == 1
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert set(errors) == {"error: no such folder: no-such-data (DATA is a folder of images)"}
+    assert "exitcode  : 1 " in printed
 
 
 def group_of(pid: int) -> int:

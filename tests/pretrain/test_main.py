@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.launch import free_local_url
+from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import LAST
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
@@ -30,6 +31,7 @@ FLAGS = [
     "-a", "resnet18w0.25x", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
     "--mlp", "--aug-plus", "--cos", "--epochs", "3", "-j", "1", "--seed", "7", "-p", "1",
 ]  # fmt: skip
+EPOCHS = 3
 STEPS = 9  # 3 epochs of 3 steps: 50 images in batches of 16
 
 
@@ -124,6 +126,31 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, whole_run):
     assert done.returncode == 0, done.stderr
     assert_same_bits(checkpoint(killed), checkpoint(whole))
     assert values(killed, "loss") == values(whole, "loss") == values(whole_run, "loss")
+
+
+def die_before_the_last_epoch_is_kept():
+    """Before a command."""
+    keep = checkpoints.keep_epoch
+
+    def kept(output, epoch, *others):
+        if epoch == EPOCHS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(output, epoch, *others)
+
+    checkpoints.keep_epoch = kept
+
+
+def test_a_kill_at_the_end_of_an_epoch_loses_none_of_its_files(images, tmp_path, whole_run):
+    arguments = command(images, tmp_path, "--knn-every", "2", "--resume", "auto")
+    killed = run(*arguments, before=die_before_the_last_epoch_is_kept)
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoint(tmp_path)["epoch"] == EPOCHS
+    for _ in range(2):  # the second time, nothing is missing
+        assert run(*arguments).returncode == 0
+        names = sorted(path.name for path in tmp_path.glob("checkpoint_*"))
+        assert names == sorted(path.name for path in whole_run.glob("checkpoint_*"))
+        assert_same_bits(checkpoint(tmp_path, names[-2]), checkpoint(whole_run))
+        assert values(tmp_path, "knn_top1") == values(whole_run, "knn_top1")
 
 
 def test_sigterm_saves_and_resumes_to_the_same_bits(images, tmp_path, whole_run):
@@ -233,7 +260,7 @@ def test_images_that_changed_since_the_checkpoint_are_refused(images, half_run, 
     for path in paths[:25] if change == "fewer" else paths[:1]:
         path.unlink() if change == "fewer" else path.rename(path.with_name("other.png"))
     output = shutil.copytree(half_run, tmp_path / "run")
-    flags = [*command(data, output, "--knn-every", "0", "--resume", "auto")]
+    flags = [*command(data, output, "--knn-every", "0", "--keep", "3", "--resume", "auto")]
     done = run(*flags)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
@@ -247,6 +274,7 @@ def test_images_that_changed_since_the_checkpoint_are_refused(images, half_run, 
     assert (state["epoch"], state["step_in_epoch"]) == (3, 0)
     assert state["step"] == 5 + 2 * (count // 16)
     assert state["data"]["images"] == count
+    assert checkpoint(output, "checkpoint_0000.pth.tar")["step"] == 3  # is still its own
 
 
 def test_the_same_images_elsewhere_and_earlier_checkpoints_go_on(images, half_run, tmp_path):

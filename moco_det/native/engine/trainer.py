@@ -304,6 +304,8 @@ class Trainer:
         Raises:
             UserError, SystemExit: see `train`.
         """
+        if self.state.iteration == self.max_iter:
+            self.save_missing_final()
         model = data_parallel(self.state.model.train())
         with closing(self.batches_from(self.state.iteration)) as batches, StopRequest() as request:
             for iteration in range(self.state.iteration, self.max_iter):
@@ -360,6 +362,13 @@ class Trainer:
     def save(self, name: str, iteration: int) -> None:
         if is_main():
             self.checkpoints.save(name, self.state.state_dict(iteration))
+        synchronize()
+
+    def save_missing_final(self) -> None:
+        """After a kill between the last iteration's two checkpoints, which hold the same."""
+        final = self.checkpoints.folder / "model_final.pth"
+        if is_main() and self.checkpoints.last() != final:
+            self.checkpoints.save(final.stem, self.state.state_dict(self.max_iter - 1))
         synchronize()
 
 

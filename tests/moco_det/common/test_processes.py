@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -148,6 +149,41 @@ def test_signals_have_their_handler_while_it_is_open():
             signal.raise_signal(number)
     assert heard == [*numbers]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_request_of_another_process_is_not_the_first_of_two_signals(monkeypatch):
+    """The machines of a run get their signals one after another, and the second must save too."""
+    monkeypatch.setattr(processes.ending, "AGAIN", 0.0)
+    monkeypatch.setattr(processes.ending, "end_now", lambda code, line: ended.append(code))
+    ended = []
+    with processes.StopRequest() as stop:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "gather_rows", lambda row: torch.tensor([[15.0], row]))
+            assert stop.agreed()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.received, ended) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+
+
+def save_then_end(folder):
+    if processes.is_main():
+        time.sleep(0.3)
+        (folder / "saved").touch()
+    try:
+        processes.end_run(signal.SIGTERM, "all of it")
+    except SystemExit:
+        (folder / f"{processes.rank()} saw {(folder / 'saved').exists()}").touch()
+        raise
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_no_process_of_a_stopped_run_ends_before_all_is_saved(tmp_path):
+    """torchrun would end the one that is still saving."""
+    with pytest.raises(SystemExit) as stopped:
+        launch(save_then_end, num_gpus=2, args=(tmp_path,))
+    assert stopped.value.code == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0 saw True", "1 saw True", "saved"]
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):

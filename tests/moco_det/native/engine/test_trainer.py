@@ -207,6 +207,25 @@ def test_draws_differ_between_processes_iterations_and_passes(make_cfg, stub, mo
     assert len(set(draws)) == 3 * 3 * 2
 
 
+def test_a_crash_before_the_final_checkpoint_does_not_lose_it(make_cfg, stub, monkeypatch):
+    whole, parts = make_cfg("whole"), make_cfg("parts")
+    results = train(whole)
+
+    def save(checkpoints, name, content):
+        if name == "model_final":
+            crash()
+        return Checkpoints.save(checkpoints, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Checkpoints", type("Crashing", (Checkpoints,), {"save": save}))
+        with pytest.raises(KeyboardInterrupt):
+            train(parts)
+    assert not Path(parts.OUTPUT_DIR, "model_final.pth").exists()
+    assert train(parts, resume=True) == results
+    assert same(final(whole), final(parts))
+    assert Path(parts.OUTPUT_DIR, "last_checkpoint").read_text() == "model_final.pth"
+
+
 def test_another_seed_is_another_run(make_cfg, stub):
     first, second = make_cfg("first"), make_cfg("second", "SEED", "4")
     train(first)
