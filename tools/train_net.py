@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+from types import ModuleType
 
 import torch
 
@@ -22,7 +23,7 @@ from moco_det.common.errors import EXIT_INTERRUPTED, UserError, command_parser, 
 from moco_det.common.files import claimed
 from moco_det.common.images import allow_pixels
 from moco_det.common.launch import launch, torchrun_started_this
-from moco_det.config.loading import add_config_arguments, load_config
+from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, RUN_FILES, choose_engine
 from moco_det.evaluation import verify_results
 
@@ -48,12 +49,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace, engine: str) -> None:
-    """One process of the run."""
+def trainer_of(engine: str) -> ModuleType:
+    """The engine's `load_config`, `train` and `evaluate_weights`."""
     if engine == "detectron2":
         from moco_det.plugin import trainer
     else:
         from moco_det.native.engine import trainer
+    return trainer
+
+
+def main(args: argparse.Namespace, engine: str) -> None:
+    """One process of the run."""
+    trainer = trainer_of(engine)
     cfg = trainer.load_config(args.config_file, args.opts)
     allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
     train = (args.resume, args.allow_missing)
@@ -71,9 +78,9 @@ def check(args: argparse.Namespace, engine: str) -> None:
     """Raises UserError for what is wrong before any process starts."""
     if args.resume and args.overwrite:
         raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
-    if engine == "detectron2" or torchrun_started_this():
+    if torchrun_started_this():
         return
-    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    device = trainer_of(engine).load_config(args.config_file, args.opts).MODEL.DEVICE
     if args.num_gpus > 1 and device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             f"--num-gpus {args.num_gpus}: torch finds no GPU here; with MODEL.DEVICE cpu the run "

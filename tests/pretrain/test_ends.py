@@ -165,6 +165,15 @@ def group_of(pid: int) -> int:
 # -- the output folder ----------------------------------------------------------------------------
 
 
+def test_two_classifiers_cannot_share_a_folder(images, narrow, tmp_path):
+    flags = [*FLAGS, "--pretrained", narrow, "--output", tmp_path, "--epochs", "100000"]
+    with Command("pretrain/linear.py", images, *flags) as first:
+        wait_for_steps(first, 1)
+        second = run("pretrain/linear.py", images, *flags, "--resume", "auto")
+        assert second.returncode == 1
+        assert f"is in use by process {first.pid} on " in one_error(second.stderr)
+
+
 def test_two_runs_cannot_share_a_folder(images, tmp_path):
     with Command(*pretraining(images, tmp_path, "--epochs", "100000")) as first:
         wait_for_steps(first, 1)
@@ -246,11 +255,38 @@ def tiny_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path):
-    done = run(*pretraining("no-such-data", tmp_path / "output"), before=tiny_disk)
+PLACES = [
+    ("pretrain/main.py no-data --output PLACE", "--output"),
+    ("pretrain/linear.py no-data --pretrained random --output PLACE", "--output"),
+    ("pretrain/knn.py no-data --pretrained random --output PLACE/x.json", "--output"),
+    ("tools/train_net.py --engine native --config-file CONFIG OUTPUT_DIR PLACE", "OUTPUT_DIR"),
+    ("tools/convert_to_d2.py no-checkpoint PLACE/weights.pkl", "OUT"),
+    ("tools/visualize.py --dataset no-data --output PLACE", "--output"),
+    ("tools/reproduce.py --quick --tables 6-semantic --output PLACE", "--output"),
+    ("tools/quickstart.py --output PLACE", "--output"),
+]
+
+
+def refusal_of(command: str, place: Path, **options) -> str:
+    config = str(CONFIGS / "voc_R50_C4_24k_moco.yaml")
+    command = command.replace("PLACE", str(place)).replace("CONFIG", config)
+    done = run(*command.split(), **options)
     assert done.returncode == 1
-    words = f"error: cannot write to --output {tmp_path / 'output'}: File too large"
-    assert one_error(done.stderr) == words
+    return one_error(done.stderr)
+
+
+@pytest.mark.parametrize(("command", "flag"), PLACES)
+def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path, command, flag):
+    said = refusal_of(command, tmp_path, before=tiny_disk)
+    assert said == f"error: cannot write to {flag} {tmp_path}: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "flag"), PLACES)
+def test_a_place_where_nothing_may_be_made_is_found_first(command, flag):
+    """A file system of the kernel, where root may not make a folder either."""
+    said = refusal_of(command, Path("/sys/kernel/results"))
+    assert said.startswith(f"error: cannot write to {flag} /sys/kernel/results")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +299,7 @@ def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path):
         ("tools/train_net.py --engine native --config-file CONFIG OUTPUT_DIR PLACE", "OUTPUT_DIR"),
         ("tools/convert_to_d2.py no-checkpoint PLACE/weights.pkl", "OUT"),
         ("tools/visualize.py --dataset no-data --output PLACE", "--output"),
+        ("tools/reproduce.py --quick --tables 6-semantic --output PLACE", "--output"),
         ("tools/quickstart.py --output PLACE", "--output"),
     ],
 )
