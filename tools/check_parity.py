@@ -42,7 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
     )
-    add("--image-size", type=at_least(0, 10**4), nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
+    add("--image-size", type=at_least(0, 10**4), nargs=2, default=(64, 96), metavar=("H", "W"),
+        help="pixels")  # fmt: skip
     add("--images", type=at_least(0, 10**4), default=2, metavar="N")
     add("--seed", type=at_least(0, 2**32 - 1), default=0)
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
