@@ -9,12 +9,13 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, run
+from commands import Command, run, torchrun
 from noisy_colours import write_checkpoint
 from paths import CONFIGS
 from pretraining_runs import checkpoint, values
@@ -22,6 +23,7 @@ from pretraining_runs import checkpoint, values
 from moco_det.common import ending
 from pretrain.engine import checkpoints, trainer
 from pretrain.engine.checkpoints import LAST
+from pretrain.evaluation import features
 
 ARCH = "resnet18w0.25x"
 FLAGS = [
@@ -114,6 +116,37 @@ def test_ctrl_c_saves_and_is_130(images, narrow, tmp_path, name, whom):
     saved = checkpoint(tmp_path)["step"]
     assert f"Ctrl-C: saved {tmp_path / LAST} at step {saved}" in printed
     assert "Traceback" not in printed
+
+
+def wait_in_features():
+    """Before a command: the images of a split never come."""
+
+    def hang(monitor, encoder):
+        print("reading", flush=True)
+        while True:
+            time.sleep(1)
+
+    features.KnnMonitor.top1 = hang
+
+
+def test_ctrl_c_where_there_is_nothing_to_save(images, narrow, tmp_path):
+    flags = ["-a", ARCH, "--image-size", "32", "-j", "2", "--pretrained", narrow]
+    flags += ["--output", tmp_path / "knn.json"]
+    with Command("pretrain/knn.py", images, *flags, before=wait_in_features) as process:
+        assert "reading\n" in process.stdout
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read().splitlines()[-1:] == ["interrupted"]
+        assert process.wait(SOON) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_has_an_exit_code_of_its_own(tmp_path):
+    """1, with our line, where ours is 1 and where it is 2; the README says so."""
+    for flags, words in (((), "no such folder: no-such-data"), (("--moco-kk",), "mean --moco-k?")):
+        done = torchrun("pretrain/main.py", "no-such-data", "--output", tmp_path / "o", *flags)
+        assert done.returncode == 1
+        assert any(line.startswith("error: ") and words in line for line in
+                   done.stderr.splitlines()), done.stderr  # fmt: skip
 
 
 def hang_at_third_report():
@@ -346,11 +379,34 @@ def test_flags_that_cannot_meet_are_one_line(tmp_path, command, words):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain/main.py no-data --multiprocessing-distributed --world-size 1 --rank 0",
+        "pretrain/main.py no-data --world-size 2 --rank 0",
+        "tools/train_net.py --engine native --config-file CONFIG --num-gpus 2 MODEL.DEVICE cpu",
+    ],
+)
+def test_a_port_in_use_is_one_line(command):
+    command = command.replace("CONFIG", str(CONFIGS / "voc_R50_C4_24k_moco.yaml"))
+    script, *words = command.split()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://localhost:{taken.getsockname()[1]}"
+        at = words.index("MODEL.DEVICE") if "MODEL.DEVICE" in words else len(words)
+        done = run(script, *words[:at], "--dist-url", url, *words[at:])
+    assert done.returncode == 1
+    assert re.search(f"--dist-url {url}: port [0-9]+ is in use", one_error(done.stderr))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("pretrain/main.py no-data --gpu 0", "--gpu 0: torch finds no GPU"),
+        ("pretrain/linear.py no-data --pretrained random --gpu 0", "--gpu 0: torch finds no GPU"),
+        ("pretrain/knn.py no-data --pretrained random --gpu 0", "--gpu 0: torch finds no GPU"),
         (
             "tools/train_net.py --engine native --config-file CONFIG --num-gpus 8",
             "--num-gpus 8: torch finds no GPU here; with MODEL.DEVICE cpu",

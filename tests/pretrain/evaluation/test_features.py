@@ -54,7 +54,9 @@ def test_prefixes_that_occur_in_life(tmp_path, prefix, capsys):
     torch.save({"state_dict": state}, path)
     found = load_encoder(str(path), "resnet18w0.25x", 2).state_dict()
     assert all(torch.equal(found[name], encoder[name]) for name in found if name[:3] != "fc.")
-    assert ("stripped" in capsys.readouterr().out) == (prefix not in ("module.encoder_q.", "encoder_q."))
+    assert ("stripped" in capsys.readouterr().out) == (
+        prefix not in ("module.encoder_q.", "encoder_q.")
+    )
     del state[f"{prefix}layer4.1.conv2.weight"]
     torch.save({"state_dict": state}, path)
     with pytest.raises(UserError, match=r"a.ckpt does not fit: .*layer4\.1\.conv2\.weight"):
