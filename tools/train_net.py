@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import os
-from types import ModuleType
 
 import torch
 
@@ -23,7 +22,7 @@ from moco_det.common.errors import EXIT_INTERRUPTED, UserError, command_parser, 
 from moco_det.common.files import claimed
 from moco_det.common.images import allow_pixels
 from moco_det.common.launch import launch, torchrun_started_this
-from moco_det.config.loading import add_config_arguments
+from moco_det.config.loading import add_config_arguments, as_written, load_config
 from moco_det.engines import ENGINES, RUN_FILES, choose_engine
 from moco_det.evaluation import verify_results
 
@@ -49,18 +48,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trainer_of(engine: str) -> ModuleType:
-    """The engine's `load_config`, `train` and `evaluate_weights`."""
+def main(args: argparse.Namespace, engine: str) -> None:
+    """One process of the run."""
     if engine == "detectron2":
         from moco_det.plugin import trainer
     else:
         from moco_det.native.engine import trainer
-    return trainer
-
-
-def main(args: argparse.Namespace, engine: str) -> None:
-    """One process of the run."""
-    trainer = trainer_of(engine)
     cfg = trainer.load_config(args.config_file, args.opts)
     allow_pixels(cfg.INPUT.MAX_IMAGE_PIXELS)
     train = (args.resume, args.allow_missing)
@@ -80,7 +73,10 @@ def check(args: argparse.Namespace, engine: str) -> None:
         raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
     if torchrun_started_this():
         return
-    device = trainer_of(engine).load_config(args.config_file, args.opts).MODEL.DEVICE
+    if engine == "native":
+        device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    else:  # whose own reader turns it into "cpu" where there is no GPU
+        device = as_written(args.config_file, args.opts, "MODEL.DEVICE", "cuda")
     if args.num_gpus > 1 and device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             f"--num-gpus {args.num_gpus}: torch finds no GPU here; with MODEL.DEVICE cpu the run "

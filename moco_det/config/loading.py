@@ -142,6 +142,17 @@ def check_supported(cfg: CfgNode) -> None:
             raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
 
 
+def as_written(config_file: str, opts: Sequence[str], key: str, default):
+    """A key of a section as the files and the options write it, not checked.
+
+    Raises UserError; see `read_config`.
+    """
+    section, name = key.split(".")
+    content = read_config(config_file).get(section)
+    value = content.get(name, default) if isinstance(content, dict) else default
+    return ({key: value} | dict(zip(opts[::2], opts[1::2], strict=False)))[key]
+
+
 def on_available_device(cfg: CfgNode) -> CfgNode:
     """`cfg` itself, or with MODEL.DEVICE "cpu" where it asks for CUDA and there is none."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():

@@ -31,11 +31,11 @@ from moco_det.config import loading as native_config
 from moco_det.config.checks import check_dilated_c5
 from moco_det.config.loading import (
     KEYS,
+    as_written,
     check_value,
     leaves,
     nearest,
     on_available_device,
-    read_config,
 )
 from moco_det.native.modeling import backbones, semantic_head
 from moco_det.native.modeling.layers import Norm
@@ -60,11 +60,7 @@ def add_moco_config(cfg: CfgNode) -> None:
 
 
 def asks_for_dense_pose(config_file: str, opts: Sequence[str]) -> bool:
-    model = read_config(config_file).get("MODEL")
-    asked = model.get("DENSEPOSE_ON", False) if isinstance(model, dict) else False
-    given = {"MODEL.DENSEPOSE_ON": asked}
-    given |= zip(opts[::2], opts[1::2], strict=False)
-    return str(given["MODEL.DENSEPOSE_ON"]) == "True"
+    return str(as_written(config_file, opts, "MODEL.DENSEPOSE_ON", False)) == "True"
 
 
 def add_dense_pose_config(cfg: CfgNode) -> None:

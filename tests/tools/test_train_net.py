@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, python, run, torchrun
+from commands import Command, load_command, python, run, torchrun
 from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
+
+from moco_det.common.errors import UserError
 
 TOOL = "tools/train_net.py"
 
@@ -208,6 +210,24 @@ def test_mistakes_are_told_in_one_line(command, tmp_path, arguments, message):
     assert done.returncode == 1
     assert len(error_lines(done)) == 1
     assert message in error_lines(done)[0]
+
+
+@pytest.mark.parametrize("engine", ["native", "detectron2"])
+def test_processes_without_gpus_are_refused_before_any_starts(tmp_path, monkeypatch, engine):
+    """Unless the CPU is asked for."""
+    tool = load_command(TOOL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+    path = tmp_path / "a.yaml"
+    path.write_text("MODEL: {MASK_ON: True}\n")
+    words = ["--config-file", str(path), "--num-gpus", "8"]
+    with pytest.raises(UserError, match="--num-gpus 8: torch finds no GPU here; with MODEL.DEVIC"):
+        tool.check(tool.parse_args(words), engine)
+    tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cpu"]), engine)
+    path.write_text("MODEL: {DEVICE: cpu}\n")
+    tool.check(tool.parse_args(words), engine)
+    with pytest.raises(UserError, match="torch finds no GPU here"):
+        tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cuda"]), engine)
 
 
 @pytest.mark.parametrize("engine", ["auto", "detectron2"])
