@@ -34,10 +34,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")
     add("--output", type=Path, metavar="DIR", help="default: output/ablations/NAME-OF-YAML")
     add("--seeds", type=int, help="runs of each row, instead of the number in the file")
-    add("-j", "--workers", type=at_least(0), help="data loading processes of a run")
+    add("-j", "--workers", type=at_least(0, 1024), help="data loading processes of a run")
     add(
         "--nproc-per-node",
-        type=at_least(1),
+        type=at_least(1, 1024),
         default=1,
         metavar="N",
         help="more than 1: through torchrun",

@@ -21,12 +21,13 @@ from tabulate import tabulate
 from moco_det.benchmark import speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
-from moco_det.common.errors import CommandParser, exit_cleanly
+from moco_det.common.errors import CommandParser, at_least, exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.moco import MECHANISMS
 
+COUNT = at_least(1, 10**6)
 NAMES = {"none": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -45,40 +46,42 @@ def parse_args() -> argparse.Namespace:
 
     step = commands.add_parser("pretrain-step", help="one MoCo v2 step against plain Algorithm 1")
     step.add_argument("--arch", default="resnet50")
-    step.add_argument("--batch-size", type=int, default=16)
-    step.add_argument("--image-size", type=int, default=224)
+    step.add_argument("--batch-size", type=COUNT, default=16)
+    step.add_argument("--image-size", type=COUNT, default=224)
     step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     step.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=AMP_DTYPES)
-    step.add_argument("--rounds", type=int, default=5)
+    step.add_argument("--rounds", type=COUNT, default=5)
     step.set_defaults(report=report_step)
 
     data = commands.add_parser("data-path", help="two v2 views of a file against torchvision + PIL")
     data.add_argument("--images", type=Path, required=True, metavar="DIR")
-    data.add_argument("--image-size", type=int, default=224)
-    data.add_argument("--rounds", type=int, default=5)
+    data.add_argument("--image-size", type=COUNT, default=224)
+    data.add_argument("--rounds", type=COUNT, default=5)
     data.set_defaults(report=report_data)
 
     cost = commands.add_parser("pretrain-cost", help="memory and hours: Table 3 of MoCo v2")
     cost.add_argument("--mechanisms", nargs="+", default=["moco", "end-to-end"], choices=MECHANISMS)
-    cost.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 4096], help="global")
+    cost.add_argument("--batch-sizes", type=COUNT, nargs="+", default=[256, 4096], help="global")
     cost.add_argument("--arch", default="resnet50")
-    cost.add_argument("--image-size", type=int, default=224)
+    cost.add_argument("--image-size", type=COUNT, default=224)
     cost.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    cost.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()),
+    cost.add_argument("--processes", type=COUNT, default=max(1, torch.cuda.device_count()),
         help="one GPU each")  # fmt: skip
     cost.add_argument("--amp", default="none", choices=AMP_DTYPES)
-    cost.add_argument("--steps", type=int, default=5, help="number of timed steps")
+    cost.add_argument("--steps", type=COUNT, default=5, help="number of timed steps")
     cost.set_defaults(report=report_cost)
 
     detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")
     add_config_arguments(detector)
     detector.add_argument("--engine", default="native", choices=ENGINES[1:])
     detector.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
-    detector.add_argument("--image-size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
-    detector.add_argument("--batch-size", type=int, default=2)
+    detector.add_argument(
+        "--image-size", type=COUNT, nargs=2, default=(480, 640), metavar=("H", "W")
+    )
+    detector.add_argument("--batch-size", type=COUNT, default=2)
     detector.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"))
     detector.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    detector.add_argument("--rounds", type=int, default=3)
+    detector.add_argument("--rounds", type=COUNT, default=3)
     detector.set_defaults(report=report_detector)
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ import argparse
 
 import torch
 
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
+from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
 from moco_det.config.loading import add_config_arguments, load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.inference import Probe
@@ -42,9 +42,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
     )
-    add("--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
-    add("--images", type=int, default=2, metavar="N")
-    add("--seed", type=int, default=0)
+    add("--image-size", type=at_least(0, 10**4), nargs=2, default=(64, 96), metavar=("H", "W"),
+        help="pixels")  # fmt: skip
+    add("--images", type=at_least(0, 10**4), default=2, metavar="N")
+    add("--seed", type=at_least(0, 2**32 - 1), default=0)
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
     return parser.parse_args(arguments)
 

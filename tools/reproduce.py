@@ -29,11 +29,13 @@ from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
 from moco_det.benchmark.jobs.slurm import parse_parameters
 from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
+from moco_det.common.files import make_folder
 from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_JOBS = 2
+MOST_TRIALS = 1000
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,12 +56,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="for submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
     add(
         "--gpus-per-run",
-        type=at_least(1),
+        type=at_least(1, 1024),
         default=1,
         metavar="N",
         help="processes of a run, per machine",
     )
-    add("--jobs", type=at_least(1), metavar="N",
+    add("--jobs", type=at_least(1, 1024), metavar="N",
         help="runs at a time (default: as the GPUs allow; on a CPU 1, with --quick 2)")  # fmt: skip
     add("--retries", type=at_least(0), default=1, metavar="N", help="after a failure (default: 1)")
     add("--quick", action="store_true", help="toy experiments on drawn images: minutes on a CPU")
@@ -75,8 +77,8 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
     """Raises UserError for arguments that cannot be."""
     if len(args.opts) % 2:
         raise UserError("--opts takes pairs of a key and a value")
-    if args.trials is not None and args.trials < 1:
-        raise UserError("--trials must be at least 1")
+    if args.trials is not None and not 1 <= args.trials <= MOST_TRIALS:
+        raise UserError(f"--trials must be at least 1 and at most {MOST_TRIALS}")
     output = (args.output or Path("output/quick" if args.quick else "output/reproduce")).resolve()
     grid = reproduction.quick_grid(output) if args.quick else load_grid()
     checkpoints = named_checkpoints(args.weights)
@@ -104,13 +106,15 @@ def run(args: argparse.Namespace) -> int:
     if args.status:
         print(reproduction.status(plan))
         return 0
-    failed = False
+    output, failed = plan.settings.output, False
+    if args.report or args.quick:
+        make_folder(output, "--output")
     if not args.report:
         if args.quick:
-            output, pretraining = plan.settings.output, not args.weights
-            reproduction.prepare_quick(REPOSITORY, output, pretraining)
+            reproduction.prepare_quick(REPOSITORY, output, pretraining=not args.weights)
         if found_problems(args, plan):
             return 1
+        make_folder(output, "--output")
         failed = bool(carry_out(args, plan))
     print(f"report: {reproduction.write_report(plan)}")
     return int(failed)

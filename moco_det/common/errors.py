@@ -213,13 +213,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """A flag's `type`: whole numbers from `lowest` on."""
+def at_least(lowest: int, highest: int = 10**9) -> Callable[[str], int]:
+    """A flag's `type`: whole numbers from `lowest` to `highest`."""
 
     def count(text: str) -> int:
         value = int(text)
         if value < lowest:
             raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {value}")
+        if value > highest:
+            raise argparse.ArgumentTypeError(f"must be at most {highest}, not {value}")
         return value
 
     count.__name__ = "int"  # for argparse's own message on what is no number

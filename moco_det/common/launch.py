@@ -33,6 +33,7 @@ TIMEOUT = timedelta(minutes=30)  # evaluation on the main process may keep the o
 GRACE = 5.0  # seconds, for processes whose run has failed
 # Python's tracker of semaphores inherits this: it would tell of what a killed process has left.
 QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+MOST = 1024  # processes of a machine, and machines
 LONGEST_REPORT = 20_000  # characters, which a pipe takes before anyone reads it
 
 
@@ -61,15 +62,20 @@ def launch(
     if torchrun_started_this():
         with process_group("env://", *torchrun_ranks()):
             main(*args)
-    elif num_gpus * num_machines == 1:
+        return
+    _check(num_gpus, num_machines, machine_rank)
+    if num_gpus * num_machines == 1:
         main(*args)
     else:
-        _check(num_gpus, num_machines, machine_rank, dist_url)
+        _check_address(num_machines, machine_rank, dist_url)
         url = free_local_url() if dist_url == "auto" else dist_url
         spawn(main, args, num_gpus, machine_rank * num_gpus, num_machines * num_gpus, url)
 
 
-def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+def _check(num_gpus: int, num_machines: int, machine_rank: int) -> None:
+    for flag, number in (("--num-gpus", num_gpus), ("--num-machines", num_machines)):
+        if number > MOST:
+            raise UserError(f"{flag} {number}: at most {MOST:,} are supported")
     if num_gpus < 1 or not 0 <= machine_rank < num_machines:
         raise UserError(
             f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank}: "
@@ -77,6 +83,9 @@ def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -
         )
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {num_gpus}: only {torch.cuda.device_count()} are visible")
+
+
+def _check_address(num_machines: int, machine_rank: int, dist_url: str) -> None:
     if num_machines > 1 and dist_url == "auto":
         raise UserError("several machines need --dist-url tcp://HOST:PORT of machine 0")
     if dist_url != "auto":

@@ -94,7 +94,7 @@ def find(resume: str, output: Path) -> Checkpoint | None:
     last = output / LAST
     if not resume or not os.path.lexists(last):
         return None
-    others = output.glob("checkpoint_[0-9]*.pth.tar")
+    others = output.glob("checkpoint_*.pth.tar")  # also the best one of a classifier
     return Checkpoint(*newest_whole(last, others, load_resumable))
 
 

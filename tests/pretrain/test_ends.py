@@ -9,12 +9,13 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, run
+from commands import Command, run, torchrun
 from noisy_colours import write_checkpoint
 from paths import CONFIGS, REPOSITORY
 from pretraining_runs import checkpoint, values
@@ -22,6 +23,7 @@ from pretraining_runs import checkpoint, values
 from moco_det.common import ending
 from pretrain.engine import checkpoints, trainer
 from pretrain.engine.checkpoints import LAST
+from pretrain.evaluation import features
 
 ARCH = "resnet18w0.25x"
 FLAGS = [
@@ -116,6 +118,37 @@ def test_ctrl_c_saves_and_is_130(images, narrow, tmp_path, name, whom):
     assert "Traceback" not in printed
 
 
+def wait_in_features():
+    """Before a command: the images of a split never come."""
+
+    def hang(monitor, encoder):
+        print("reading", flush=True)
+        while True:
+            time.sleep(1)
+
+    features.KnnMonitor.top1 = hang
+
+
+def test_ctrl_c_where_there_is_nothing_to_save(images, narrow, tmp_path):
+    flags = ["-a", ARCH, "--image-size", "32", "-j", "2", "--pretrained", narrow]
+    flags += ["--output", tmp_path / "knn.json"]
+    with Command("pretrain/knn.py", images, *flags, before=wait_in_features) as process:
+        assert "reading\n" in process.stdout
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read().splitlines()[-1:] == ["interrupted"]
+        assert process.wait(SOON) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_has_an_exit_code_of_its_own(tmp_path):
+    """1, with our line, where ours is 1 and where it is 2; the README says so."""
+    for flags, words in (((), "no such folder: no-such-data"), (("--moco-kk",), "mean --moco-k?")):
+        done = torchrun("pretrain/main.py", "no-such-data", "--output", tmp_path / "o", *flags)
+        assert done.returncode == 1
+        assert any(line.startswith("error: ") and words in line for line in
+                   done.stderr.splitlines()), done.stderr  # fmt: skip
+
+
 def hang_at_third_report():
     """Before a command: a step that never ends, as on a file system that does not answer."""
 
@@ -190,6 +223,15 @@ def group_of(pid: int) -> int:
 
 
 # -- the output folder ----------------------------------------------------------------------------
+
+
+def test_two_classifiers_cannot_share_a_folder(images, narrow, tmp_path):
+    flags = [*FLAGS, "--pretrained", narrow, "--output", tmp_path, "--epochs", "100000"]
+    with Command("pretrain/linear.py", images, *flags) as first:
+        wait_for_steps(first, 1)
+        second = run("pretrain/linear.py", images, *flags, "--resume", "auto")
+        assert second.returncode == 1
+        assert f"is in use by process {first.pid} on " in one_error(second.stderr)
 
 
 def test_two_runs_cannot_share_a_folder(images, tmp_path):
@@ -273,11 +315,38 @@ def tiny_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path):
-    done = run(*pretraining("no-such-data", tmp_path / "output"), before=tiny_disk)
+PLACES = [
+    ("pretrain/main.py no-data --output PLACE", "--output"),
+    ("pretrain/linear.py no-data --pretrained random --output PLACE", "--output"),
+    ("pretrain/knn.py no-data --pretrained random --output PLACE/x.json", "--output"),
+    ("tools/train_net.py --engine native --config-file CONFIG OUTPUT_DIR PLACE", "OUTPUT_DIR"),
+    ("tools/convert_to_d2.py no-checkpoint PLACE/weights.pkl", "OUT"),
+    ("tools/visualize.py --dataset no-data --output PLACE", "--output"),
+    ("tools/reproduce.py --quick --tables 6-semantic --output PLACE", "--output"),
+    ("tools/quickstart.py --output PLACE", "--output"),
+]
+
+
+def refusal_of(command: str, place: Path, **options) -> str:
+    config = str(CONFIGS / "voc_R50_C4_24k_moco.yaml")
+    command = command.replace("PLACE", str(place)).replace("CONFIG", config)
+    done = run(*command.split(), **options)
     assert done.returncode == 1
-    words = f"error: cannot write to --output {tmp_path / 'output'}: File too large"
-    assert one_error(done.stderr) == words
+    return one_error(done.stderr)
+
+
+@pytest.mark.parametrize(("command", "flag"), PLACES)
+def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path, command, flag):
+    said = refusal_of(command, tmp_path, before=tiny_disk)
+    assert said == f"error: cannot write to {flag} {tmp_path}: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "flag"), PLACES)
+def test_a_place_where_nothing_may_be_made_is_found_first(command, flag):
+    """A file system of the kernel, where root may not make a folder either."""
+    said = refusal_of(command, Path("/sys/kernel/results"))
+    assert said.startswith(f"error: cannot write to {flag} /sys/kernel/results")
 
 
 @pytest.mark.parametrize(
@@ -290,6 +359,7 @@ def test_a_full_disk_is_found_before_the_data_is_looked_at(tmp_path):
         ("tools/train_net.py --engine native --config-file CONFIG OUTPUT_DIR PLACE", "OUTPUT_DIR"),
         ("tools/convert_to_d2.py no-checkpoint PLACE/weights.pkl", "OUT"),
         ("tools/visualize.py --dataset no-data --output PLACE", "--output"),
+        ("tools/reproduce.py --quick --tables 6-semantic --output PLACE", "--output"),
         ("tools/quickstart.py --output PLACE", "--output"),
     ],
 )
@@ -336,11 +406,34 @@ def test_flags_that_cannot_meet_are_one_line(tmp_path, command, words):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain/main.py no-data --multiprocessing-distributed --world-size 1 --rank 0",
+        "pretrain/main.py no-data --world-size 2 --rank 0",
+        "tools/train_net.py --engine native --config-file CONFIG --num-gpus 2 MODEL.DEVICE cpu",
+    ],
+)
+def test_a_port_in_use_is_one_line(command):
+    command = command.replace("CONFIG", str(CONFIGS / "voc_R50_C4_24k_moco.yaml"))
+    script, *words = command.split()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://localhost:{taken.getsockname()[1]}"
+        at = words.index("MODEL.DEVICE") if "MODEL.DEVICE" in words else len(words)
+        done = run(script, *words[:at], "--dist-url", url, *words[at:])
+    assert done.returncode == 1
+    assert re.search(f"--dist-url {url}: port [0-9]+ is in use", one_error(done.stderr))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("pretrain/main.py no-data --gpu 0", "--gpu 0: torch finds no GPU"),
+        ("pretrain/linear.py no-data --pretrained random --gpu 0", "--gpu 0: torch finds no GPU"),
+        ("pretrain/knn.py no-data --pretrained random --gpu 0", "--gpu 0: torch finds no GPU"),
         (
             "tools/train_net.py --engine native --config-file CONFIG --num-gpus 8",
             "--num-gpus 8: torch finds no GPU here; with MODEL.DEVICE cpu",

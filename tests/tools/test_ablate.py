@@ -143,6 +143,7 @@ def test_a_dry_run_lists_the_runs(pretending, data, tmp_path, capfd):
     [
         (["--data", "absent"], "--data absent needs train/CLASS and val/CLASS"),
         (["--data", "{data}", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--data", "{data}", "--seeds", "1001"], "--seeds must be at least 1 and at most 1000"),
         (["--data", "{data}"], "row '--moco-m 1.5' of .*tiny.yaml: --moco-m must be in"),
     ],
 )

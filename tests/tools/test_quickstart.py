@@ -169,6 +169,14 @@ def test_bad_input_is_one_line_and_a_code(tmp_path):
     ]
 
 
+def test_absurd_counts_are_refused(tmp_path):
+    for flags in (("--seeds", 2**62), ("--seed", 2**80)):
+        done = run(TOOL, "--output", tmp_path / "o", *flags)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: --seeds must be at least 1, and --seed at least 0")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_mistake_in_the_config_is_told_before_anything_is_made(small):
     (small / "config.yaml").write_text("SOLVER: {BASE_LR: .nan}\n")
     done = run(TOOL, "--output", small / "out", "--config-file", small / "config.yaml")

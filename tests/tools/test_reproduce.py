@@ -46,6 +46,7 @@ def weights(tmp_path_factory):
     [
         (["--tables", "9"], "no table '9'"),
         (["--trials", "0"], "--trials must be at least 1"),
+        (["--trials", str(2**62)], "--trials must be at least 1 and at most 1000"),
         (["--opts", "SOLVER.MAX_ITER"], "pairs of a key and a value"),
         (["--weights", "a=b=c"], "is not a file"),
         (["--weights", f"random={__file__}"], "cannot name a row"),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, python, run, torchrun
+from commands import Command, load_command, python, run, torchrun
 from PIL import Image
 from tiny_voc import write_tiny_config, write_tiny_voc
+
+from moco_det.common.errors import UserError
 
 TOOL = "tools/train_net.py"
 
@@ -98,6 +100,20 @@ def of_group(leader: int) -> list[int]:
     return found
 
 
+def test_a_killed_worker_of_the_loader_ends_the_run(command, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
+    opts += ("DATALOADER.NUM_WORKERS", "2", "OUTPUT_DIR", tmp_path / "out")
+    with Command(*command(*opts)) as started:
+        assert any("iter: 19" in line for line in started.stdout)
+        os.kill(of_group(started.pid)[0], signal.SIGKILL)
+        output = started.stdout.read()
+        assert started.wait(60) == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "a data loading process" in line
+    assert "Traceback" not in output
+    assert not of_group(started.pid)
+
+
 def test_a_killed_process_ends_the_others_and_is_named(command, tmp_path):
     opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
     with Command(*command("--num-gpus", "2", *opts, "OUTPUT_DIR", tmp_path / "out")) as started:
@@ -110,6 +126,23 @@ def test_a_killed_process_ends_the_others_and_is_named(command, tmp_path):
     assert re.match("error: the process of rank [01] was killed by SIGKILL", line)
     assert "Traceback" not in output
     assert not of_group(started.pid)
+
+
+def test_two_runs_cannot_share_a_folder_and_leftovers_are_removed(command, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    left = output / f".model_0000003.{2**22 + 1}.tmp.pth"  # above the highest process id of Linux
+    left.write_text("half of it")
+    opts = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "0", "TEST.EVAL_PERIOD", "0")
+    with Command(*command(*opts, "OUTPUT_DIR", output)) as first:
+        assert any("iter: 19" in line for line in first.stdout)
+        assert not left.exists()
+        for flags in ((), ("--resume",), ("--overwrite",)):
+            second = run(*command(*flags, *opts, "OUTPUT_DIR", output))
+            assert second.returncode == 1
+            (line,) = error_lines(second)
+            assert f"OUTPUT_DIR {output} is in use by process {first.pid} on " in line
+        assert any("iter: 59" in line for line in first.stdout)  # it goes on
 
 
 def test_a_new_run_does_not_replace_another_unless_it_is_told_to(command, tmp_path):
@@ -177,6 +210,24 @@ def test_mistakes_are_told_in_one_line(command, tmp_path, arguments, message):
     assert done.returncode == 1
     assert len(error_lines(done)) == 1
     assert message in error_lines(done)[0]
+
+
+@pytest.mark.parametrize("engine", ["native", "detectron2"])
+def test_processes_without_gpus_are_refused_before_any_starts(tmp_path, monkeypatch, engine):
+    """Unless the CPU is asked for."""
+    tool = load_command(TOOL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+    path = tmp_path / "a.yaml"
+    path.write_text("MODEL: {MASK_ON: True}\n")
+    words = ["--config-file", str(path), "--num-gpus", "8"]
+    with pytest.raises(UserError, match="--num-gpus 8: torch finds no GPU here; with MODEL.DEVIC"):
+        tool.check(tool.parse_args(words), engine)
+    tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cpu"]), engine)
+    path.write_text("MODEL: {DEVICE: cpu}\n")
+    tool.check(tool.parse_args(words), engine)
+    with pytest.raises(UserError, match="torch finds no GPU here"):
+        tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cuda"]), engine)
 
 
 @pytest.mark.parametrize("engine", ["auto", "detectron2"])

@@ -309,8 +309,8 @@ def plan_trials(
     Raises:
         UserError: what cannot be run, or a folder that holds another trial, before anything is run.
     """
-    if seeds is not None and seeds < 1:
-        raise UserError("--seeds must be at least 1")
+    if seeds is not None and not 1 <= seeds <= MOST:
+        raise UserError(f"--seeds must be at least 1 and at most {MOST}")
     data = fields["data"]
     if not (data / "train").is_dir() or not (data / "val").is_dir():
         raise UserError(f"--data {data} needs train/CLASS and val/CLASS: both are read")

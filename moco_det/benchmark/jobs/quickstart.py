@@ -27,6 +27,7 @@ from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
+MOST_SEEDS = 1000
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
 
 
@@ -103,8 +104,11 @@ def make_plan(
         images, voc: the user's data, both or neither; neither: the embedded data set.
         seed: of drawing, pretraining and the first pair of detectors; later pairs count up.
     """
-    if seeds < 1 or seed < 0:
-        raise UserError("--seeds must be at least 1, and --seed at least 0")
+    if not (1 <= seeds <= MOST_SEEDS and 0 <= seed < 2**31):
+        raise UserError(
+            "--seeds must be at least 1, and --seed at least 0 (and at most "
+            f"{MOST_SEEDS} and {2**31 - 1})"
+        )
     if (images is None) != (voc is None):
         raise UserError("--images and --voc go together: unlabelled images, and annotated ones")
     for path in (recipe, config_file):

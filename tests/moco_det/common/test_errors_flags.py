@@ -8,7 +8,7 @@ from moco_det.common.errors import CommandParser, at_least, command_parser, near
 def parser(**options) -> CommandParser:
     made = CommandParser(**options)
     made.add_argument("data", nargs="?")
-    made.add_argument("--moco-k", type=at_least(1))
+    made.add_argument("--moco-k", type=at_least(1, 100))
     made.add_argument("--num-gpus", type=int)
     return made
 
@@ -58,6 +58,11 @@ def test_what_follows_two_dashes_is_no_flag():
 def test_the_least_number(capsys):
     assert parser().parse_args(["--moco-k", "1"]).moco_k == 1
     assert "argument --moco-k: must be at least 1, not 0" in said(capsys, parser(), "--moco-k", "0")
+    assert parser().parse_args(["--moco-k", "100"]).moco_k == 100
+    for many in ("101", str(2**63)):
+        assert f"argument --moco-k: must be at most 100, not {many}" in said(
+            capsys, parser(), "--moco-k", many
+        )
     assert "invalid int value: 'x'" in said(capsys, parser(), "--moco-k", "x")
 
 

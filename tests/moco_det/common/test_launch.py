@@ -162,6 +162,10 @@ def test_a_port_in_use_is_refused_where_the_first_process_would_listen():
     ("arguments", "message"),
     [
         ({"num_gpus": 0}, "--num-gpus 0"),
+        ({"num_gpus": -1, "num_machines": -1}, "--num-gpus -1"),
+        ({"num_gpus": 1, "machine_rank": -1}, "--machine-rank -1"),
+        ({"num_gpus": 2**40}, "--num-gpus 1099511627776: at most 1,024"),
+        ({"num_gpus": 1, "num_machines": 2**40}, "--num-machines 1099511627776: at most 1,024"),
         ({"num_gpus": 1, "num_machines": 2, "machine_rank": 2}, "--machine-rank 2"),
         ({"num_gpus": 1, "num_machines": 2}, "--dist-url"),
     ],

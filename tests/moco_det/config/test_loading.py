@@ -434,6 +434,22 @@ INPUT: {FORMAT: "RGB"}
 """
 
 
+@pytest.mark.parametrize("norm", ["SyncBN", "naiveSyncBN"])
+@pytest.mark.parametrize("name", MOCO_TASKS)
+def test_every_official_detection_config_loads(write, name, norm):
+    """The five files of its folder, of either of its versions; the base alone as well."""
+    base = write(MOCO_BASE.replace("naiveSyncBN", norm), "Base-RCNN-C4-BN.yaml")
+    supervised = write(f'_BASE_: "Base-RCNN-C4-BN.yaml"\n{MOCO_TASKS[name]}', f"{name}.yaml")
+    moco = write(f'_BASE_: "{name}.yaml"\n{MOCO_INIT}', f"{name}_moco.yaml")
+    for path in (base, supervised, moco):
+        cfg = load_config(path)
+        assert norm == cfg.MODEL.RESNETS.NORM
+        assert cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeadsExtraNorm"
+    assert cfg.MODEL.WEIGHTS == "See Instructions"
+    assert {"p": 24000, "c": 180000}[name[0]] == cfg.SOLVER.MAX_ITER
+    assert name.startswith("coco") == cfg.MODEL.MASK_ON
+
+
 @pytest.mark.parametrize("name", MOCO_TASKS)
 def test_the_official_detection_configs_load_and_build(write, name):
     write(MOCO_BASE, "Base-RCNN-C4-BN.yaml")

@@ -6,9 +6,12 @@ import resource
 
 import pytest
 from examined import doctor, problems
+from PIL import Image
 from tiny_coco import tiny_coco, write_tiny_coco
 
+from moco_det import visualize
 from moco_det.common.errors import UserError
+from moco_det.common.images import read_upright
 from moco_det.datasets import Wanted, get_dataset
 
 TWO = ("MODEL.ROI_HEADS.NUM_CLASSES", 2)
@@ -103,6 +106,28 @@ def test_an_entry_is_refused_by_name(tmp_path, section, entry, text):
     assert [found for _, found in problems(report)][0].startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "text"),
+    [
+        ("categories", "name", "category number 1 is {'id': 1, 'key"),
+        ("categories", "id", "category number 1 is {'name': 'red', 'key"),
+        ("images", "id", "an image lacks id: {'file_name': '1.jpg'"),
+        ("annotations", "category_id", "annotation 1 of image 1 is of category None, which is not"),
+        ("annotations", "image_id", "annotation 1 of image '?' has the image_id None; the images"),
+        ("annotations", "bbox", "annotation 1 of image 1 has the bbox None: it needs four finite"),
+    ],
+)
+def test_an_entry_that_lacks_a_key_is_named(tmp_path, section, key, text):
+    content = tiny_coco()
+    del content[section][0][key]
+    name = write_tiny_coco(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        get_dataset(name).records()
+    assert str(error.value).startswith(f"{tmp_path}/a.json: {text}")
+    (report,) = doctor(name, None, *TWO).values()
+    assert [found for _, found in problems(report)][0].startswith(text)
+
+
 @pytest.mark.parametrize("section", ["images", "annotations", "categories"])
 def test_a_section_that_is_no_list(tmp_path, section):
     name = write_tiny_coco(tmp_path, tiny_coco() | {section: None})
@@ -137,6 +162,23 @@ def test_null_is_as_absent_and_a_byte_order_mark_is_read(tmp_path):
     assert (first["height"], first["width"]) == (96, 128)
     assert first["annotations"][0] == {"bbox": [5, 8, 35, 48], "category_id": 0, "iscrowd": 0}
     assert problems(doctor(name, None, *TWO)[name]) == []
+
+
+@pytest.mark.parametrize(("value", "quarter_turn"), [(6, True), (8, True), (3, False), (99, False)])
+def test_a_photograph_on_its_side_whose_size_the_file_does_not_give(tmp_path, value, quarter_turn):
+    """Records, doctor, transforms and drawing see it upright; a value out of 1..8 means upright."""
+    content = tiny_coco()
+    for image in content["images"]:
+        del image["height"], image["width"]
+    name = write_tiny_coco(tmp_path, content)
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.new("RGB", (96, 128) if quarter_turn else (128, 96)).save(tmp_path / "1.jpg", exif=exif)
+    record, _ = get_dataset(name).records()
+    assert (record["height"], record["width"]) == (96, 128)
+    assert problems(doctor(name, None, *TWO)[name]) == []
+    assert read_upright(record["file_name"]).size == (128, 96)
+    assert visualize.read_image(record).shape[-2:] == (96, 128)
 
 
 def test_sizes_in_floats_are_whole_numbers(tmp_path):
@@ -185,6 +227,31 @@ def test_the_doctor_tells_ids_of_several_objects_from_objects_listed_twice(tmp_p
     content["annotations"][2] = content["annotations"][0]
     report = doctor(write_tiny_coco(tmp_path, content), None, *TWO).popitem()[1]
     assert problems(report) == [("list", "annotation 1 is listed 2 times")]
+
+
+KEYPOINTS = (*TWO, "MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3,
+             "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.1, 0.1])  # fmt: skip
+
+
+def test_no_object_with_keypoints(tmp_path):
+    content = tiny_coco()
+    name = write_tiny_coco(tmp_path, content)
+    assert problems(doctor(name, None, *KEYPOINTS)[name]) == []
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = [0] * 9
+    found = problems(doctor(write_tiny_coco(tmp_path, content), None, *KEYPOINTS)[name])
+    assert any("keypoints" in text for _, text in found), found
+
+
+def test_run_lengths_where_polygons_are_read(tmp_path):
+    content = tiny_coco()
+    content["annotations"][2]["segmentation"] = RLE
+    name = write_tiny_coco(tmp_path, content)
+    masks = (*TWO, "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT")
+    assert problems(doctor(name, None, *masks, "bitmask")[name]) == []
+    ((_, text),) = problems(doctor(name, None, *masks, "polygon")[name])
+    assert text.startswith("annotation 3 of image 2 ")
+    assert "INPUT.MASK_FORMAT bitmask" in text
 
 
 def test_only_crowds(tmp_path):

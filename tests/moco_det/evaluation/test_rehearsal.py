@@ -1,6 +1,7 @@
 """What cannot be scored after the last iteration is said before the first."""
 
 import pytest
+from pycocotools import mask as coco_mask
 from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_voc
@@ -9,7 +10,8 @@ from moco_det.common.errors import UserError
 from moco_det.config.checks import check_scoring
 from moco_det.config.loading import get_cfg
 from moco_det.datasets import get_dataset
-from moco_det.evaluation import evaluate, rehearse
+from moco_det.datasets.dataset import evenly_spaced
+from moco_det.evaluation import REHEARSED, evaluate, rehearse
 
 
 def own_objects(record):
@@ -50,6 +52,58 @@ def test_perfect_predictions_have_ap_100_however_annotations_are_numbered(tmp_pa
 def rehearsed(name, **options):
     dataset = get_dataset(name)
     rehearse(dataset, dataset.records(), **options)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("annotations", {"area": None}),
+        ("images", {"height": 96.0, "width": 128.0}),
+        ("images", {"height": None, "width": None}),
+        ("annotations", {"iscrowd": None, "id": None, "area": None}),
+    ],
+)
+def test_what_is_accepted_before_is_scored_after(tmp_path, section, fields):
+    """Boxes and masks without a mistake: each of these trained to the end and died in scoring."""
+    content = tiny_coco()
+    for entry in content[section]:
+        entry |= fields
+    dataset = get_dataset(write_tiny_coco(tmp_path, content))
+    records = dataset.records()
+    rehearse(dataset, records, masks=True)
+    shapes = [
+        coco_mask.frPyObjects(a["segmentation"], 96, 128) for r in records for a in r["annotations"]
+    ]
+    predictions = [own_objects(record) for record in records]
+    for place, prediction in enumerate(predictions):
+        prediction["segmentations"] = [shape for (shape,) in shapes[2 * place : 2 * place + 2]]
+    results = evaluate(dataset, predictions)
+    assert [results[task]["AP"] for task in ("bbox", "segm")] == pytest.approx([100, 100])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"area": "120"}, "annotation 5 of image 3 has the area '120'"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "annotation 5 of image 3 has no valid polygon"),
+        ({"iscrowd": 1, "segmentation": []}, "annotation 5 of image 3 has no segmentation"),
+    ],
+)
+def test_an_object_beyond_the_images_that_are_tried(tmp_path, fields, message):
+    """It is one of 40 images; `rehearse` scores 8 of them, which do not hold it."""
+    content = tiny_coco()
+    image, objects = content["images"][0], content["annotations"][:2]
+    content["images"] = [image | {"id": number} for number in range(1, 41)]
+    content["annotations"] = [
+        a | {"image_id": number, "id": 2 * number - 1 + place}
+        for number in range(1, 41)
+        for place, a in enumerate(objects)
+    ]
+    content["annotations"][4] |= fields
+    name = write_tiny_coco(tmp_path, content)
+    assert 2 not in evenly_spaced(range(40), REHEARSED)
+    with pytest.raises(UserError, match=f"a.json: {message}"):
+        rehearsed(name, masks=True)
 
 
 def test_healthy_sets(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from moco_det.common.errors import UserError
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import LAST, Checkpoint
+from pretrain.evaluation.classification import BEST
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
@@ -69,6 +70,17 @@ def test_auto_takes_the_newest_whole_one_where_the_last_is_damaged(tmp_path, cap
         damage(tmp_path / f"checkpoint_{number:04d}.pth.tar")
     with pytest.raises(UserError, match="no other checkpoint beside it is whole"):
         checkpoints.find("auto", tmp_path)
+
+
+def test_a_classifier_s_best_stands_in_for_its_damaged_last_one(tmp_path, capsys):
+    """It keeps no others."""
+    for name, epoch in ((LAST, 3), (BEST, 2)):
+        state = {"state_dict": {"module.w": torch.full((8,), 2.0)}, "epoch": epoch}
+        checkpoints.save(state, tmp_path / name)
+    damage(tmp_path / LAST)
+    found = checkpoints.find("auto", tmp_path)
+    assert (found.path.name, found.state["epoch"]) == (BEST, 2)
+    assert f"{BEST}, the newest that is whole" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

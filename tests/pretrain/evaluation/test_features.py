@@ -41,6 +41,28 @@ def test_features_of_a_split_are_torchvisions_without_the_unreadable(tmp_path, p
         split_features(folder, max_unreadable=0.01).compute(nn.Flatten())
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.encoder_q.", "module._orig_mod.encoder_q.", "model.encoder_q.", "backbone.",
+     "model.backbone.", "module.encoder_q.", "encoder_q."],
+)  # fmt: skip
+def test_prefixes_that_occur_in_life(tmp_path, prefix, capsys):
+    """Of torch.compile, DataParallel and Lightning; the same encoder, or an array is named."""
+    encoder = build_encoder("resnet18w0.25x", 8).state_dict()
+    state = {f"{prefix}{name}": value for name, value in encoder.items() if name[:3] != "fc."}
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": state}, path)
+    found = load_encoder(str(path), "resnet18w0.25x", 2).state_dict()
+    assert all(torch.equal(found[name], encoder[name]) for name in found if name[:3] != "fc.")
+    assert ("stripped" in capsys.readouterr().out) == (
+        prefix not in ("module.encoder_q.", "encoder_q.")
+    )
+    del state[f"{prefix}layer4.1.conv2.weight"]
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(UserError, match=r"a.ckpt does not fit: .*layer4\.1\.conv2\.weight"):
+        load_encoder(str(path), "resnet18w0.25x", 2)
+
+
 def test_encoding_normalises_by_imagenets_statistics():
     images = torch.full((1, 4, 4, 3), 124, dtype=torch.uint8)
     pixels = encode(nn.Identity(), images)
