@@ -26,6 +26,7 @@ from moco_det.parity import comparison as parity
 from moco_det.weights.files import load_backbone_weights
 
 SMALLEST_SIDE = 64  # pixels: the coarsest map of a pyramid keeps more than one position
+LARGEST = 10_000  # sides, and images
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,9 +43,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
     )
-    add("--image-size", type=at_least(0, 10**4), nargs=2, default=(64, 96), metavar=("H", "W"),
-        help="pixels")  # fmt: skip
-    add("--images", type=at_least(0, 10**4), default=2, metavar="N")
+    add("--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
+    add("--images", type=int, default=2, metavar="N")
     add("--seed", type=at_least(0, 2**32 - 1), default=0)
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
     return parser.parse_args(arguments)
@@ -56,10 +56,12 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: a quantity differs by more than the tolerance, or bad input.
     """
-    if min(args.image_size) < SMALLEST_SIDE or args.images < 1:
+    wrong = min(args.image_size) < SMALLEST_SIDE or args.images < 1
+    if wrong or max(*args.image_size, args.images) > LARGEST:
         raise UserError(
             f"--image-size {args.image_size[0]} {args.image_size[1]} --images {args.images}: "
-            f"at least one image, and {SMALLEST_SIDE} pixels in height and width"
+            f"at least one image, and {SMALLEST_SIDE} pixels in height and width, and at most "
+            f"{LARGEST:,} of each"
         )
     require_detectron2()
     from moco_det.plugin.probe import Probe as Detectron2Probe  # only where it can be imported

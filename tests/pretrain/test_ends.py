@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, run, torchrun
+from commands import Command, run
 from noisy_colours import write_checkpoint
 from paths import CONFIGS, REPOSITORY
 from pretraining_runs import checkpoint, values
@@ -138,15 +138,6 @@ def test_ctrl_c_where_there_is_nothing_to_save(images, narrow, tmp_path):
         assert process.stdout.read().splitlines()[-1:] == ["interrupted"]
         assert process.wait(SOON) == 130
     assert list(tmp_path.iterdir()) == []
-
-
-def test_torchrun_has_an_exit_code_of_its_own(tmp_path):
-    """1, with our line, where ours is 1 and where it is 2; the README says so."""
-    for flags, words in (((), "no such folder: no-such-data"), (("--moco-kk",), "mean --moco-k?")):
-        done = torchrun("pretrain/main.py", "no-such-data", "--output", tmp_path / "o", *flags)
-        assert done.returncode == 1
-        assert any(line.startswith("error: ") and words in line for line in
-                   done.stderr.splitlines()), done.stderr  # fmt: skip
 
 
 def hang_at_third_report():

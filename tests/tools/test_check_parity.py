@@ -184,7 +184,8 @@ def test_detectron2_that_does_not_import(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--image-size", "32", "96"), ("--images", "0"), ("--images", "-1")]
+    "flags",
+    [("--image-size", "32", "96"), ("--images", "0"), ("--images", "-1"), ("--images", str(2**62))],
 )
 def test_nothing_to_compare_on(flags, capsys):
     assert run(QUICKSTART, *flags) == 1
