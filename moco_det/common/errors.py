@@ -60,7 +60,8 @@ def exit_cleanly():
 
 
 def _exit(code: int, line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # at once: several processes may write to it
+    sys.stderr.flush()
     ending.note_failure(code)
     sys.exit(code)
 

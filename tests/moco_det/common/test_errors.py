@@ -22,6 +22,15 @@ def test_a_user_error_is_one_line_and_exit_code_1(capsys):
     assert capsys.readouterr() == ("", "error: no file at a.json: name another\n")
 
 
+def test_a_line_is_written_at_once(monkeypatch):
+    """Two processes of a launch wrote "error: ...error: ..." where Python does not buffer."""
+    written = []
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    with pytest.raises(SystemExit), exit_cleanly():
+        raise UserError("no such file")
+    assert written == ["error: no such file\n"]
+
+
 def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     with pytest.raises(SystemExit) as ended, exit_cleanly():
         raise KeyboardInterrupt
