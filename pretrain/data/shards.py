@@ -324,6 +324,9 @@ class ShardSource:
         )
 
 
+MOST_SHARDS = 1_000_000  # LAION-5B has a quarter of it
+
+
 def is_shards(data: str) -> bool:
     """Whether DATA names tar files: by a pattern, a URL, or a command after `pipe:`."""
     return not Path(data).is_dir() and bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))
@@ -344,9 +347,26 @@ def _fingerprint(shards: list[str]) -> dict:
     return {"shards": seen["images"], "hash": seen["hash"]}
 
 
+def _expansions(pattern: str) -> int:
+    """How many URLs the braces of a pattern stand for; where they are nested, at most."""
+    count, innermost = 1, re.compile(r"\{([^{}]*)\}")
+    while found := innermost.findall(pattern):
+        for inside in found:
+            ends = re.match(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(\.\.|$)", inside)
+            if ends:
+                first, last = (ord(e) if e.isalpha() else int(e) for e in ends.groups()[:2])
+                count *= abs(last - first) + 1
+            else:
+                count *= inside.count(",") + 1
+        pattern = innermost.sub("", pattern)
+    return count
+
+
 def _find_shards(data: str) -> list[str]:
     shardlists = import_optional("webdataset.shardlists", "reading tar shards", "webdataset")
     try:
+        if sum(map(_expansions, data.split("::"))) > MOST_SHARDS:
+            raise ValueError(f"its braces stand for more than {MOST_SHARDS:,} shards")
         urls = shardlists.expand_urls(data)
     except (AssertionError, ValueError) as error:
         reason = one_line(error, 80)

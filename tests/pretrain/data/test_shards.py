@@ -219,6 +219,14 @@ def test_shards_are_named_as_webdataset_users_do(pattern, tmp_path):
         find_shards(str(folder / "train-{06..07}.tar"))
 
 
+@pytest.mark.parametrize(
+    "pattern", ["{0..1}" * 40, "{a..z}" * 12, "{a,b}" * 40, "{0..999999999}", "{a,b{c}}" * 40]
+)
+def test_patterns_of_too_many_shards_are_not_expanded(pattern):
+    with pytest.raises(UserError, match="stand for more than 1,000,000 shards"):
+        find_shards(f"/data/{pattern}.tar")
+
+
 @pytest.mark.parametrize("pattern", ["/data/{0..1%s}.tar", "/data/{9%s..1}.tar", "/%s.tar"])
 def test_long_patterns_are_told_in_short(pattern):
     with pytest.raises(UserError) as error:
