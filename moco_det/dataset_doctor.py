@@ -15,6 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from moco_det.common.documents import shortened
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, read_upright
 from moco_det.config.checks import (
@@ -280,7 +281,7 @@ def _compare_classes(reports: list[Report], datasets: list[Dataset | None]) -> N
 
 def describe(report: Report, listed: int) -> str:
     """The problems by kind, at most `listed` of each kind (0: all), the remedy and the notes."""
-    lines = [f"{report.name}: {len(report.problems)} problem(s)"]
+    lines = [f"{shortened(report.name)}: {len(report.problems)} problem(s)"]
     for check in dict.fromkeys(problem.check for problem in report.problems):
         texts = [problem.text for problem in report.problems if problem.check == check]
         shown = texts[: listed or None]
@@ -298,7 +299,7 @@ def table(reports: Sequence[Report]) -> str:
     headers = ["data set", "images", "official", "objects", "classes", "decoded", "problems"]
     rows = [
         (
-            report.name,
+            shortened(report.name),
             report.images,
             report.official and report.official.images,
             report.objects,

@@ -139,7 +139,7 @@ def check_supported(cfg: CfgNode) -> None:
     for key, supported in KEYS["supported"].items():
         if values[key] not in supported:
             known = ", ".join(map(repr, supported))
-            raise UserError(f"{key} {values[key]!r}: the native engine supports only {known}")
+            raise UserError(f"{key} {shown(values[key])}: the native engine supports only {known}")
 
 
 def on_available_device(cfg: CfgNode) -> CfgNode:

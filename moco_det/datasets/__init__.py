@@ -37,7 +37,7 @@ from moco_det.datasets.coco import (
     refuse_other_versions,
 )
 from moco_det.datasets.dataset import BUILT_IN, NOTHING, BuiltIn, Dataset, Record, Wanted
-from moco_det.datasets.problems import Problem, Problems
+from moco_det.datasets.problems import Problem, Problems, shown
 from moco_det.datasets.semantic import (
     SemanticCityscapesDataset,
     SemanticDataset,
@@ -134,6 +134,7 @@ def locate(name: str) -> Location:
     *others, last = (f"{kind}:{dataset.form}" for kind, dataset in KINDS.items())
     forms = f"{', '.join(others)} or {last}"
     if ":" in name:
-        raise UserError(f"dataset {name!r}: a data set of one's own is written {forms}")
+        raise UserError(f"dataset {shown(name, 34)}: a data set of one's own is written {forms}")
     nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
-    raise UserError(f"no dataset {name!r}: the nearest name is {nearest}; own data: {forms}")
+    asked = shown(name, 34)
+    raise UserError(f"no dataset {asked}: the nearest name is {nearest}; own data: {forms}")

@@ -234,6 +234,12 @@ def test_what_only_detectron2_does_is_refused(write, key, value):
         load_config(write("VERSION: 2\n"), [key, value])
 
 
+def test_a_long_number_that_only_detectron2_would_try_is_told_in_short(write):
+    with pytest.raises(UserError, match="MODEL.RESNETS.DEPTH 999.* supports only 18,") as refused:
+        load_config(write("VERSION: 2\n"), ["MODEL.RESNETS.DEPTH", "9" * 500])
+    assert len(str(refused.value)) < 300
+
+
 def test_inert_sections_and_empty_ones_are_accepted(write):
     cfg = load_config(write("SOLVER:\nMODEL: {RETINANET: {NUM_CONVS: 3}}\nVERSION: 2\n"))
     assert dict(leaves(cfg)) == dict(leaves(get_cfg()))
