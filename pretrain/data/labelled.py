@@ -168,8 +168,15 @@ class LabelledImages(Dataset):
         return str(self.split.folder / self.split.paths[index])
 
     def unreadable(self, labels: torch.Tensor) -> set[str]:
-        """The files that loaded `labels` say are unreadable."""
-        return {self.file(index) for index in (-1 - labels[labels < 0]).tolist()}
+        """The files that loaded `labels` say are unreadable, each with the reason."""
+        return {self._unreadable(index) for index in (-1 - labels[labels < 0]).tolist()}
+
+    def _unreadable(self, index: int) -> str:
+        try:
+            read_image(self.file(index))  # once more: a label has no room for the reason
+        except UnreadableImage as error:
+            return f"{error.name}: {error.reason}"
+        return f"{self.file(index)}: it could not be read a moment ago"
 
     def __getitem__(self, index: int):
         try:

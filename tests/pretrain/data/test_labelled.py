@@ -13,6 +13,7 @@ from moco_det.common.errors import UserError
 from pretrain.data.images import Loading
 from pretrain.data.labelled import (
     LabelledBatches,
+    LabelledImages,
     RandomCrops,
     centre_crop,
     find_splits,
@@ -135,3 +136,13 @@ def test_batches_are_the_same_crops_in_every_launch_order_and_say_what_is_unread
     labels = torch.cat([labels for _, labels in loaded]).tolist()
     assert labels == [-1 if i == 3 else int(i >= 25) for i in order]
     assert np.array_equal(loaded[0][0][0].numpy(), crops[(2, order[0])][0])
+
+
+def test_what_is_unreadable_comes_with_its_reason(tmp_path, monkeypatch):
+    folder = write_images(tmp_path) / "train"
+    Image.new("RGB", (64, 64)).save(folder / "a" / "03.png")
+    images = LabelledImages(list_class_folders(folder, ["a", "b"]), 32, lambda image: image)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2)  # Pillow refuses twice as many
+    (found,) = images.unreadable(torch.tensor([0, images[3][1]]))
+    assert "03.png: " in found
+    assert "--max-image-pixels" in found
