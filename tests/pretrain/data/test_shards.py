@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from commands import Command
+from commands import Command, run
 from PIL import Image
 from pretraining_runs import checkpoint, values
 from same_bits import assert_same_bits
@@ -135,6 +135,17 @@ def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
     assert batch.position == (0, 5)
 
 
+def write_tar(path: Path, names: list[str]) -> None:
+    """The images of those names, and what people's archives hold beside them."""
+    hidden = ["._a.jpg", "a/._b.jpg", ".trash/c.jpg"]
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate([*names, *hidden, "notes.txt", "labels.json"]):
+            content = numbered_image(number)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -149,17 +160,20 @@ def test_every_image_is_a_sample_whatever_its_name(tmp_path, name):
     """webdataset's own samples take a name up to its first dot: one of 32 images was read."""
     images = [name.format(number).split(" ") for number in range(32)]
     names = sum(images, [])
-    hidden = ["._a.jpg", "a/._b.jpg", ".trash/c.jpg"]
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number, image in enumerate([*names, *hidden, "notes.txt", "labels.json"]):
-            content = numbered_image(number)
-            entry = tarfile.TarInfo(image)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    write_tar(tmp_path / "a.tar", names)
     reader = stream([str(tmp_path / "a.tar")], buffer=1)
     samples = itertools.takewhile(lambda _: reader.position.epoch == 0, reader.samples())
     contents = [sample[name] for sample in samples for name in sample if name[0] != "_"]
     assert Counter(contents) == Counter(numbered_image(number) for number in range(len(names)))
+
+
+def test_the_command_sees_every_image_of_a_tar(tmp_path):
+    write_tar(tmp_path / "a.tar", [f"IMG_2020.05.{number:02d}.jpg" for number in range(32)])
+    flags = [*FLAGS, "--samples-per-epoch", "32", "--epochs", "1", "--output", tmp_path]
+    done = run("pretrain/main.py", tmp_path / "a.tar", *flags)
+    assert done.returncode == 0, done.stderr
+    (process,) = checkpoint(tmp_path)["data"]["processes"]
+    assert process["positions"] == [(0, 32)]  # of the first pass
 
 
 def test_nothing_readable_ends_the_run(tmp_path):
