@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from commands import load_command
 
-from tools.compare import main
+main = load_command("tools/compare.py").main
 
 
 def finished_run(folder, ap50):
