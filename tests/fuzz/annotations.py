@@ -47,6 +47,8 @@ def lvis(content: dict[str, Any]) -> dict[str, Any]:
     for image in content["images"]:
         image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['file_name']}"
         image |= {"neg_category_ids": [4], "not_exhaustive_category_ids": [9]}
+    for annotation in content["annotations"]:
+        annotation.pop("keypoints", None)  # which no category of LVIS names
     return content | {"categories": names}
 
 

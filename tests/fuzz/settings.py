@@ -122,6 +122,8 @@ def attempt_yaml(rng: random.Random, corpus: Path, folder: Path) -> str:
         script = "tools/check_data.py" if use == "check_data" else TRAIN
         options = [*SHORT, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", folder / "run"]
         engine = NATIVE if use == "train" else ()
+        if use == "train":  # without its INPUT, images would be of Detectron2's size
+            options += ["INPUT.MAX_SIZE_TRAIN", "96", "INPUT.MAX_SIZE_TEST", "96"]
         step = run_command(folder, script, *engine, "--config-file", changed, *options)
     elif use == "recipe":
         step = run_command(folder, PRETRAIN, corpus / "images", "--recipe", changed,

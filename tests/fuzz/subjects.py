@@ -118,7 +118,7 @@ def complaint(step: Step, must: str, result: Path | None = None, whole: Path | N
         result: the file of weights that the step has made, `whole` that of the whole input.
     """
     if not step.accepted:
-        said = step.message or step.exception
+        said = step.message or step.exception or step.out[-500:]
         return f"{step.name} refused what is whole: {said}" if must == "accept" else ""
     if must == "refuse":
         return f"{step.name} accepted it"

@@ -341,10 +341,11 @@ def build_rpn(cfg, backbone: nn.Module) -> RPN:
     strides = feature_strides(backbone, rpn.IN_FEATURES, "MODEL.RPN.IN_FEATURES")
     try:
         generator = AnchorGenerator(anchors.SIZES, anchors.ASPECT_RATIOS, strides, anchors.OFFSET)
+        num_anchors = generator.num_anchors
     except ValueError as error:
         raise UserError(f"MODEL.ANCHOR_GENERATOR: {error}; see MODEL.RPN.IN_FEATURES") from error
     return RPN(
-        RPNHead(backbone.channels[rpn.IN_FEATURES[0]], generator.num_anchors),
+        RPNHead(backbone.channels[rpn.IN_FEATURES[0]], num_anchors),
         generator,
         in_features=rpn.IN_FEATURES,
         iou_thresholds=rpn.IOU_THRESHOLDS,

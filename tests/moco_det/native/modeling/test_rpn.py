@@ -6,10 +6,14 @@ import pytest
 import record_anchors
 import torch
 from recording import read
+from tiny_voc import write_tiny_config
 from torch import nn
 from torchvision.ops import box_iou
 
+from moco_det.common.errors import UserError
+from moco_det.config.loading import load_config
 from moco_det.native.modeling.backbones import ResNet
+from moco_det.native.modeling.meta_arch import build_model
 from moco_det.native.modeling.rpn import RPN, AnchorGenerator, RPNHead, cell_anchors
 
 
@@ -317,3 +321,17 @@ def test_lists_that_do_not_fit_the_levels():
         AnchorGenerator([[32], [64], [128]], [1.0], strides=[4, 8])
     with pytest.raises(ValueError, match="different numbers of anchors"):
         _ = AnchorGenerator([[32], [64, 128]], [1.0], strides=[4, 8]).num_anchors
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("[[8,16],[16],[32],[64],[128]]", r"different numbers of anchors: \[3, 6\]"),
+        ("[[8],[16]]", "2 lists of anchor sizes for 5 feature maps"),
+    ],
+)
+def test_a_config_s_anchors_that_do_not_fit_are_named(tmp_path, sizes, message):
+    config = write_tiny_config(tmp_path / "tiny.yaml", tmp_path)
+    cfg = load_config(config, ["MODEL.ANCHOR_GENERATOR.SIZES", sizes])
+    with pytest.raises(UserError, match=f"MODEL.ANCHOR_GENERATOR: .*{message}"):
+        build_model(cfg)
