@@ -50,6 +50,16 @@ def write_lvis(path, **changes):
     return path
 
 
+def test_a_crowd_is_refused(tmp_path):
+    """LVIS has none; its metric would wait for it to be found as an object."""
+    path = write_lvis(tmp_path / "a.json")
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="annotation 1 of image 285 has iscrowd 1; LVIS has none"):
+        get_dataset(f"lvis:{path}:{tmp_path}").records()
+
+
 def test_records(tmp_path):
     path = write_lvis(tmp_path / "a.json")
     dataset = get_dataset(f"lvis:{path}:{tmp_path}")
