@@ -6,7 +6,7 @@ The files are read and checked by `coco_file`; here their content becomes record
 import functools
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -196,16 +196,6 @@ class LvisDataset(CocoDataset):
             require(name, [Path(second) / f"{split}2017"], data_root)
         return super().open(name, first, second, data_root, problems)
 
-    def content(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> CocoContent:
-        """As a COCO file's, without crowds: the metric would take one for an object to find."""
-        problems = problems or Problems(self.json_file)
-        content = super().content(problems, wanted)
-        crowds = [annotation for annotation in content.annotations if annotation["iscrowd"]]
-        for crowd in crowds:
-            problems.refuse("annotation", f"{content.label(crowd)} has iscrowd 1; LVIS has none")
-        kept = [annotation for annotation in content.annotations if not annotation["iscrowd"]]
-        return replace(content, annotations=kept) if crowds else content
-
     @classmethod
     def _check_version(cls, json_file: Path, entries: tuple[Any, ...]) -> None:
         """The file names no version; its categories tell."""
@@ -233,6 +223,10 @@ class LvisDataset(CocoDataset):
                     text = f"image {image['id']} has {key} {shown(image[key])}: it is a list"
                     problems.refuse("annotation", text)
                     image[key] = []
+        for annotation in content.annotations:
+            if annotation["iscrowd"]:  # the metric would take it for an object to find
+                text = f"{content.label(annotation)} has iscrowd 1; LVIS has no crowds"
+                problems.refuse("annotation", text)
         return content
 
     def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Record:

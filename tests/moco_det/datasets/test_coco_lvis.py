@@ -56,7 +56,7 @@ def test_a_crowd_is_refused(tmp_path):
     content = json.loads(path.read_text())
     content["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="annotation 1 of image 285 has iscrowd 1; LVIS has none"):
+    with pytest.raises(UserError, match="annotation 1 of image 285 has iscrowd 1; LVIS has no"):
         get_dataset(f"lvis:{path}:{tmp_path}").records()
 
 
