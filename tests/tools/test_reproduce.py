@@ -1,5 +1,6 @@
 """tools/reproduce.py as a command: refusals, plans, and tables that no kill changes."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -85,6 +86,13 @@ def _read(path):
         return file.read().split()
 
 
+def kill(process, with_runs: bool) -> None:
+    """SIGKILL for it, and for the runs that it has begun; nothing where it has ended by then."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for pid in [*(children(process.pid) if with_runs else []), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the runs' processes in /proc")
 def test_killed_at_random_moments_it_ends_with_the_same_table(weights, tmp_path):
@@ -98,7 +106,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(weights, tmp_path)
             "--output", root, "--opts", *SMALL,
         ]  # fmt: skip
 
+    begin = time.monotonic()
     done = run(TOOL, *arguments("whole"))
+    seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stdout + done.stderr
 
     killed = arguments("killed")
@@ -106,12 +116,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(weights, tmp_path)
         with Command(TOOL, *killed) as process:
             while process.poll() is None and not list((tmp_path / "killed").rglob("run.json")):
                 time.sleep(0.1)
-            moment = random.uniform(0, 8)
+            moment = random.uniform(0, seconds / 2)
             print(f"killed {moment:.1f} s after the first run has begun")  # if the test fails
             time.sleep(moment)
-            victims = [*(children(process.pid) if with_runs else []), process.pid]
-            for pid in victims if process.poll() is None else []:
-                os.kill(pid, signal.SIGKILL)
+            kill(process, with_runs)
             process.wait()  # a run may outlive it
     done = run(TOOL, *killed)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -76,8 +76,8 @@ def exit_code(output) -> int:
 
 def test_a_healthy_run_gives_no_finding(images, tmp_path, capsys):
     run(images, tmp_path, "--iterations", "60")
-    losses = values(tmp_path, "loss")
-    assert losses[-1] < losses[2] - 0.5  # it learns
+    # It learns: 32 negatives give ln 33 by chance; single steps scatter by some tenths around 2.6.
+    assert np.mean(values(tmp_path, "loss")[-10:]) < math.log(33) - 0.5
     assert said(capsys) == []
     assert examine(tmp_path) == []
     assert exit_code(tmp_path) == 0
