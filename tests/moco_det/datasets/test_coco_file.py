@@ -73,6 +73,16 @@ def test_an_annotation_is_refused_by_name_in_training_and_by_the_doctor(tmp_path
     assert [found for _, found in problems(report)][0].startswith(text)
 
 
+def assert_named_by_reader_and_doctor(folder, content, text):
+    """The first that both say of a file begins with `text`."""
+    name = write_tiny_coco(folder, content)
+    with pytest.raises(UserError) as error:
+        get_dataset(name).records()
+    assert str(error.value).startswith(f"{folder}/a.json: {text}")
+    (report,) = doctor(name, None, *TWO).values()
+    assert [found for _, found in problems(report)][0].startswith(text)
+
+
 @pytest.mark.parametrize(
     ("section", "entry", "text"),
     [
@@ -98,12 +108,7 @@ def test_an_entry_is_refused_by_name(tmp_path, section, entry, text):
     content = tiny_coco()
     plain = {**content[section][0], "name": "blue"}
     content[section].append(entry if entry is None else plain | entry)
-    name = write_tiny_coco(tmp_path, content)
-    with pytest.raises(UserError) as error:
-        get_dataset(name).records()
-    assert str(error.value).startswith(f"{tmp_path}/a.json: {text}")
-    (report,) = doctor(name, None, *TWO).values()
-    assert [found for _, found in problems(report)][0].startswith(text)
+    assert_named_by_reader_and_doctor(tmp_path, content, text)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +125,7 @@ def test_an_entry_is_refused_by_name(tmp_path, section, entry, text):
 def test_an_entry_that_lacks_a_key_is_named(tmp_path, section, key, text):
     content = tiny_coco()
     del content[section][0][key]
-    name = write_tiny_coco(tmp_path, content)
-    with pytest.raises(UserError) as error:
-        get_dataset(name).records()
-    assert str(error.value).startswith(f"{tmp_path}/a.json: {text}")
-    (report,) = doctor(name, None, *TWO).values()
-    assert [found for _, found in problems(report)][0].startswith(text)
+    assert_named_by_reader_and_doctor(tmp_path, content, text)
 
 
 @pytest.mark.parametrize("section", ["images", "annotations", "categories"])
