@@ -8,6 +8,7 @@ import fork_server
 import pytest
 import torch
 from float64 import in_float64
+from gpus import hide_gpus, show_gpus
 from paths import REPOSITORY, SHARED_DATA
 from PIL import Image
 
@@ -34,6 +35,21 @@ def pytest_configure(config):
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, (os.cpu_count() or 1) // processes)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture, a module's too
+def pytest_runtest_setup(item):
+    """A test is of a CPU, whatever the machine has, unless it is marked gpu.
+
+    What it is compared with was recorded on CPUs, and two processes want two GPUs. The commands
+    that it starts have its environment.
+    """
+    if item.get_closest_marker("gpu") is None:
+        hide_gpus()
+    else:
+        show_gpus()
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -418,7 +418,6 @@ def test_a_port_in_use_is_one_line(command):
     assert re.search(f"--dist-url {url}: port [0-9]+ is in use", one_error(done.stderr))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("command", "words"),
     [

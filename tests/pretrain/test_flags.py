@@ -152,7 +152,7 @@ def test_a_launch_passes_flags_and_device_and_ends_with_an_exit_code(monkeypatch
         flags.launch(fail, parse)
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: nothing there\n"
-    assert ran == [(["DATA"], "cuda" if torch.cuda.is_available() else "cpu")]
+    assert ran == [(["DATA"], "cpu")]
 
 
 @pytest.mark.parametrize(

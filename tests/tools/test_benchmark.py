@@ -9,23 +9,23 @@ from moco_det.benchmark.cost import Cost
 
 
 @pytest.fixture
-def benchmark():
+def tool():
     return load_command("tools/benchmark.py")
 
 
 @pytest.fixture
-def run(benchmark, monkeypatch, capsys):
+def run(tool, monkeypatch, capsys):
     """Function: arguments -> the lines that the command prints."""
 
     def lines(*arguments) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-        benchmark.main()
+        tool.main()
         return capsys.readouterr().out.splitlines()
 
     return lines
 
 
-def test_pretrain_cost_prints_table_3(benchmark, run, monkeypatch):
+def test_pretrain_cost_prints_table_3(tool, run, monkeypatch):
     settings = []
 
     def measure(setting, steps):
@@ -33,7 +33,7 @@ def test_pretrain_cost_prints_table_3(benchmark, run, monkeypatch):
         fits = setting.batch_size < 4096
         return Cost(2**30 * (2 if setting.mechanism == "moco" else 3), 0.36) if fits else None
 
-    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(tool, "measure", measure)
     lines = run(
         "pretrain-cost", "--device", "cpu", "--processes", "2", "--batch-sizes", "512", "4096"
     )

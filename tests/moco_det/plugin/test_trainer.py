@@ -104,10 +104,9 @@ def test_the_command_trains_resumes_and_evaluates(tiny, tmp_path, repository):
     done = command("--engine", "detectron2", "--resume")
     assert done.returncode == 0, done.stderr
     assert "Starting training from iteration 2" in done.stdout
-    if not torch.cuda.is_available():
-        done = command("--num-gpus", "2", "--overwrite", "MODEL.DEVICE", "cuda")
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "--num-gpus 2: torch finds no GPU here" in done.stderr
+    done = command("--num-gpus", "2", "--overwrite", "MODEL.DEVICE", "cuda")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--num-gpus 2: torch finds no GPU here" in done.stderr
     done = command("--num-gpus", "2", "--overwrite")
     assert done.returncode == 0, done.stderr
     assert "batch 2 = 2 process(es) x 1 images x 1 accumulated" in done.stdout
