@@ -1,4 +1,33 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "moco_det" / "__init__.py").read_text())[1]
+
+
+class BuildWithFolders(build_py):
+    """A wheel also holds configs/ and tools/, within the package: see common/installation.py."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for file in self.folders():
+                target = Path(self.build_lib, "moco_det", file)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(HERE / file), str(target))
+
+    def get_source_files(self) -> list[str]:  # of a source distribution, which makes wheels, too
+        return [*super().get_source_files(), *map(str, self.folders())]
+
+    @staticmethod
+    def folders() -> list[Path]:
+        files = (file for name in ("configs", "tools") for file in (HERE / name).rglob("*.*"))
+        wanted = (".py", ".yaml", ".md", ".svg")
+        return sorted(file.relative_to(HERE) for file in files if file.suffix in wanted)
+
 
 # The official metrics of these data sets, which `moco_det.evaluation` runs.
 LVIS = ["lvis>=0.5.3"]
@@ -12,13 +41,25 @@ SLURM = ["submitit>=1.5"]
 
 setup(
     name="moco_det",
-    version="0.1.0",
+    version=VERSION,
     description="MoCo pretraining and its transfer to detection: from images to a Detectron2 table",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    keywords=["MoCo", "momentum contrast", "self-supervised", "Detectron2", "object detection"],
+    cmdclass={"build_py": BuildWithFolders},
     packages=find_packages(include=["moco_det", "moco_det.*", "pretrain", "pretrain.*"]),
     package_data={
-        "moco_det": ["config/*.yaml", "datasets/*.yaml"],
+        "moco_det": ["py.typed", "config/*.yaml", "datasets/*.yaml"],
         "moco_det.benchmark": ["jobs/*.yaml", "report/templates/*"],
     },
+    entry_points={"console_scripts": ["moco-det = moco_det.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

@@ -15,6 +15,7 @@ import torch
 from moco_det.common.documents import read_mapping, shown
 from moco_det.common.errors import CommandParser, UserError, exit_cleanly, nearest, one_line
 from moco_det.common.images import MAX_PIXELS
+from moco_det.common.installation import yaml_path
 from moco_det.common.launch import (
     check_url,
     free_local_url,
@@ -234,7 +235,8 @@ def _parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of main_moco.py and main_lincls.py; our commands set the defaults that differ."""
     add = parser.add_argument
-    add("--recipe", metavar="YAML", help="flags by their long names; a flag given beside it wins")
+    add("--recipe", type=yaml_path, metavar="YAML",
+        help="flags by their long names; a flag given beside it wins")  # fmt: skip
     add("--output", metavar="DIR", help="folder for checkpoints and logs")
     add("--epochs", type=int, help="length of the run")
     add("--start-epoch", default=0, type=int, help="where a new run begins in its schedule")

@@ -25,12 +25,18 @@ from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
 from moco_det.common.errors import at_least, command_parser, exit_cleanly
 from moco_det.common.files import make_folder
+from moco_det.common.installation import yaml_path
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("ablation", type=Path, metavar="YAML", help="one of configs/ablations/")
+    add(
+        "ablation",
+        type=lambda text: Path(yaml_path(text)),
+        metavar="YAML",
+        help="one of configs/ablations/",
+    )
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")
     add("--output", type=Path, metavar="DIR", help="default: output/ablations/NAME-OF-YAML")
     add("--seeds", type=int, help="runs of each row, instead of the number in the file")
@@ -48,21 +54,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    output = (args.output or Path("output/ablations", args.ablation.stem)).resolve()
+    source = Path(args.ablation)
+    output = (args.output or Path("output/ablations", source.stem)).resolve()
     with exit_cleanly(), exit_on_signals(f"stopping; the same command goes on from {output}"):
         trials = ablation.plan_trials(
-            ablation.read_ablation(args.ablation), args.seeds, output, args.nproc_per_node,
-            source=args.ablation, data=args.data, workers=args.workers,
+            ablation.read_ablation(source), args.seeds, output, args.nproc_per_node,
+            source=source, data=args.data, workers=args.workers,
         )  # fmt: skip
         if args.dry_run:
             print(f"{ablation.listing(trials)}\n\n{means_table(ablation_table(trials, {}))}")
             return
         make_folder(output, "--output")
         failures = ablation.run_trials(trials)
-        title = (
-            f"{args.ablation.stem}: mean ± standard deviation over n seeds; accuracies in percent"
-        )
-        about = {"ablation": args.ablation.read_text(), "provenance": provenance()}
+        title = f"{source.stem}: mean ± standard deviation over n seeds; accuracies in percent"
+        about = {"ablation": source.read_text(), "provenance": provenance()}
         about |= {"failures": failures}
         print(f"\n{write_ablation(trials, failures, title, about, output)}", flush=True)
         print(f"table: {output / 'table.md'}, .csv, .json")

@@ -27,6 +27,7 @@ from fvcore.common.config import CfgNode
 
 from moco_det.common.documents import read_yaml, shortened, shown
 from moco_det.common.errors import UserError, one_line
+from moco_det.common.installation import yaml_path
 
 # -- the keys -------------------------------------------------------------------------------------
 
@@ -81,7 +82,9 @@ def add_config_file(
     parser: argparse._ActionsContainer, required: bool = False, help: str = "YAML config"
 ) -> None:
     """--config-file FILE alone, for a parser or a group of one."""
-    parser.add_argument("--config-file", required=required, metavar="FILE", help=help)
+    parser.add_argument(
+        "--config-file", type=yaml_path, required=required, metavar="FILE", help=help
+    )
 
 
 def add_config_option(parser: argparse.ArgumentParser, help: str = "config keys") -> None:
