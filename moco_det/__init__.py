@@ -14,7 +14,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 
 def __getattr__(name: str):
     if name == "get_cfg":  # imported when it is asked for: it takes a second
-        from moco_det.config.loading import get_cfg
+        from moco_det.config import loading
 
-        return get_cfg
+        return loading.get_cfg
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

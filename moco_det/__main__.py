@@ -4,6 +4,7 @@ import ast
 import runpy
 import sys
 
+import moco_det
 from moco_det.common.installation import own_file
 
 # What a user calls it -> the script; in the order of the way from images to a table.
@@ -33,9 +34,7 @@ def main() -> None:
             f"usage: moco-det COMMAND ...; moco-det COMMAND --help lists its flags\n\n{listing()}"
         )
     elif name == "--version":
-        from moco_det import __version__
-
-        print(__version__)
+        print(moco_det.__version__)
     elif name not in COMMANDS:
         sys.exit(f"error: unknown command {name!r}; there are {', '.join(COMMANDS)}")
     else:

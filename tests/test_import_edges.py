@@ -18,6 +18,8 @@ LIBRARY = {"common", "config", "datasets", "densepose", "evaluation", "weights"}
 
 # Room -> the rooms that it may import besides itself, lower rooms first.
 ALLOWED = {
+    None: {"common"},  # the bare package
+    "__main__": {"common"},
     "common": set(),
     "datasets": {"common"},
     "weights": {"common"},
@@ -35,7 +37,7 @@ ALLOWED = {
     "plugin": {*LIBRARY, "native.modeling", "parity"},
     "pretrain": {"common"},
 }
-ALLOWED["benchmark"] = ALLOWED.keys() | {"pretrain"}
+ALLOWED["benchmark"] = ALLOWED.keys() - {None, "__main__"} | {"pretrain"}
 ALLOWED["tools"] = ALLOWED.keys() | {"benchmark"}
 
 DETECTRON2 = {"detectron2", "densepose"}  # packages that only the plugin imports
@@ -43,6 +45,7 @@ DETECTRON2 = {"detectron2", "densepose"}  # packages that only the plugin import
 # Imports within functions: of packages that a user may not have, and these of our own modules.
 OPTIONAL = {*DETECTRON2, "submitit", "webdataset"}
 ON_DEMAND = {
+    "moco_det/__init__.py": {"moco_det.config.loading"},  # it takes a second
     "moco_det/engines.py": {"moco_det.plugin"},  # there may be no Detectron2
     "tools/check_parity.py": {"moco_det.plugin.probe"},
     "tools/train_net.py": {"moco_det.plugin.trainer", "moco_det.native.engine.trainer"},
