@@ -81,6 +81,7 @@ setup(
         "densepose": DENSEPOSE,
         "webdataset": WEBDATASET,
         "slurm": SLURM,
+        "parquet": ["pyarrow"],  # pretrain/embed.py
         "test": [
             *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", "scikit-learn"],
             *LVIS,

@@ -205,6 +205,42 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+# -- pretrain/embed.py ----------------------------------------------------------------------------
+
+
+def embed_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Write a checkpoint's features of any images, with their names, and a sheet of nearest "
+        "neighbours.",
+        data="any folder of images, or tar shards as for main.py",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="PATH|random", help="checkpoint of pretraining")
+    add("--output", required=True, metavar="FILE", help="features and names: .npz or .parquet")
+    add("--sheet", metavar="FILE.png", help="draw some images, each with those nearest to it")
+    add("--queries", default=12, type=int, help="rows of the sheet")
+    add("-k", "--neighbours", default=8, type=int, dest="k", help="of each row of the sheet")
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--seed", default=0, type=int, help="of the sheet's rows, and of --pretrained random")
+    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    parser.set_defaults(batch_size=1)
+    return parser
+
+
+def parse_embed(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = embed_parser().parse_args(argv)
+    _check(args, ["k", "queries", "image_size", "max_image_pixels"], lambda n: n >= 1, "at least 1")
+    if Path(args.output).suffix not in (".npz", ".parquet"):
+        raise UserError(f"--output {args.output}: features are written as .npz or .parquet")
+    if args.sheet and Path(args.sheet).suffix != ".png":
+        raise UserError(f"--sheet {args.sheet}: the sheet is a .png")
+    check_ranges(args)
+    return args
+
+
 # -- what they share ------------------------------------------------------------------------------
 
 

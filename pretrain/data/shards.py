@@ -136,7 +136,7 @@ class Stream:
         """webdataset's samples from `position` on, without end; `position` follows them."""
         while True:
             epoch, done = self.position
-            for sample in itertools.islice(self._pass(epoch), done, None):
+            for sample in itertools.islice(self.read_pass(epoch), done, None):
                 self.position = Position(epoch, self.position.samples + 1)
                 yield sample
             if self.position.samples == 0:
@@ -154,7 +154,8 @@ class Stream:
         first = (self.number - epoch * len(self.shards)) % self.streams
         return [self.shards[i] for i in order[first :: self.streams]]
 
-    def _pass(self, epoch: int) -> Iterator[dict]:
+    def read_pass(self, epoch: int) -> Iterator[dict]:
+        """webdataset's samples of this stream's share. Raises BrokenShard."""
         import webdataset  # optional: `find_shards` says how to install it
         from webdataset.tariterators import tar_file_expander, url_opener
 
