@@ -6,22 +6,22 @@ them, `draw_objects` draws `Objects`, and `draw_labels` a label map.
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
 
-import colorsys
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import utils
 from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
+from moco_det.colours import GOLDEN_ANGLE, Colour, distinct, ink, palette, place_label
 from moco_det.common.images import read_upright
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
 from moco_det.datasets.problems import one_line
@@ -32,9 +32,6 @@ MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
-_GOLDEN_ANGLE = 0.381966  # of the colour circle: neighbours in number are far apart in colour
-
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Objects:
     points: list[Tensor] | None = None
     surfaces: list[Tensor] | None = None
 
-    def enlarged(self, scale: int) -> "Objects":
+    def enlarged(self, scale: float) -> "Objects":
         """The same objects on an image that is `scale` times as large."""
         changes: dict[str, Any] = {"boxes": self.boxes * scale}
         if self.masks is not None:
@@ -84,7 +81,7 @@ def draw_annotations(
     record: Record,
     dataset: Dataset,
     classes: Sequence[str] | None = None,
-    scale: int = 1,
+    scale: float = 1,
 ) -> Tensor:
     """The image with what the data set says of it.
 
@@ -93,14 +90,15 @@ def draw_annotations(
         scale: how much larger the picture is than the image, so that a small one has room for
             its labels.
     """
-    classes = classes or dataset.classes
+    classes, shades = classes or dataset.classes, palette(dataset.classes)
     if dataset.evaluator == "sem_seg":
-        return _draw_scaled_labels(image, read_labels(record, len(dataset.classes)), classes, scale)
+        labels = read_labels(record, len(dataset.classes))
+        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
     stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
     if stated != size:
         _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
         record = record | {"height": size[0], "width": size[1]}
-    objects = annotated_objects(record, classes)
+    objects = annotated_objects(record, classes, shades)
     return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
@@ -110,43 +108,36 @@ def draw_prediction(
     dataset: Dataset,
     threshold: float,
     classes: Sequence[str] | None = None,
-    scale: int = 1,
+    scale: float = 1,
 ) -> Tensor:
     """The image with what was predicted, objects from a score of `threshold` on.
 
     `classes` and `scale`: see `draw_annotations`.
     """
-    classes, size = classes or dataset.classes, tuple(image.shape[1:])
+    classes, shades = classes or dataset.classes, palette(dataset.classes)
+    size = tuple(image.shape[1:])
     if dataset.evaluator == "sem_seg":
-        return _draw_scaled_labels(image, predicted_labels(prediction, size), classes, scale)
-    objects = predicted_objects(prediction, size, classes, threshold)
+        labels = predicted_labels(prediction, size)
+        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+    objects = predicted_objects(prediction, size, classes, threshold, shades)
     return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
-def _draw_scaled_labels(
-    image: Tensor, labels: np.ndarray, classes: Sequence[str], scale: int
-) -> Tensor:
-    large = _repeated(torch.from_numpy(labels), scale).numpy()
-    return draw_labels(_enlarged(image, scale), large, classes)
-
-
-def _enlarged(image: Tensor, scale: int) -> Tensor:
+def _enlarged(image: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return image
-    large = interpolate(image[None].float(), scale_factor=scale, mode="bicubic")[0]
+    height, width = (round(side * scale) for side in image.shape[1:])
+    large = interpolate(image[None].float(), (height, width), mode="bicubic", antialias=True)[0]
     return large.round().clamp(0, 255).to(torch.uint8)
 
 
-def _repeated(pixels: Tensor, scale: int) -> Tensor:
+def _repeated(pixels: Tensor | np.ndarray, scale: float) -> Tensor | np.ndarray:
     """(..., H, W) -> (..., scale * H, scale * W), without values between those there are."""
-    return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
-
-
-def colour(index: int) -> Colour:
-    """A bright colour, another one for each index."""
-    hue = index * _GOLDEN_ANGLE % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (index % 2), 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    rows, columns = (
+        np.minimum(((np.arange(round(side * scale)) + 0.5) / scale).astype(int), side - 1)
+        for side in pixels.shape[-2:]
+    )
+    return pixels[..., rows[:, None], columns[None, :]]
 
 
 def surface_colours(charts: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -155,13 +146,18 @@ def surface_colours(charts: Tensor, u: Tensor, v: Tensor) -> Tensor:
     The chart is the hue; the brightness grows with U and the saturation with V, both in [0, 1].
     """
     thirds = torch.tensor([0.0, 4.0, 2.0]).reshape(3, *[1] * charts.ndim)
-    hue = ((charts * _GOLDEN_ANGLE % 1 * 6 + thirds) % 6 - 3).abs().sub(1).clamp(0, 1)
+    hue = ((charts * GOLDEN_ANGLE % 1 * 6 + thirds) % 6 - 3).abs().sub(1).clamp(0, 1)
     saturation, brightness = 0.4 + 0.6 * v, 0.45 + 0.55 * u
     return (255 * brightness * (1 - saturation * (1 - hue))).round().to(torch.uint8)
 
 
-def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
-    """The annotated objects; crowds and VOC's difficult objects say so in their label."""
+def annotated_objects(
+    record: Record, classes: Sequence[str], shades: Sequence[Colour] | None = None
+) -> Objects:
+    """The annotated objects; crowds and VOC's difficult objects say so in their label.
+
+    `shades`: the colours of the classes.
+    """
     annotations = record["annotations"]
     flags = {"iscrowd": " (crowd)", "difficult": " (difficult)"}
     labels = [
@@ -181,7 +177,8 @@ def annotated_objects(record: Record, classes: Sequence[str]) -> Objects:
         keypoints = keypoints.reshape(len(annotations), -1, 3).float()
         keypoints, visible = keypoints[..., :2], keypoints[..., 2] > 0  # 1: hidden, 2: seen
     boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
-    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    by_object = masks is not None or keypoints is not None
+    colours = _colours(category_ids, boxes, by_object, shades or palette(classes))
     return Objects(boxes, labels, colours, masks, keypoints, visible, points=points)
 
 
@@ -197,7 +194,11 @@ def _surface_points(annotation: Mapping[str, Any]) -> Tensor:
 
 
 def predicted_objects(
-    prediction: Mapping[str, Any], size: tuple[int, int], classes: Sequence[str], threshold: float
+    prediction: Mapping[str, Any],
+    size: tuple[int, int],
+    classes: Sequence[str],
+    threshold: float,
+    shades: Sequence[Colour] | None = None,
 ) -> Objects:
     """The objects of a prediction with a score of at least `threshold`, the surest last.
 
@@ -205,6 +206,7 @@ def predicted_objects(
         prediction: "boxes", "scores", "classes", and where there are, "segmentations",
             "keypoints" and "densepose"; see `moco_det.evaluation`.
         size: height and width of the image.
+        shades: the colours of the classes.
     """
     scores = torch.as_tensor(prediction["scores"], dtype=torch.float32)
     order = [i for i in scores.argsort().tolist() if scores[i] >= threshold]
@@ -219,13 +221,16 @@ def predicted_objects(
         keypoints, visible = keypoints[..., :2], keypoints[..., 2] >= KEYPOINT_SHOWN
     boxes = torch.as_tensor(prediction["boxes"], dtype=torch.float32).reshape(-1, 4)[order]
     labels = [f"{classes[c]} {scores[i]:.0%}" for c, i in zip(category_ids, order, strict=True)]
-    colours = _colours(category_ids, masks is not None or keypoints is not None)
+    by_object = masks is not None or keypoints is not None
+    colours = _colours(category_ids, boxes, by_object, shades or palette(classes))
     return Objects(boxes, labels, colours, masks, keypoints, visible, surfaces=surfaces)
 
 
-def _colours(classes: Sequence[int], by_object: bool) -> list[Colour]:
+def _colours(
+    category_ids: Sequence[int], boxes: Tensor, by_object: bool, shades: Sequence[Colour]
+) -> list[Colour]:
     """Of the classes, or of each object where those have shapes: of one class, they may overlap."""
-    return [colour(index) for index in (range(len(classes)) if by_object else classes)]
+    return distinct(boxes) if by_object else [shades[index] for index in category_ids]
 
 
 def _skip(text: str) -> None:
@@ -293,8 +298,7 @@ def draw_objects(
                 visibility=visible[None],
             )
     image = utils.draw_bounding_boxes(image, objects.boxes, colors=objects.colours, width=width)
-    corners = objects.boxes[:, :2].tolist()
-    return _write(image, zip(corners, objects.labels, objects.colours, strict=True))
+    return _write(image, objects.boxes.numpy(), objects.labels, objects.colours)
 
 
 def _draw_surface(image: Tensor, surface: Tensor, box: Tensor) -> Tensor:
@@ -321,19 +325,25 @@ def _draw_points(image: Tensor, points: Tensor) -> Tensor:
     return pil_to_tensor(picture)
 
 
-def draw_labels(image: Tensor, labels: np.ndarray, classes: Sequence[str]) -> Tensor:
+def draw_labels(
+    image: Tensor,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    shades: Sequence[Colour] | None = None,
+) -> Tensor:
     """The image with the classes of a label map over it, and each class's name on its largest part.
 
-    A class called background, and what is `IGNORED`, is left as it is.
+    A class called background, and what is `IGNORED`, is left as it is. `shades`: of the classes.
     """
     found = [c for c in np.unique(labels).tolist() if c != IGNORED and classes[c] != "background"]
     if not found:
         return image
     masks = torch.from_numpy(np.stack([labels == index for index in found]))
-    colours = [colour(index) for index in found]
+    shades = shades or palette(classes)
+    colours = [shades[index] for index in found]
     image = utils.draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
-    places = [_inside(mask.numpy()) for mask in masks]
-    return _write(image, zip(places, [classes[c] for c in found], colours, strict=True))
+    places = np.array([2 * _inside(mask.numpy()) for mask in masks])  # boxes of one point
+    return _write(image, places, [classes[c] for c in found], colours)
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:
@@ -348,31 +358,55 @@ def _stroke(image: Tensor) -> int:
     return max(2, round(max(image.shape[1:]) / 400))
 
 
-def _write(image: Tensor, texts: Iterable[tuple[Sequence[float], str, Colour]]) -> Tensor:
-    """Write each ((x, y), text, colour) on a plate above that point, and within the image."""
+def _write(
+    image: Tensor, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[Colour]
+) -> Tensor:
+    """Write each object's text, on a plate of its colour, where it hides no object.
+
+    A text without such a place is left out: the box has the class's colour.
+    """
     picture = to_pil_image(image)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(11, round(max(picture.size) / 75)))
-    for (x, y), text, shade in texts:
+    plates = []
+    for box, text, shade in zip(boxes.tolist(), texts, colours, strict=True):
         _, _, right, bottom = font.getbbox(text)
-        width, height = right + 4, bottom + 3
-        x = min(max(x, 0), max(picture.width - width, 0))
-        y = min(max(y - height, 0), max(picture.height - height, 0))
-        pen.rectangle((x, y, x + width, y + height), fill=shade)
-        ink = (0, 0, 0) if sum(shade) > 330 else (255, 255, 255)
-        pen.text((x + 2, y), text, fill=ink, font=font)
+        plate = place_label((right + 4, bottom + 3), box, boxes, plates, picture.size)
+        if plate is None:
+            continue
+        plates.append(plate)
+        x0, y0, x1, y1 = plate
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=shade)  # Pillow's corners are both inside
+        pen.text((x0 + 2, y0), text, fill=ink(shade), font=font)
     return pil_to_tensor(picture)
 
 
-def contact_sheet(pictures: Sequence[Tensor], cell: int = 480) -> Tensor:
-    """All pictures on one, each at most `cell` pixels long and high, in a grid about square."""
+def contact_sheet(
+    pictures: Sequence[Tensor], cell: int = 480, names: Sequence[str] | None = None
+) -> Tensor:
+    """All pictures on one, each at most `cell` pixels long and high, in a grid about square.
+
+    `names` are written below them.
+    """
     shrunk = []
-    for picture in pictures:
+    for index, picture in enumerate(pictures):
         small = to_pil_image(picture)
         small.thumbnail((cell, cell))
-        shrunk.append(pil_to_tensor(small))
+        shrunk.append(_captioned(small, names[index]) if names else pil_to_tensor(small))
     height = max(picture.shape[1] for picture in shrunk)
     width = max(picture.shape[2] for picture in shrunk)
     padded = [pad(p, [0, 0, width - p.shape[2], height - p.shape[1]], fill=255) for p in shrunk]
     columns = math.ceil(math.sqrt(len(shrunk) * height / width))
     return utils.make_grid(padded, nrow=columns, padding=4, pad_value=255)
+
+
+def _captioned(picture: Image.Image, name: str, height: int = 16) -> Tensor:
+    """The picture with its name below it; of a long one the end, where names differ."""
+    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet.paste(picture)
+    font = ImageFont.load_default(11)
+    name = one_line(name)
+    while len(name) > 4 and font.getlength(name) > picture.width:
+        name = f"...{name[4:]}"
+    ImageDraw.Draw(sheet).text((1, picture.height), name, fill="black", font=font)
+    return pil_to_tensor(sheet)

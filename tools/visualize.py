@@ -33,6 +33,9 @@ from moco_det.datasets import Dataset, Record, get_dataset
 from moco_det.datasets.problems import SkippedProblems
 from moco_det.evaluation.predictions import read_predictions
 
+SHEET_CELL = 480  # pixels
+NOTHING = {"boxes": [], "scores": [], "classes": [], "sem_seg": []}  # of an image in no prediction
+
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
@@ -57,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not pictures:
             raise UserError(f"dataset {dataset.name}: there is no image to draw")
         if args.sheet:
-            save(visualize.contact_sheet(list(pictures.values())), args.output, "sheet")
+            cell = args.width or SHEET_CELL
+            names = [Path(r["file_name"]).name for r in records if r["image_id"] in pictures]
+            sheet = visualize.contact_sheet(list(pictures.values()), cell, names)
+            save(sheet, args.output, "sheet")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,7 +82,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--ids", nargs="+", metavar="ID", help="image ids")
     add("--max-image-pixels", type=int, metavar="N", help="refuse larger image files")
     add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
-    add("--output", type=Path, default=Path("output/pictures"), metavar="DIR")
+    add("--width", type=at_least(1, 10_000), metavar="PIXELS",
+        help=f"of each picture (default: the image's; on a sheet {SHEET_CELL})")  # fmt: skip
+    add("--output", type=Path, default=Path("output/pictures"), metavar="DIR",
+        help="folder of the pictures (default: output/pictures)")  # fmt: skip
     add_config_option(parser)
     return parser.parse_args(arguments)
 
@@ -113,15 +122,15 @@ def draw(
 ) -> Tensor:
     """The picture of one image; an image without a prediction is drawn without objects."""
     image = visualize.read_image(record)
-    if predictions is None:
-        return visualize.draw_annotations(image, record, dataset)
-    picture, prediction = image, predictions.get(str(record["image_id"]))
-    if prediction is not None:
-        picture = visualize.draw_prediction(image, prediction, dataset, args.score_threshold)
-    if args.beside:
-        annotated = visualize.draw_annotations(image, record, dataset)
-        picture = torch.cat([annotated, picture], dim=2)
-    return picture
+    scale = args.width / image.shape[2] if args.width else 1
+    found = {} if predictions is None else predictions.get(str(record["image_id"]), NOTHING)
+    pictures = []
+    if predictions is None or args.beside:
+        pictures.append(visualize.draw_annotations(image, record, dataset, scale=scale))
+    if predictions is not None:
+        threshold = args.score_threshold
+        pictures.append(visualize.draw_prediction(image, found, dataset, threshold, scale=scale))
+    return torch.cat(pictures, dim=2)
 
 
 def save(picture: Tensor, folder: Path, name: str) -> None:

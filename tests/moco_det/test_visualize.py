@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from moco_det import visualize
+from moco_det import colours, visualize
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 from moco_det.evaluation.predictions import prediction_record
@@ -224,7 +224,7 @@ def test_label_map_leaves_void_and_background():
     labels[:, 40:70], labels[:, 70:] = 0, 2
     picture = visualize.draw_labels(image, labels, classes)
     assert picture[:, :, :65].sum() == 0
-    blend = [round(channel * visualize.LABEL_MAP_OPACITY) for channel in visualize.colour(2)]
+    blend = [round(channel * visualize.LABEL_MAP_OPACITY) for channel in colours.colour(2)]
     assert np.abs(np.subtract(picture[:, 99, 99].tolist(), blend)).max() <= 1
     empty = np.full((100, 100), 255, np.uint8)
     assert torch.equal(visualize.draw_labels(image, empty, classes), image)
@@ -288,6 +288,6 @@ def test_contact_sheet():
 
 
 def test_neighbouring_colours_differ():
-    colours = [np.array(visualize.colour(index)) for index in range(20)]
-    for one, other in zip(colours, colours[1:], strict=False):
+    shades = [np.array(colours.colour(index)) for index in range(20)]
+    for one, other in zip(shades, shades[1:], strict=False):
         assert np.abs(one - other).sum() > 150

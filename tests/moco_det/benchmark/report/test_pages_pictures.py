@@ -98,7 +98,9 @@ def test_label_maps_under_the_experiments_own_names(root, tmp_path, monkeypatch)
     monkeypatch.setattr(
         pages.visualize,
         "draw_labels",
-        lambda image, labels, classes: used.append(tuple(classes)) or draw(image, labels, classes),
+        lambda image, labels, classes, shades: (
+            used.append(tuple(classes)) or draw(image, labels, classes)
+        ),
     )
     images = pages.samples_of(EXPERIMENT, [run], settings)
     assert {classes[:3] for classes in used} == {("nothing", "first", "bicycle")}

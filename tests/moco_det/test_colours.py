@@ -1,0 +1,96 @@
+"""Colours against the data sets' own tools; labels by hand-placed boxes."""
+
+import numpy as np
+import pytest
+import torch
+
+from moco_det import visualize
+from moco_det.colours import HIDDEN, LEAST_DIFFERENCE, colour, distinct, ink, palette, place_label
+
+
+def test_cityscapes_has_its_official_colours():
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+    official = [label.color for label in labels if not label.ignoreInEval]
+    classes = [label.name for label in labels if not label.ignoreInEval]
+    assert len(classes) == 19
+    assert palette(classes) == official
+    instances = [label for label in labels if label.hasInstances and not label.ignoreInEval]
+    assert palette([label.name for label in instances]) == [label.color for label in instances]
+
+
+def test_label_maps_of_voc_have_its_colours():
+    # The first and the last of the development kit's colour map.
+    found = palette(["background", *map(str, range(20))])
+    assert found[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert found[-2:] == [(128, 192, 0), (0, 64, 128)]
+
+
+def test_one_class_that_cityscapes_has_too_is_no_cityscapes():
+    assert palette(["person"]) == [colour(0)]
+    assert palette(["cat", "dog"]) == [colour(0), colour(1)]
+
+
+def test_objects_that_touch_differ_clearly():
+    rng = np.random.default_rng(0)
+    corners = torch.from_numpy(rng.uniform(0, 250, (30, 2)))
+    boxes = torch.cat([corners, corners + 40], dim=1)
+    found = distinct(boxes)
+    compared = 0
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            if (boxes[i, :2] <= boxes[j, 2:]).all() and (boxes[j, :2] <= boxes[i, 2:]).all():
+                compared += 1
+                assert np.abs(np.subtract(one, other)).sum() >= LEAST_DIFFERENCE
+    assert compared > 20
+
+
+def test_many_objects_in_one_place_are_told_apart_as_far_as_colours_go():
+    found = distinct(torch.tensor([[0.0, 0, 9, 9]] * 12))
+    assert len(set(found)) == 12
+
+
+@pytest.mark.parametrize(
+    ("shade", "expected"), [((255, 255, 0), 0), ((80, 0, 255), 255), ((0, 0, 142), 255)]
+)
+def test_ink_is_read_on_its_plate(shade, expected):
+    assert ink(shade) == (expected,) * 3
+
+
+def test_a_label_is_above_its_box():
+    boxes = np.array([[50.0, 60, 90, 100]])
+    assert place_label((30, 10), boxes[0], boxes, [], (200, 200)) == (50, 50, 80, 60)
+
+
+def test_a_label_is_below_where_something_small_is_above():
+    boxes = np.array([[50.0, 60, 90, 100], [55, 48, 65, 58]])
+    assert place_label((30, 10), boxes[0], boxes, [], (200, 200)) == (50, 100, 80, 110)
+
+
+def test_a_label_lies_on_a_large_object_rather_than_on_another_label():
+    boxes = np.array([[0.0, 0, 200, 200], [50, 60, 90, 100]])
+    first = place_label((30, 10), boxes[1], boxes, [], (200, 200))
+    assert first == (50, 50, 80, 60)
+    second = place_label((30, 10), boxes[1], boxes, [first], (200, 200))
+    assert second == (50, 100, 80, 110)
+
+
+def test_a_label_that_would_hide_an_object_wherever_it_stands_is_left_out():
+    x, y = np.meshgrid(np.arange(0, 60, 6.0), np.arange(0, 60, 6.0))
+    boxes = np.stack([x, y, x + 5, y + 5], axis=-1).reshape(-1, 4)
+    assert place_label((30, 10), boxes[44], boxes, [], (60, 60)) is None
+
+
+def test_no_small_object_is_hidden_by_a_label():
+    """As one in three was when each label stood above its box."""
+    rng = np.random.default_rng(1)
+    corners = torch.from_numpy(rng.uniform(10, 180, (30, 2))).round().float()
+    boxes = torch.cat([corners, corners + 12], dim=1)
+    image = torch.zeros(3, 200, 200, dtype=torch.uint8)
+    objects = visualize.Objects(boxes, ["aeroplane"] * 30, [(9, 9, 9)] * 30)
+    unlabelled = visualize.Objects(boxes, [""] * 30, [(9, 9, 9)] * 30)
+    plain = visualize.draw_objects(image, unlabelled)
+    labelled = visualize.draw_objects(image, objects)
+    assert (labelled == 255).any()  # the letters are white
+    for x0, y0, x1, y1 in boxes.int().tolist():
+        changed = (labelled != plain)[:, y0:y1, x0:x1].any(0).float().mean()
+        assert changed <= HIDDEN
