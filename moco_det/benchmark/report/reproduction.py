@@ -7,7 +7,6 @@ here: a cell without a finished run is empty, and a table says what is missing.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
-from moco_det.benchmark.report.pages import SCORE_SHOWN, Points, Sample, line_chart, render
+from moco_det.benchmark.report.pages import SCORE_SHOWN, Points, Sample, line_chart, now, render
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, Row, RunCount, Table
 from moco_det.benchmark.significance import difference_from_published, difference_of_trials
 from moco_det.common.files import write_text
@@ -97,7 +96,7 @@ def collect(
     own_rows = grid.own_rows(checkpoints)
     return Report(
         title="Reproduction of MoCo's transfer tables",
-        created=datetime.now().strftime("%-d %B %Y, %H:%M"),
+        created=now(),
         checkpoints={row: str(path) for row, path in checkpoints.items()},
         environment=provenance(settings.repository),
         tables=[make_table(grid, table, outcomes, own_rows) for table in paper_tables],

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import cv2
@@ -175,6 +176,30 @@ def test_words():
     found = boxes([[0, 0, 10, 10], [0, 0, 3, 3]], [0, 0], [0.9, 0.7])
     right = pages.matched(found, TARGETS)
     assert pages.in_words(right, TARGETS) == "1 of 2 objects found, 1 false detection"
+    words = "1 of 2 objects found, 1 false detection, 1 of them on others and not drawn"
+    assert pages.in_words(right, TARGETS, hidden=1) == words
+
+
+def test_wrong_detections_on_another_are_not_drawn():
+    """Six boxes on one object: the right one, whatever its score, and none of the others."""
+    one = [10, 10, 30, 30]
+    rows = [one, [11, 10, 31, 30], [10, 12, 30, 32], one, [60, 60, 70, 70], [61, 60, 71, 70]]
+    found = boxes(rows, [0, 1, 0, 0, 1, 0], [0.5, 0.9, 0.4, 0.6, 0.35, 0.8])
+    right = np.array([False, False, False, True, False, False])
+    assert sorted(pages.thinned(found, right)) == [3, 5]
+    both = np.array([True, False, False, True, False, False])
+    assert sorted(pages.thinned(found, both)) == [0, 3, 5]
+    assert pages.thinned(boxes([], [], []), np.zeros(0, bool)).tolist() == []
+
+
+def test_the_time_has_its_zone(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert re.fullmatch(r"\d+ \w+ \d{4}, \d\d:\d\d UTC\+05:30", pages.now())
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("side", [60, 1200])
@@ -209,3 +234,27 @@ def test_labels_stay_inside_the_image(tmp_path):
         x, y, width, height = map(float, plate)
         assert 0 <= x <= x + width <= 100.1
         assert 0 <= y <= y + height <= 100.1
+
+
+def test_the_marks_have_colours_of_no_row():
+    css = (Path(pages.__file__).with_name("templates") / "report.css").read_text()
+    marks = set(
+        re.findall(r"\.photo (?:\.plate)?\.(?:right|wrong) \{ (?:stroke|fill): (#\w+)", css)
+    )
+    rows = set(re.findall(r"--(?:moco|random|shade): (#\w+)", css))
+    assert (len(marks), len(rows)) == (2, 10)
+    for mark in marks:
+        for row in rows:
+            channels = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (mark, row))
+            assert np.abs(np.subtract(*channels)).sum() > 120, (mark, row)
+
+
+def test_each_key_is_drawn_as_its_curve():
+    css = (Path(pages.__file__).with_name("templates") / "report.css").read_text()
+    dashes = {"7 4": "dashed", "2 3": "dotted"}
+    for curves, dash in re.findall(
+        r"((?:\.chart \.line\.s\d,? ?)+) \{ stroke-dasharray: (.+); \}", css
+    ):
+        keys = ", ".join(f".key.{name}::before" for name in re.findall(r"s\d", curves))
+        assert f"{keys} {{ border-top-style: {dashes[dash]}; }}" in css
+    assert css.count("border-top-style") == 2
