@@ -83,6 +83,9 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-momentum", default=0.5, type=float, help="of the memory bank's rows, in [0, 1)")
     add("--color-strength", default=0.5, type=float,
         help="of the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
+    add("--crop-min", default=0.2, type=float, help="least area of a crop; 0.08 is SimCLR's")
+    add("--optimizer", default="sgd", choices=("sgd", "lars"), help="LARS as in SimCLR")
+    add("--warmup-epochs", default=0, type=int, help="of a learning rate that rises from 0")
     add("--iterations", default=None, type=int, help="length of the run, instead of --epochs")
     add("--lr-decay", default=0.9, type=float, help="factor of --lr-decay-every")
     add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
@@ -97,6 +100,9 @@ def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     _check(args, counts, lambda count: count >= 1, "at least 1")
     _check(args, ["moco_m", "bank_momentum"], lambda value: 0 <= value < 1, "in [0, 1)")
     _check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
+    _check(args, ["crop_min"], lambda value: 0 < value <= 1, "above 0 and at most 1")
+    if args.warmup_epochs >= args.epochs and not args.iterations:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs}: there are --epochs {args.epochs}")
     if args.cos and args.lr_decay_every:
         raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
     if args.color_strength != 0.5 and not args.aug_plus:
@@ -351,6 +357,7 @@ RANGES = {
     "lr": (0, 10**38), "momentum": (0, 1), "weight_decay": (0, 10**3), "lr_decay": (0, 10**3),
     "moco_dim": (1, 2**16), "moco_k": (1, 10**8), "moco_m": (0, 1), "moco_t": (0, 10**3),
     "bank_momentum": (0, 1), "color_strength": (0, 10), "max_unreadable": (0, 1),
+    "crop_min": (0, 1), "warmup_epochs": (0, 10**6),
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
     "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),

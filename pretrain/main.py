@@ -64,7 +64,9 @@ def build_source(
     args: argparse.Namespace, device: torch.device, seed: int
 ) -> FolderSource | ShardSource:
     """Where views come from. Raises UserError for data that cannot fill a batch."""
-    augmentation = MoCoAugmentation(args.image_size, args.aug_plus, args.color_strength)
+    augmentation = MoCoAugmentation(
+        args.image_size, args.aug_plus, args.color_strength, args.crop_min
+    )
     augmentations = [augmentation] * MECHANISMS[args.mechanism].num_views
     batches = loading(args, device, seed)
     if is_shards(args.data):
@@ -105,10 +107,12 @@ def build_task(
     """Optimizer, loss and kNN monitor added to model and data."""
     device = model.pixel_mean.device
     schedule = build_schedule(
-        args.schedule, args.epochs, args.iterations, args.cos, args.lr_decay, args.lr_decay_every
-    )
+        args.schedule, args.epochs, args.iterations, args.cos, args.lr_decay, args.lr_decay_every,
+        args.warmup_epochs, source.steps_per_epoch,
+    )  # fmt: skip
     sgd = args.lr, args.momentum, args.weight_decay
-    optimizer = ScheduledSGD(model, *sgd, schedule, scale_gradients=args.amp == "fp16")
+    scaled, lars = args.amp == "fp16", args.optimizer == "lars"
+    optimizer = ScheduledSGD(model, *sgd, schedule, scale_gradients=scaled, lars=lars)
     monitor = None
     data = Path(args.data)
     if args.knn_every and KnnMonitor.applies_to(data):
@@ -132,9 +136,9 @@ def build_task(
 
 
 def check_method(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raises UserError where the checkpoint is that of another mechanism or loss."""
+    """Raises UserError where the checkpoint is that of another mechanism, loss or optimizer."""
     config = checkpoint.state.get("config", {})  # the official code writes none
-    for flag, official in (("mechanism", "moco"), ("loss", "infonce")):
+    for flag, official in (("mechanism", "moco"), ("loss", "infonce"), ("optimizer", "sgd")):
         before = config.get(flag, official)
         if before != getattr(args, flag):
             raise UserError(

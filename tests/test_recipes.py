@@ -19,9 +19,15 @@ V1 = {
     "momentum": 0.9, "weight_decay": 1e-4, "amp": "none",
     "mechanism": "moco", "loss": "infonce", "shuffle_bn": True, "bn_groups": None,
     "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "bank_momentum": 0.5,
-    "mlp": False, "aug_plus": False, "color_strength": 0.5,
+    "mlp": False, "aug_plus": False, "color_strength": 0.5, "crop_min": 0.2,
+    "optimizer": "sgd", "warmup_epochs": 0,
 }  # fmt: skip
 V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
+# Sections 2.2, 2.3 and A of SimCLR; the loss and the BN are MoCo's.
+SIMCLR = V2 | {
+    "mechanism": "end-to-end", "optimizer": "lars", "lr": 0.3, "warmup_epochs": 10,
+    "weight_decay": 1e-6, "moco_t": 0.1, "color_strength": 1.0, "crop_min": 0.08,
+}  # fmt: skip
 IG1B = V1 | {
     "batch_size": 1024, "iterations": 1250000, "lr": 0.12, "lr_decay": 0.9,
     "lr_decay_every": 62500,
@@ -38,6 +44,7 @@ PAPERS = {
     "pretrain/moco_v1_r50": V1,
     "pretrain/moco_v2_r50": V2,
     "pretrain/moco_v1_r50_ig1b": IG1B,
+    "pretrain/simclr_r50": SIMCLR,
     "finetune/imagenet_r50": FINETUNING,
     "finetune/inaturalist2018_r50": FINETUNING | {"lr": 0.025},
 }

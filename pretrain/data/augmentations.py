@@ -86,20 +86,25 @@ class MoCoAugmentation:
     """One random view of an image: MoCo v2's augmentation with `aug_plus`, else MoCo v1's.
 
     `color_strength` s belongs to `aug_plus`: its colour jitter is (0.8 s, 0.8 s, 0.8 s, 0.2 s) as
-    in SimCLR (arXiv:2002.05709, A), where s is 1; MoCo v2 has half of it.
+    in SimCLR (arXiv:2002.05709, A), where s is 1; MoCo v2 has half of it. `crop_min` is the least
+    area of a crop, 0.2 of the image's in both papers and 0.08 in SimCLR.
 
     v1 (Sec. 3.3): crop, grayscale 0.2, colour jitter (0.4, 0.4, 0.4, 0.4), flip.
     v2 (Sec. 3):   crop, colour jitter (0.4, 0.4, 0.4, 0.1) with 0.8, grayscale 0.2, blur 0.5, flip.
     """
 
-    def __init__(self, size: int, aug_plus: bool, color_strength: float = 0.5):
+    def __init__(
+        self, size: int, aug_plus: bool, color_strength: float = 0.5, crop_min: float = 0.2
+    ):
         self.size = size
         self.aug_plus = aug_plus
         self.color_strength = color_strength
+        self.crop_min = crop_min
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) -> (size, size, 3); every draw comes from `rng`."""
-        image = resized_crop(image, *draw_crop(image.shape[0], image.shape[1], rng), self.size)
+        window = draw_crop(image.shape[0], image.shape[1], rng, self.crop_min)
+        image = resized_crop(image, *window, self.size)
         if self.aug_plus:
             if rng.random() < 0.8:
                 image = color_jitter(
@@ -116,14 +121,17 @@ class MoCoAugmentation:
         return horizontal_flip(image) if rng.random() < 0.5 else image
 
 
-def draw_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop draws it: 0.2 to 1 of the area.
+def draw_crop(
+    height: int, width: int, rng: np.random.Generator, least: float = 0.2
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) as torchvision's RandomResizedCrop draws it: `least` to 1 of the
+    area.
 
     After ten draws that do not fit, the largest central window of an allowed ratio is taken.
     """
     ratio = 3 / 4, 4 / 3  # of width to height
     for _ in range(10):
-        target = height * width * rng.uniform(0.2, 1.0)
+        target = height * width * rng.uniform(least, 1.0)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:

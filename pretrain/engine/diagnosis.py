@@ -17,6 +17,7 @@ from pretrain.engine import checkpoints
 LOG = "metrics.jsonl"
 RECENT = 5  # records that one judgement is about
 LINEAR_RULE = 0.03 / 256  # lr over batch; 0.12 at 1024 (arXiv:1911.05722, Sec. 3.3 and 4.1)
+LARS_RULE = 0.3 / 256  # SimCLR's (arXiv:2002.05709, Sec. 2.3)
 RISE = 0.05  # of the loss, as a share of chance
 COLLAPSED = 0.15  # feature_std over 1/sqrt(dim), what evenly spread features have
 LEAKING = 99.0  # pretext accuracy in percent, as plotted in Fig. A.1
@@ -362,15 +363,19 @@ def causes(course: Course) -> str:
 
 
 def rate_ratio(flags: dict) -> float:
-    """The learning rate over that of the linear rule, 0.03 at a batch of 256."""
-    return flags["lr"] / (LINEAR_RULE * flags["batch_size"]) if flags else 1.0
+    """The learning rate over that of the linear rule, 0.03 at a batch of 256; 0.3 for LARS."""
+    return flags["lr"] / (linear_rule(flags) * flags["batch_size"]) if flags else 1.0
+
+
+def linear_rule(flags: dict) -> float:
+    return LARS_RULE if flags.get("optimizer") == "lars" else LINEAR_RULE
 
 
 def rate_words(flags: dict) -> str:
-    batch, ratio = flags["batch_size"], rate_ratio(flags)
+    batch, ratio, rule = flags["batch_size"], rate_ratio(flags), linear_rule(flags)
     return (
-        f"--lr {flags['lr']:g} is {ratio:.2g} times the {LINEAR_RULE * batch:.2g} that the linear "
-        f"rule (0.03 at a batch of 256) gives for a batch of {batch}"
+        f"--lr {flags['lr']:g} is {ratio:.2g} times the {rule * batch:.2g} that the linear "
+        f"rule ({rule * 256:g} at a batch of 256) gives for a batch of {batch}"
     )
 
 

@@ -1,8 +1,9 @@
-"""SGD by a schedule, mixed precision, and gradients that are averaged over the processes."""
+"""SGD and LARS by a schedule, mixed precision, gradients averaged over the processes."""
 
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,17 +20,52 @@ OWN_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": Fals
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class LARS(torch.optim.SGD):
+    """SGD whose steps are scaled layer by layer, for large batches (arXiv:1708.03888).
+
+    A weight w with gradient g moves along  trust * |w| / |g + d w| * (g + d w),  d being the weight
+    decay, under SGD's momentum. Biases and the parameters of BN, which have one dimension, take
+    SGD's step without decay, and a weight or gradient of zeros is not scaled: as in the code of
+    SimCLR (arXiv:2002.05709). You et al. have |g| + d |w| below the line.
+
+    Args:
+        trust: the trust coefficient; SimCLR's.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust: float = 0.001,
+    ):
+        super().__init__(parameters, lr, momentum)  # not fused: fp16's gradients come unscaled
+        self.decay, self.trust = weight_decay, trust
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        parameters = (p for group in self.param_groups for p in group["params"])
+        for weight in parameters:
+            if weight.grad is not None and weight.ndim > 1:
+                direction = weight.grad.add_(weight, alpha=self.decay)
+                ratio = self.trust * weight.norm() / direction.norm()
+                direction.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
+        return super().step(closure)
+
+
 class ScheduledSGD:
     """SGD whose learning rate follows a schedule; gradients are scaled where fp16 needs it.
 
-    All parameters decay, as in the official code. MoCo's key encoder's come along without
-    gradients, so that optimizer states can be exchanged with it.
+    All parameters decay, as in the official code (not so with LARS). MoCo's key encoder's come
+    along without gradients, so that optimizer states can be exchanged with it.
 
     Args:
         model: whose parameters are optimized.
         lr, momentum, weight_decay: of SGD.
         schedule: (epoch, step) -> factor of `lr`; both count from 0, the step over the whole run.
         scale_gradients: whether small gradients would underflow, as those of fp16 do.
+        lars: see `LARS`.
     """
 
     def __init__(
@@ -40,11 +76,13 @@ class ScheduledSGD:
         weight_decay: float,
         schedule: Callable[[int, int], float] = lambda epoch, step: 1.0,
         scale_gradients: bool = False,
+        lars: bool = False,
     ):
         self.lr = lr
         self.schedule = schedule
         parameters = list(model.parameters())
-        self.sgd = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
+        kind = LARS if lars else partial(torch.optim.SGD, fused=True)
+        self.sgd = kind(parameters, lr, momentum, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_gradients)
 
     @property
@@ -89,6 +127,8 @@ def build_schedule(
     cosine: bool = False,
     decay: float = 0.9,
     decay_every: int | None = None,
+    warmup_epochs: int = 0,
+    steps_per_epoch: int = 0,
 ) -> Callable[[int, int], float]:
     """(epoch, step) -> factor of the learning rate; both count from 0, the step over the whole run.
 
@@ -96,12 +136,24 @@ def build_schedule(
     - `cosine`: half a cosine over all epochs, constant within one as in the official code; over
       `iterations`, where that is the length of the run.
     - otherwise 0.1 at each epoch of `milestones`.
+
+    The first `warmup_epochs` of `steps_per_epoch` rise linearly from 0; a cosine begins after them
+    (SimCLR: 10 epochs).
     """
-    if decay_every:
-        return lambda epoch, step: decay ** (step // decay_every)
-    if cosine:
-        return lambda epoch, step: cosine_decay(step / iterations if iterations else epoch / epochs)
-    return lambda epoch, step: 0.1 ** sum(epoch >= milestone for milestone in milestones)
+    warmup = warmup_epochs * steps_per_epoch  # in steps
+
+    def factor(epoch: int, step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if decay_every:
+            return decay ** (step // decay_every)
+        if cosine and iterations:
+            return cosine_decay((step - warmup) / (iterations - warmup))
+        if cosine:
+            return cosine_decay((epoch - warmup_epochs) / (epochs - warmup_epochs))
+        return 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+    return factor
 
 
 def cosine_decay(done: float) -> float:

@@ -28,7 +28,8 @@ class EndToEnd(InstanceDiscrimination):
       both passes.
 
     SimCLR's setting, in MoCo v2's sense, is this mechanism with the MLP head, the cosine schedule
-    and views of stronger colour distortion.
+    and views of stronger colour distortion. configs/pretrain/simclr_r50.yaml has the rest of it,
+    and says what differs.
     """
 
     def forward(

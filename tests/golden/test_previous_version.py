@@ -30,7 +30,10 @@ def finished(command, codes=(0,)) -> str:
 
 
 # What checkpoints hold since then.
-ADDED = {"/config/max_image_pixels", "/data/images", "/data/hash", "/numbered_from"}
+ADDED = {
+    "/config/max_image_pixels", "/config/warmup_epochs", "/data/images", "/data/hash",
+    "/numbered_from",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)

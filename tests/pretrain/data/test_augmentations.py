@@ -89,14 +89,15 @@ def test_evaluation_view_leaves_an_image_of_the_right_size_alone():
     assert np.array_equal(views.resize_and_center_crop(image, 32), image)
 
 
-def test_crops_are_distributed_as_torchvision_draws_them():
+@pytest.mark.parametrize("least", [0.2, 0.08])
+def test_crops_are_distributed_as_torchvision_draws_them(least):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     blank = torch.zeros(3, 300, 400)
-    ours = np.array([views.draw_crop(300, 400, rng) for _ in range(4000)], float)
+    ours = np.array([views.draw_crop(300, 400, rng, least) for _ in range(4000)], float)
     theirs = np.array(
         [
-            transforms.RandomResizedCrop.get_params(blank, (0.2, 1.0), (3 / 4, 4 / 3))
+            transforms.RandomResizedCrop.get_params(blank, (least, 1.0), (3 / 4, 4 / 3))
             for _ in range(4000)
         ],
         float,
@@ -104,6 +105,20 @@ def test_crops_are_distributed_as_torchvision_draws_them():
     # Means of top, left, height and width: standard errors are below 1.5 pixels.
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 6
     assert np.abs(ours.std(0) - theirs.std(0)).max() < 6
+
+
+def test_a_view_is_of_a_crop_of_the_least_area(monkeypatch):
+    seen = []
+
+    def drawn(height, width, rng, least):
+        seen.append(least)
+        return 0, 0, 8, 8
+
+    monkeypatch.setattr(views, "draw_crop", drawn)
+    image = np.zeros((16, 16, 3), np.uint8)
+    views.MoCoAugmentation(8, False)(image, np.random.default_rng(0))
+    views.MoCoAugmentation(8, True, crop_min=0.08)(image, np.random.default_rng(0))
+    assert seen == [0.2, 0.08]
 
 
 def test_a_crop_that_never_fits_falls_back_to_the_central_window():

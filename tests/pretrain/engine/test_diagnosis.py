@@ -109,6 +109,15 @@ def test_nan_names_the_last_checkpoint_that_is_good(images, tmp_path, capsys):
     assert exit_code(tmp_path) == 1
 
 
+def test_lars_has_a_linear_rule_of_its_own():
+    """0.3 at a batch of 256 (arXiv:2002.05709), ten times SGD's."""
+    flags = {"lr": 1.2, "batch_size": 512, "optimizer": "lars"}
+    assert diagnosis.rate_ratio(flags) == pytest.approx(2)
+    assert diagnosis.rate_ratio(flags | {"optimizer": "sgd"}) == pytest.approx(20)
+    words = "--lr 1.2 is 2 times the 0.6 that the linear rule (0.3 at a batch of 256) gives for a"
+    assert diagnosis.rate_words(flags) == f"{words} batch of 512"
+
+
 @pytest.mark.parametrize(
     ("rate", "words"),
     [

@@ -12,8 +12,9 @@ from fork_server import run_in_two_processes
 from mean_colour import MeanColour, NormalisedColour, features, features_by_group, views
 
 from moco_det.common.errors import UserError
+from pretrain import main
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.optimization import parallelize
+from pretrain.engine.optimization import LARS, parallelize
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
 from pretrain.moco.end_to_end import EndToEnd
@@ -28,14 +29,21 @@ FLAGS = [
     "--moco-dim", "16", "--seed", "7", "-j", "0", "-p", "1", "--knn-every", "0",
     "--iterations", "3",
 ]  # fmt: skip
+# fmt: off
 METHODS = {
     "moco": [],
     "moco-unshuffled": ["--no-shuffle-bn"],
     "end-to-end": ["--mechanism", "end-to-end", "--mlp", "--aug-plus", "--color-strength", "1"],
+    "simclr": [
+        "--mechanism", "end-to-end", "--mlp", "--aug-plus", "--color-strength", "1",
+        "--optimizer", "lars", "--lr", "0.3", "--warmup-epochs", "1", "--crop-min", "0.08",
+        "--wd", "1e-6",
+    ],
     "end-to-end-unshuffled": ["--mechanism", "end-to-end", "--no-shuffle-bn"],
     "memory-bank": ["--mechanism", "memory-bank"],
     "memory-bank-nce": ["--mechanism", "memory-bank", "--loss", "nce"],
 }
+# fmt: on
 LAUNCHED = [name for name in METHODS if name != "moco"]  # test_main.py launches that
 
 
@@ -202,7 +210,7 @@ def test_gradients_reach_the_keys_of_other_processes(two_processes):
         torch.testing.assert_close(torch.load(two_processes / f"gradient{rank}"), wanted)
 
 
-@pytest.mark.parametrize("name", ["end-to-end", "memory-bank", "memory-bank-nce"])
+@pytest.mark.parametrize("name", ["end-to-end", "simclr", "memory-bank", "memory-bank-nce"])
 def test_a_stopped_run_resumes_to_the_same_bits(images, tmp_path, one_process, name):
     """Both parts need what the first steps left: rows of the bank, NCE's constant."""
     stopped = run(images, tmp_path, *METHODS[name], "--iterations", "1")
@@ -252,6 +260,23 @@ def test_the_log_says_what_the_keys_are(one_process):
     assert records(bank, "chance_loss")[0] == pytest.approx(np.log(21) + 20 * np.log(21 / 20))
 
 
+def test_what_simclr_has_beyond_v2_arrives(images, monkeypatch):
+    """LARS with its own weight decay, which leaves SGD's at 0; two views of smaller crops."""
+    drawn = []
+    monkeypatch.setattr(main, "MoCoAugmentation", lambda *given: drawn.append(given))
+    args = parse_pretraining([str(images), *FLAGS, *METHODS["simclr"]])
+    source = main.build_source(args, torch.device("cpu"), seed=0)
+    assert drawn == [(32, True, 1.0, 0.08)]
+    sgd = main.build_task(args, main.build_model(args, source.samples), source, 0).optimizer.sgd
+    assert isinstance(sgd, LARS) and (sgd.decay, sgd.trust) == (1e-6, 0.001)
+    assert [group["weight_decay"] for group in sgd.param_groups] == [0]
+
+
+def test_lr_rises_over_the_warm_up(images, one_process):
+    """An epoch of two steps."""
+    assert records(one_process("simclr"), "lr") == [0, pytest.approx(0.15), pytest.approx(0.3)]
+
+
 def test_lr_decays_by_iterations(images, tmp_path):
     run(images, tmp_path, "--lr", "0.01", "--lr-decay-every", "2", "--lr-decay", "0.5")
     assert records(tmp_path, "lr") == [0.01, 0.01, 0.005]
@@ -259,7 +284,11 @@ def test_lr_decays_by_iterations(images, tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "now", "flag"),
-    [("moco", "memory-bank", "--mechanism moco"), ("memory-bank-nce", "memory-bank", "--loss nce")],
+    [
+        ("moco", "memory-bank", "--mechanism moco"),
+        ("memory-bank-nce", "memory-bank", "--loss nce"),
+        ("simclr", "end-to-end", "--optimizer lars"),
+    ],
 )
 def test_another_mechanism_or_loss_is_refused(images, tmp_path, one_process, before, now, flag):
     path = one_process(before) / LAST
@@ -276,6 +305,8 @@ def test_another_mechanism_or_loss_is_refused(images, tmp_path, one_process, bef
         (["--lr-decay", "0"], "--lr-decay must be above 0"),
         (["--iterations", "0"], "--iterations must be at least 1"),
         (["--color-strength", "1"], "pass --aug-plus as well"),
+        (["--crop-min", "0"], "--crop-min must be above 0 and at most 1"),
+        (["--warmup-epochs", "3", "--epochs", "3", "--iterations", "0"], "--iterations must be at"),
     ],
 )
 def test_bad_input_is_named(images, tmp_path, flags, message):
