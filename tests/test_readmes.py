@@ -24,7 +24,8 @@ from readme_commands import CONFIGS, READMES, REPOSITORY, header_commands, parse
 from tiny_voc import write_tiny_voc
 
 from moco_det.benchmark.jobs.ablation import read_ablation
-from moco_det.benchmark.jobs.grid import load_grid
+from moco_det.benchmark.jobs.classifiers import parse_flags
+from moco_det.benchmark.jobs.grid import ClassifierExperiment, Experiment, load_grid
 from moco_det.benchmark.jobs.slurm import parse_parameters
 from moco_det.benchmark.report.pages import dumbbell_chart, line_chart
 from moco_det.common.errors import UserError
@@ -142,6 +143,7 @@ def check(command) -> None:
     if hasattr(args, "tables"):
         load_grid().select(args.tables)
         parse_parameters(args.slurm)
+        parse_flags(args.linear)
 
 
 def flags(command) -> set[str]:
@@ -199,6 +201,7 @@ def test_wrong_commands_are_found(tmp_path):
         "python tools/compare.py moco=output/voc_typo",
         "python tools/reproduce.py --weights CHECKPOINT.pth.tar --tables 2c",
         "python tools/reproduce.py --weights CHECKPOINT.pth.tar --slurm partition",
+        "python tools/reproduce.py --weights CHECKPOINT.pth.tar --linear epoch=3",
         "python tools/ablate.py configs/ablations/momenta.yaml --data DATA",
         "python pretrain/main.py DATA --recipe configs/pretrain/moco_v3_r50.yaml",
         "python pretrain/main.py DATA --moco-queue 4",
@@ -280,10 +283,11 @@ def test_a_config_opens_with_command_hardware_time_result_and_source(path):
     assert any(str(path) in command.words or "recipe" in comment for command in HEADERS[path])
 
 
-def published() -> dict[tuple[str, str], list[float]]:
-    """(experiment, row's label) -> the papers' numbers of metrics that a detector has."""
+def published(kind: type) -> dict[tuple[str, str], list[float]]:
+    """(experiment of a kind, row's label) -> the papers' numbers of metrics that a run has."""
     grid, found = load_grid(), {}
-    for part in [part for table in grid.tables.values() for part in table.parts]:
+    parts = [part for table in grid.tables.values() for part in table.parts]
+    for part in [part for part in parts if isinstance(part.experiment, kind)]:
         for row, numbers in part.published.items():
             pairs = zip(numbers, part.columns.values(), strict=True)
             key = part.experiment.name, grid.rows[row].label
@@ -298,8 +302,26 @@ def test_the_tables_hold_the_papers_numbers_and_every_experiment():
     for label, file, cells in rows:
         experiment = re.sub(r"_(moco|random|supervised|supervised_frozen_bn)$", "", file)
         shown[experiment, label] = [float(cell) for cell in cells.split("|")]
-    assert shown == published()
+    assert shown == published(Experiment)
     assert {file for _, file, _ in rows} == {p.stem for p in CONFIGS if len(p.parts) == 2}
+
+
+def test_the_tables_hold_the_papers_classifiers():
+    text = (REPOSITORY / "configs/README.md").read_text()
+    linear = text.split("### Linear classification of ImageNet")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| [^|]+ \|$", linear, re.M)
+    shown = {("imagenet_linear", label): [float(number)] for label, number in cells}
+    names = {
+        "MoCo on IG-1B": "MoCo IG-1B", "MoCo on ImageNet": "MoCo IN-1M", "on IG-1B": "MoCo IG-1B",
+        "on ImageNet": "MoCo IN-1M", "supervised": "super. IN-1M", "from scratch": "random init.",
+    }  # fmt: skip
+    rows = re.findall(r"^\| \[(\w+)_r50\]\(finetune/\S+ \| ([^|]+) \| ([^|]+) \|$", text, re.M)
+    for name, starts, numbers in rows:
+        for start, number in zip(starts.split(" / "), numbers.split(" / "), strict=True):
+            shown[f"{name}_finetune", names[start]] = [float(number)]
+    papers = published(ClassifierExperiment)
+    assert shown == {key: numbers for key, numbers in papers.items() if numbers != [None]}
+    assert len(rows) == 2 and len(cells) == 32
 
 
 def test_the_picture_is_made_of_a_report(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Checkpoint in, the paper's transfer tables out: fine-tune, evaluate, repeat, report.
+"""Checkpoint in, the papers' tables out: fine-tune, evaluate, repeat, report.
 
     python tools/reproduce.py --weights output/moco/checkpoint_last.pth.tar --tables 2b 5
+    python tools/reproduce.py --weights output/moco/checkpoint_last.pth.tar --tables 1 A6 A7
     python tools/reproduce.py --weights moco_in1m=A.pth.tar memory_bank=B.pth.tar --tables 3
     python tools/reproduce.py --weights ... --dry-run      what would run, and for how long
     python tools/reproduce.py --weights ... --status       how far it is
@@ -23,7 +24,8 @@ import sys
 from pathlib import Path
 
 from moco_det.benchmark.jobs import reproduction
-from moco_det.benchmark.jobs.grid import load_grid
+from moco_det.benchmark.jobs.classifiers import parse_flags
+from moco_det.benchmark.jobs.grid import ClassifierExperiment, load_grid
 from moco_det.benchmark.jobs.job import Job
 from moco_det.benchmark.jobs.runner import exit_on_signals
 from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
@@ -69,7 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")
     mode.add_argument("--status", action="store_true", help="list the state of every run")
     mode.add_argument("--report", action="store_true", help="report what is there, run nothing")
-    add_config_option(parser, help="config keys, for every run")
+    add("--linear", nargs="+", default=[], metavar="NAME=VALUE",
+        help="flags of pretrain/linear.py, for every classifier: amp=bf16 workers=16")  # fmt: skip
+    add_config_option(parser, help="config keys, for every detector")
     return parser.parse_args(arguments)
 
 
@@ -84,15 +88,20 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
     checkpoints = named_checkpoints(args.weights)
     if args.quick and not checkpoints:
         checkpoints = reproduction.quick_checkpoint(output)
+    tables, flags = grid.select(args.tables), parse_flags(args.linear)
+    parts = [part for table in tables for part in table.parts]
+    if flags and not any(isinstance(part.experiment, ClassifierExperiment) for part in parts):
+        raise UserError("--linear is for classifiers, of which these --tables have none")
     engine, reason = choose_engine(args.engine)
     print(f"engine: {engine} ({reason})", flush=True)
     return reproduction.Reproduction(
         grid=grid,
-        tables=grid.select(args.tables),
+        tables=tables,
         checkpoints=checkpoints,
         trials=range(1, args.trials + 1) if args.trials else None,
         options=args.opts,
         settings=Settings(REPOSITORY, output, engine, args.gpus_per_run, args.retries),
+        flags=flags,
     )
 
 

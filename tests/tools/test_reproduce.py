@@ -11,11 +11,16 @@ import signal
 import time
 
 import pytest
+import torch
 from commands import Command, load_command, python, run
+from noisy_colours import write_checkpoint, write_images
+from pretraining_runs import records
 
-from moco_det.benchmark.jobs import reproduction
+from moco_det.benchmark.jobs import preflight
 from moco_det.benchmark.synthetic import tasks
 from moco_det.weights.names import Architecture, rename
+from pretrain.flags import parse_linear
+from pretrain.linear import classify
 
 main = load_command("tools/reproduce.py").main
 
@@ -52,6 +57,8 @@ def weights(tmp_path_factory):
         (["--opts", "SOLVER.MAX_ITER"], "pairs of a key and a value"),
         (["--weights", "a=b=c"], "is not a file"),
         (["--weights", f"random={__file__}"], "cannot name a row"),
+        (["--linear", "epoch=3"], "unknown key 'epoch' in --linear"),
+        (["--linear", "epochs=3", "--tables", "2b"], "--linear is for classifiers, of which these"),
     ],
 )
 def test_bad_input_is_one_line(arguments, words):
@@ -136,6 +143,80 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(weights, tmp_path)
     assert done.returncode == 0 and "2 of 2 runs are finished" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the runs' processes in /proc")
+def test_classifiers_killed_and_resumed_end_with_the_numbers_of_whole_runs(tmp_path, monkeypatch):
+    """A row of Table 2 of MoCo v2 (linear) and of A.7 (fine-tuning), from a tiny encoder."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    write_images(tmp_path / "datasets/imagenet")
+    checkpoint = write_checkpoint(tmp_path / "c.pth.tar", "resnet18w0.25x")
+    flags = {
+        "arch": "resnet18w0.25x", "image_size": 32, "batch_size": 16, "epochs": 8, "workers": 0,
+        "schedule": 6,
+    }  # fmt: skip
+    output = tmp_path / "output"
+    arguments = [
+        "--weights", f"v2_mlp_aug_cos={checkpoint}", f"moco_ig1b={checkpoint}", "--output", output,
+        "--tables", "v2-2", "A7", "--jobs", 2, "--linear", *(f"{k}={v}" for k, v in flags.items()),
+        "--opts", "MODEL.DEVICE", "cpu",
+    ]  # fmt: skip
+    rows = {
+        "imagenet_linear/v2_mlp_aug_cos": ["--pretrained", checkpoint],
+        "imagenet_finetune/moco_ig1b": ["--pretrained", checkpoint, "--finetune"],
+    }
+    folders = [output / "runs" / row / "trial1" for row in rows]
+    scratch = output / "runs/imagenet_finetune/random/trial1"  # the third row is finished
+    scratch.mkdir(parents=True)
+    (scratch / "run.json").write_text('{"state": "finished"}')
+    (scratch / "metrics.jsonl").write_text(
+        '{"step": 24, "epoch": 8, "val_acc1": 50, "val_acc5": 99}'
+    )
+    with Command(TOOL, *arguments) as process:
+        while not all((folder / "checkpoint_last.pth.tar").exists() for folder in folders):
+            assert process.poll() is None
+            time.sleep(0.02)
+        kill(process, with_runs=True)
+        process.wait()
+    assert any(validations(folder)[-1]["epoch"] < 8 for folder in folders)
+    done = run(TOOL, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    tables = json.loads((output / "report.json").read_text())["tables"]
+    cells = {row["row"]: row["cells"][0][0] for table in tables for row in table["rows"]}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the runs have
+    for (row, words), folder in zip(rows.items(), folders, strict=True):
+        whole = tmp_path / "whole" / row
+        words = [tmp_path / "datasets/imagenet", *words, "--seed", 1, "--output", whole]
+        words += [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", v)]
+        classify(parse_linear(list(map(str, words))), torch.device("cpu"))
+        assert validations(folder) == validations(whole)
+        cell = cells[row.partition("/")[2]]
+        assert cell["values"] == {"1": validations(whole)[-1]["val_acc1"]}
+        assert "resumed" in (folder / "log.txt").read_text()
+    torch.set_num_threads(threads)
+    assert cells["v2_mlp_aug_cos"]["published"] == 67.5 and cells["moco_ig1b"]["published"] == 77.3
+    gap = cells["moco_ig1b"]["from_reference"]["value"]
+    assert gap == pytest.approx(cells["moco_ig1b"]["values"]["1"] - 50)
+
+    done = run(TOOL, *arguments)  # nothing is run again
+    assert done.returncode == 0 and "3 of 3 runs are finished" in done.stdout
+
+
+def validations(folder) -> list[dict]:
+    return [record for record in records(folder) if "val_acc1" in record]
+
+
+def test_a_dry_run_says_how_rows_without_a_checkpoint_are_pretrained(capsys, tmp_path):
+    code, out, _ = start(capsys, "--tables", "v2-1-linear", "--output", tmp_path, "--dry-run")
+    assert code == 0 and "0 runs to do" in out
+    assert (
+        "  torchrun --nproc_per_node 8 pretrain/main.py IMAGENET --recipe "
+        "configs/pretrain/moco_v1_r50.yaml --mlp --moco-t 0.2 --output output/pretrain/v2_mlp\n"
+    ) in out
+    assert out.count("torchrun") == 6
+
+
 def test_runs_of_the_first_version_are_read(weights, repository, tmp_path, capsys):
     """See record_folders.py: row random is finished there."""
     output = tmp_path / "output"
@@ -213,7 +294,7 @@ def test_a_dry_run_tells_the_same_problems(weights, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--tables", "2b", "--weights", weights, "--output", tmp_path / "out"]
-    monkeypatch.setattr(reproduction, "read_state_dict", lambda path: ({}, {}))  # some are remote
+    monkeypatch.setattr(preflight, "read_state_dict", lambda path: ({}, {}))  # some are remote
     code, _, listed = start(capsys, *arguments, "--dry-run")
     assert code == 0
     code, _, err = start(capsys, *arguments)

@@ -260,17 +260,22 @@ class Trial:
         return values | {"kNN top-1": knn["knn_top1"], "linear top-1": probe["val_acc1"]}
 
     def _accepted(self, parse: Callable, words: list[str]) -> argparse.Namespace:
-        """The flags as the command's parser reads them; its complaint names the ablation file."""
-        printed = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(printed):
-                return parse([str(self.data), *words])
-        except UserError as error:
-            reason = str(error)
-        except SystemExit:  # of argparse, which prints its reason last
-            last = (printed.getvalue().strip().splitlines() or [""])[-1]
-            reason = re.sub(r"^.*?error: ", "", last)
-        raise UserError(f"row '{self.row}' of {self.source}: {reason}")
+        return accepted(parse, [str(self.data), *words], f"row '{self.row}' of {self.source}")
+
+
+def accepted(parse: Callable, words: list[str], where: str) -> argparse.Namespace:
+    """Flags as the command's own `parse` reads them. Raises UserError with its complaint, which
+    names `where` they stand."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return parse(words)
+    except UserError as error:
+        reason = str(error)
+    except SystemExit:  # of argparse, which prints its reason last
+        last = (printed.getvalue().strip().splitlines() or [""])[-1]
+        reason = re.sub(r"^.*?error: ", "", last)
+    raise UserError(f"{where}: {reason}")
 
 
 def _last(path: Path, *names: str) -> dict:

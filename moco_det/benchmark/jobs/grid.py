@@ -3,12 +3,15 @@
 A row of a table is an initialisation. Some rows have a config of their own (random, supervised);
 the others are checkpoints that the user names, `moco_in1m=CKPT`, and run the `_moco` config with
 them. A name that the grid lacks is a row of the user's own, in every table.
+
+An experiment trains detectors, by tools/train_net.py, or classifiers, by pretrain/linear.py.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moco_det.benchmark.significance import KnownDeviation
 from moco_det.common.documents import read_mapping
@@ -21,12 +24,17 @@ DEFAULT_ROW = "moco_in1m"  # what a checkpoint without a name is held against
 @dataclass(frozen=True)
 class Row:
     """An initialisation. `config`: ending of its config file; `weights`: its MODEL.WEIGHTS, None
-    where the config says it; neither: a checkpoint that the user gives."""
+    where the config says it; neither: a checkpoint that the user gives.
+
+    `arch`: that checkpoint's encoder; `pretrain`: flags of pretrain/main.py that make it.
+    """
 
     name: str
     label: str
     config: str | None = None
     weights: str | None = None
+    arch: str = "resnet50"
+    pretrain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,31 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class ClassifierExperiment:
+    """A classifier on an encoder, a data set and a schedule.
+
+    `data`: its folder below $DETECTRON2_DATASETS; `epochs` and `trials` are the paper's. `flags`:
+    of pretrain/linear.py, whose defaults are the linear protocol; `recipe` is a file in configs/.
+    `starts`: row -> flags of a row that needs no checkpoint. `gpu_hours` of one run of a ResNet-50,
+    as `measured` says; None where no time is published.
+    """
+
+    name: str
+    title: str
+    data: str
+    epochs: int
+    trials: int
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gpu_hours: float | None = None
+    measured: str | None = None
+    trial_sd: Mapping[str, KnownDeviation] | None = None
+
+
+AnyExperiment = Experiment | ClassifierExperiment
+
+
+@dataclass(frozen=True)
 class Part:
     """Columns of a table that come from one experiment.
 
@@ -70,7 +103,7 @@ class Part:
     row -> a number for each column, or None; `reference`: the row that gaps are given to.
     """
 
-    experiment: Experiment
+    experiment: AnyExperiment
     columns: Mapping[str, str | None]
     published: Mapping[str, Sequence[float | None]]
     heading: str = ""
@@ -79,10 +112,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
+    """`note`: what a reader has to know of its published numbers."""
+
     name: str
     title: str
     source: str
     parts: tuple[Part, ...]
+    note: str = ""
 
     def rows(self, own: Iterable[str]) -> list[str]:
         """Names of the rows, the paper's first; `own`: the user's, which the paper lacks."""
@@ -124,24 +160,34 @@ class Grid:
         trials: Sequence[int] | None,
         configs: Path,
         options: Sequence[str] = (),
-    ) -> list["Run"]:
+        checkpoints: Mapping[str, Path] | None = None,
+        flags: Mapping[str, Any] | None = None,
+    ) -> list["AnyRun"]:
         """Every run that the tables need, each once, the first trials of all before the second.
 
         Args:
-            weights: row -> converted weights, the user's.
+            weights: row -> converted weights, the user's; for detectors.
             trials: numbers of the trials, which are their seeds; None: 1 to the paper's number.
             configs: the folder of the config files.
-            options: config keys and values for every run.
+            options: config keys and values for every detector; classifiers heed MODEL.DEVICE cpu.
+            checkpoints: row -> the user's file as it is; for classifiers.
+            flags: of pretrain/linear.py, for every classifier.
         """
+
+        def make(experiment, row: Row, trial: int) -> AnyRun | None:
+            if isinstance(experiment, ClassifierExperiment):
+                given = checkpoints or {}, configs, flags or {}, options
+                return make_classifier_run(experiment, row, trial, *given)
+            return make_run(experiment, row, trial, weights, configs, options)
+
         runs = {}
-        for table in tables:
-            for part in table.parts:
-                for row in (*part.published, *self.own_rows(weights)):
-                    for trial in trials or range(1, part.experiment.trials + 1):
-                        known = self.rows.get(row, Row(row, row))
-                        run = make_run(part.experiment, known, trial, weights, configs, options)
-                        if run:
-                            runs[run.name] = run
+        for part in (part for table in tables for part in table.parts):
+            for name in (*part.published, *self.own_rows(weights)):
+                row = self.rows.get(name, Row(name, name))
+                for trial in trials or range(1, part.experiment.trials + 1):
+                    run = make(part.experiment, row, trial)
+                    if run:
+                        runs[run.name] = run
         return sorted(runs.values(), key=lambda run: run.trial)
 
 
@@ -180,6 +226,52 @@ def make_run(
     return Run(experiment, row.name, trial, config, (*experiment.options, *options, *start))
 
 
+@dataclass(frozen=True)
+class ClassifierRun:
+    """One training of a classifier with its evaluation. `trial` is its seed.
+
+    `flags`: of pretrain/linear.py, by their long names; `pretrained` is among them. `changed`:
+    those of them that the user has given, in place of the paper's. `cpu`: not on a GPU.
+    """
+
+    experiment: ClassifierExperiment
+    row: str
+    trial: int
+    flags: Mapping[str, Any]
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    cpu: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}/{self.row}/trial{self.trial}"
+
+
+AnyRun = Run | ClassifierRun
+
+
+def make_classifier_run(
+    experiment: ClassifierExperiment,
+    row: Row,
+    trial: int,
+    checkpoints: Mapping[str, Path],
+    configs: Path,
+    flags: Mapping[str, Any],
+    options: Sequence[str] = (),
+) -> ClassifierRun | None:
+    """One run, see `Grid.runs`; None for a row that needs a checkpoint which is not given."""
+    if row.name in checkpoints:
+        start = {"pretrained": str(checkpoints[row.name])}
+    elif row.name in experiment.starts:
+        start = experiment.starts[row.name]
+    else:
+        return None
+    paper = {"arch": row.arch} | experiment.flags | start
+    if "recipe" in paper:
+        paper["recipe"] = str(configs / paper["recipe"])
+    cpu = ("MODEL.DEVICE", "cpu") in zip(options[::2], options[1::2], strict=True)
+    return ClassifierRun(experiment, row.name, trial, paper | flags, flags, cpu)
+
+
 def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
     """Read a grid; paper.yaml says what is in one.
 
@@ -190,10 +282,13 @@ def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
     experiments = {
         name: _experiment(name, entry, places) for name, entry in content["experiments"].items()
     }
+    for name, entry in content.get("classifiers", {}).items():
+        data = entry["data"].format(**places)
+        experiments[name] = ClassifierExperiment(name, **entry | {"data": data})
     tables = {}
     for name, entry in content["tables"].items():
         parts = tuple(_part(part, experiments) for part in entry["parts"])
-        tables[name] = Table(name, entry["title"], entry["source"], parts)
+        tables[name] = Table(name, **entry | {"parts": parts})
     return Grid(rows, tables, content.get("note", ""))
 
 
@@ -204,7 +299,7 @@ def _experiment(name: str, entry: dict, places: Mapping[str, Path]) -> Experimen
     return Experiment(name, **entry | {"trial_sd": known, "options": options, "classes": classes})
 
 
-def _part(entry: dict, experiments: Mapping[str, Experiment]) -> Part:
+def _part(entry: dict, experiments: Mapping[str, AnyExperiment]) -> Part:
     nothing = [None] * len(entry["columns"])
     published = {row: numbers or nothing for row, numbers in entry["published"].items()}
     experiment = experiments[entry["experiment"]]

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.grid import DEFAULT_ROW, Run
+from moco_det.benchmark.jobs.classifiers import ClassifierFolder, classifier_job
+from moco_det.benchmark.jobs.grid import DEFAULT_ROW, AnyRun, ClassifierRun, Run
 from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import run_in_order
 from moco_det.common.documents import (
@@ -63,6 +64,20 @@ class RunFolder(JobFolder):
             if not results:
                 raise UserError(f"{path} holds no evaluation: remove that folder")
             self.schedule()
+
+    def shortened(self) -> str | None:
+        """How much shorter than the paper's the schedule of a finished run was; None: not at all.
+
+        Raises UserError as `schedule`.
+        """
+        experiment, (iterations, batch) = self.run.experiment, self.schedule()
+        share = iterations * batch / (experiment.iterations * experiment.batch)
+        if share >= 1:
+            return None
+        return (
+            f"{experiment.name} ran {iterations} iterations of {batch} images, {100 * share:.2g} % "
+            f"of the paper's {experiment.iterations} of {experiment.batch}"
+        )
 
     def schedule(self) -> tuple[int, int]:
         """(iterations, images per step) of config.yaml. Raises UserError where it lacks them."""
@@ -136,8 +151,9 @@ class Settings:
     gpus: int = 1
     retries: int = 1
 
-    def folder(self, run: Run) -> RunFolder:
-        return RunFolder(run, self.output)
+    def folder(self, run: AnyRun) -> RunFolder | ClassifierFolder:
+        kind = ClassifierFolder if isinstance(run, ClassifierRun) else RunFolder
+        return kind(run, self.output)
 
     def command(self, run: Run, launch: Sequence[str] = ()) -> list[str]:
         """tools/train_net.py with its arguments.
@@ -152,9 +168,11 @@ class Settings:
             "SEED", str(run.trial), "OUTPUT_DIR", str(self.folder(run).path),
         ]  # fmt: skip
 
-    def job(self, run: Run, launch: Sequence[str] = ()) -> Job:
+    def job(self, run: AnyRun, launch: Sequence[str] = ()) -> Job:
         """Runs of one experiment are expected to take equally long."""
         folder = self.folder(run)
+        if isinstance(run, ClassifierRun):
+            return classifier_job(folder, self.repository, self.gpus, launch)
         return Job(
             folder,
             [Command(run.experiment.name, self.command(run, launch))],

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.grid import Run
+from moco_det.benchmark.jobs.grid import AnyRun
 from moco_det.benchmark.jobs.job import FINISHED, JobFolder
 from moco_det.benchmark.jobs.runner import Execution
 from moco_det.benchmark.jobs.runs import Settings
@@ -50,7 +50,7 @@ def make_executor(folder: Path, parameters: Mapping[str, Any], gpus: int, cluste
     return executor
 
 
-def submit(runs: Sequence[Run], settings: Settings, executor, nodes: int) -> list:
+def submit(runs: Sequence[AnyRun], settings: Settings, executor, nodes: int) -> list:
     """Submit the runs that no job waits for; returns submitit's jobs.
 
     On several machines a run is not retried within its job: all of them would have to agree on it.
@@ -105,7 +105,7 @@ def _submission(folder: JobFolder) -> dict[str, str] | None:
 class SlurmRun:
     """What a job does; pickled by submitit and called on every machine of the job."""
 
-    def __init__(self, run: Run, settings: Settings):
+    def __init__(self, run: AnyRun, settings: Settings):
         self.run, self.settings = run, settings
         self._execution: Execution | None = None
 

@@ -26,7 +26,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.benchmark.jobs.grid import Experiment, Run
+from moco_det.benchmark.jobs.grid import AnyRun, Experiment, Run
 from moco_det.benchmark.jobs.job import FINISHED
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import tables
@@ -195,9 +195,9 @@ class Sample:
     uri: str
 
 
-def sample_pictures(runs: Sequence[Run], settings: Settings) -> dict[str, list[list[Sample]]]:
-    """Name of each experiment -> `samples_of`; prints a warning where it cannot be had."""
-    pictures = {}
+def sample_pictures(runs: Sequence[AnyRun], settings: Settings) -> dict[str, list[list[Sample]]]:
+    """Name of each detectors' experiment -> `samples_of`; prints a warning where there is none."""
+    pictures, runs = {}, [run for run in runs if isinstance(run, Run)]
     for experiment in {run.experiment.name: run.experiment for run in runs}.values():
         try:
             pictures[experiment.name] = samples_of(experiment, runs, settings)

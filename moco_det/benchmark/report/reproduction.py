@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Run
+from moco_det.benchmark.jobs.grid import AnyExperiment, AnyRun, ClassifierRun, Grid, Part
 from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
@@ -37,7 +37,7 @@ class Outcome:
     `problem`: why the run is unreadable, as one whose files are damaged is.
     """
 
-    run: Run
+    run: AnyRun
     state: str
     record: Mapping[str, Any]
     results: Mapping[str, float]
@@ -82,7 +82,7 @@ def write_report(report: Report, folder: Path, curves: Curves, pictures: Picture
 def collect(
     grid: Grid,
     paper_tables: Sequence[PaperTable],
-    runs: Sequence[Run],
+    runs: Sequence[AnyRun],
     settings: Settings,
     checkpoints: Mapping[str, Path],
 ) -> Report:
@@ -104,23 +104,12 @@ def collect(
     )
 
 
-def read_outcome(run: Run, settings: Settings) -> Outcome:
+def read_outcome(run: AnyRun, settings: Settings) -> Outcome:
     folder = settings.folder(run)
     found = folder.look()
     if found.state != FINISHED:
         return Outcome(run, found.state, found.record, {}, problem=found.problem)
-    shortened = _shortened(run.experiment, *folder.schedule())
-    return Outcome(run, found.state, found.record, folder.results(), shortened)
-
-
-def _shortened(experiment: Experiment, iterations: int, batch: int) -> str | None:
-    share = iterations * batch / (experiment.iterations * experiment.batch)
-    if share >= 1:
-        return None
-    return (
-        f"{experiment.name} ran {iterations} iterations of {batch} images, {100 * share:.2g} % of "
-        f"the paper's {experiment.iterations} of {experiment.batch}"
-    )
+    return Outcome(run, found.state, found.record, folder.results(), folder.shortened())
 
 
 def make_table(
@@ -133,7 +122,7 @@ def make_table(
         name=paper.name,
         title=paper.title,
         source=paper.source,
-        notes=[*([grid.note] if grid.note else []), *_notes(ours)],
+        notes=[*filter(None, (grid.note, paper.note)), *_notes(ours)],
         groups=[
             ColumnGroup(
                 experiment=part.experiment.name,
@@ -156,7 +145,7 @@ def make_table(
     )
 
 
-def _of(outcomes: Iterable[Outcome], experiment: Experiment, row: str) -> list[Outcome]:
+def _of(outcomes: Iterable[Outcome], experiment: AnyExperiment, row: str) -> list[Outcome]:
     return [o for o in outcomes if o.run.experiment == experiment and o.run.row == row]
 
 
@@ -173,8 +162,10 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _changes(run: Run) -> str:
+def _changes(run: AnyRun) -> str:
     """The options of a run, but for its weights and the data sets' places."""
+    if isinstance(run, ClassifierRun):
+        return ", ".join(f"{flag} {value}" for flag, value in run.changed.items())
     given = run.options[len(run.experiment.options) :]
     pairs = zip(given[::2], given[1::2], strict=True)
     return ", ".join(f"{key} {value}" for key, value in pairs if key != "MODEL.WEIGHTS")
@@ -208,7 +199,7 @@ def make_cell(
     values: Values,
     published: float | None,
     reference: Values,
-    experiment: Experiment,
+    experiment: AnyExperiment,
     metric: str | None,
 ) -> Cell:
     """A row's trials held against the paper's mean and against the trials of the reference row.
@@ -228,7 +219,7 @@ def make_cell(
     return Cell(values, published, from_published, from_reference)
 
 
-def loss_curves(runs: Sequence[Run], settings: Settings) -> Curves:
+def loss_curves(runs: Sequence[AnyRun], settings: Settings) -> Curves:
     """Experiment -> row -> a list of (iteration, loss) for each of its runs."""
     curves: dict[str, dict[str, list]] = {}
     for run in runs:

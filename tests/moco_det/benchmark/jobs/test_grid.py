@@ -1,15 +1,20 @@
 """The grid: what is run for which table; the papers' numbers, entry by entry."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from paths import CONFIGS, EXPERIMENTS
+from paths import CONFIGS, EXPERIMENTS, REPOSITORY
 from recording import FOLDER
 
+from moco_det.benchmark.jobs.ablation import read_ablation
+from moco_det.benchmark.jobs.classifiers import parsed
 from moco_det.benchmark.jobs.grid import FOLDER as DATA
-from moco_det.benchmark.jobs.grid import load_grid
+from moco_det.benchmark.jobs.grid import Experiment, load_grid
 from moco_det.common.errors import UserError
+from pretrain.flags import parse_pretraining
 
 GOLDEN = yaml.safe_load((FOLDER / "paper_transfer.yaml").read_text())
 
@@ -35,6 +40,8 @@ SOURCES = {
     ("A4", 1): ("transfer", "lvis_ablation_A4", "2x"),
     ("v2-1", 0): ("ablations_v2", "table1"),
 }
+# Tables of classifiers: each has a test of its own.
+CLASSIFIERS = {("1", 0), ("fig3", 0), ("A6", 0), ("A7", 0), ("v2-1-linear", 0), ("v2-2", 0)}
 # experiments.yaml's names of rows, where they are others
 ROWS = {
     "supervised_tuned_bn": "supervised",
@@ -81,7 +88,9 @@ def found(entry):
 
 
 def test_every_part_has_a_source(grid):
-    assert set(parts(grid)) == set(SOURCES)
+    assert set(parts(grid)) == set(SOURCES) | CLASSIFIERS
+    for key in CLASSIFIERS:
+        assert parts(grid)[key].columns == {"top-1": "classification/top1"}
 
 
 @pytest.mark.parametrize("key", SOURCES, ids=str)
@@ -107,10 +116,136 @@ def metric(column):
 
 def test_no_published_table_is_left_out(facts):
     used = {source[:2] for source in SOURCES.values()}
-    classification = {"inaturalist2018_A6", "imagenet_finetune_A7"}  # no detectors
+    classification = {"inaturalist2018_A6", "imagenet_finetune_A7"}  # tables A6 and A7
     assert {("transfer", name) for name in facts["transfer"]} - used == {
         ("transfer", name) for name in classification
     }
+
+
+# -- classifiers ----------------------------------------------------------------------------------
+
+
+def top1(grid, table):
+    """{row: number} of a table of one column."""
+    return {row: number for row, (number,) in parts(grid)[table, 0].published.items()}
+
+
+def test_table_1_is_the_papers(grid, facts):
+    """The rows of MoCo; the others from a transcript of the table, in its order."""
+    encoders = {
+        "R50": "moco_in1m", "RX50_32x8d": "moco_rx50", "R50w2x": "moco_r50w2x",
+        "R50w4x": "moco_r50w4x",
+    }  # fmt: skip
+    found = top1(grid, "1")
+    ours = {row: number for row, number in found.items() if not row.startswith("table1_")}
+    entries = {encoders[name]: entry for name, entry in facts["pretrain"]["encoders_v1"].items()}
+    assert ours == {row: entry["top1"] for row, entry in entries.items()}
+    for row, entry in entries.items():
+        assert row == "moco_in1m" or grid.rows[row].label.endswith(f" {entry['params_M']}M")
+    transcript = EXPERIMENTS.parent / "papers/moco_slides.txt"
+    if not transcript.is_file():
+        pytest.skip(f"{transcript} is absent")
+    section = transcript.read_text().split("### Compare with previous methods")[1]
+    lines = re.findall(r"\t(\d+)\t(\d\d\.\d)", section.split("####")[0])
+    shown = [
+        (re.search(r"(\d+)M", grid.rows[row].label)[1] if row != "moco_in1m" else "24", str(number))
+        for row, number in found.items()
+    ]
+    assert shown == lines and len(lines) == 20
+
+
+def test_figure_3_has_what_the_text_states_and_nothing_else(grid, facts):
+    """The other points are a drawing: silences."""
+    stated = facts["ablations_v1"]["mechanism_linear_top1"]
+    found = top1(grid, "fig3")
+    assert {row: number for row, number in found.items() if number is not None} == {
+        "moco_in1m": stated["moco"][65536],
+        "memory_bank": stated["memory_bank"][65536],
+        "memory_bank_nce_k4096": stated["memory_bank"]["nce_4096"],
+        "moco_k4096": facts["ablations_v1"]["momentum_K4096_top1"][0.999],
+    }
+    assert len(found) == 14
+    assert "does not state" in grid.tables["fig3"].note
+
+
+def test_fine_tuning_is_as_published(grid, facts):
+    """A.6 and A.7; the learning rate and that from scratch too."""
+    for table, name in (("A6", "inaturalist2018_A6"), ("A7", "imagenet_finetune_A7")):
+        entry, experiment = facts["transfer"][name], parts(grid)[table, 0].experiment
+        numbers = {row: value[0] for row, value in found(entry).items() if len(value) == 1}
+        assert top1(grid, table) == numbers
+        runs = grid.runs(
+            grid.select([table]), {}, [1], CONFIGS, checkpoints={"moco_in1m": Path("c.pth.tar")}
+        )
+        rates = {run.row: parsed(run).lr for run in runs}
+        assert rates["moco_in1m"] == entry["lr"] and rates["random"] == entry["lr_from_scratch"]
+        assert rates.get("supervised", entry["lr"]) == entry["lr"]
+        assert experiment.epochs == entry.get("epochs", 100)
+
+
+def test_mocos_second_paper_is_as_published(grid, facts):
+    table1 = facts["ablations_v2"]["table1"]
+    published = {ROWS.get(row, row): entry["top1"] for row, entry in table1.items()}
+    assert top1(grid, "v2-1-linear") == published
+    simclr = facts["ablations_v2"]["table2_simclr_top1"]
+    assert top1(grid, "v2-2") == {
+        "moco_in1m": published["moco_in1m"],
+        "simclr_b256_200": simclr["b256_200ep"],
+        "simclr_b8192_200": simclr["b8192_200ep"],
+        "v2_mlp_aug_cos": published["v2_mlp_aug_cos"],
+        "simclr_b4096_1000": simclr["b4096_1000ep"],
+        "v2_mlp_aug_cos_800": published["v2_mlp_aug_cos_800"],
+    }
+
+
+def test_the_linear_protocol_is_the_command_s(grid):
+    checkpoints = {"moco_r50w2x": Path("c.pth.tar")}
+    (run,) = grid.runs(grid.select(["1"]), {}, None, CONFIGS, checkpoints=checkpoints)
+    assert run.flags == {"arch": "resnet50w2x", "pretrained": "c.pth.tar"}
+    assert parsed(run).epochs == run.experiment.epochs
+
+
+def settings_of(words):
+    """What pretrain/main.py makes of flags, less from which file; a cosine has no steps."""
+    args = vars(parse_pretraining(["DATA", *words]))
+    unused = {"recipe", "schedule"} if args["cos"] else {"recipe"}
+    return {name: value for name, value in args.items() if name not in unused}
+
+
+def test_rows_are_pretrained_as_the_ablations_grids_have_it(grid, monkeypatch):
+    """One setting for both commands, and no other row of a grid than the paper's tables have."""
+    monkeypatch.chdir(REPOSITORY)
+    rows = {name: row for name, row in grid.rows.items() if row.pretrain}
+    ours = {name: settings_of(shlex.split(row.pretrain)) for name, row in rows.items()}
+    assert all(ours[name]["arch"] == row.arch for name, row in rows.items())
+    seen = set()
+    for file in ("imagenet_mechanisms", "imagenet_v2", "imagenet_encoders"):
+        for variant in read_ablation(CONFIGS / f"ablations/{file}.yaml").rows:
+            wanted = settings_of(variant.flags)
+            same = [name for name, settings in ours.items() if settings == wanted]
+            assert len(same) == wanted["shuffle_bn"], variant  # without it, A.9, which is a figure
+            seen |= set(same)
+    assert seen == rows.keys() - {"simclr_b256_200"}
+
+
+def test_classifiers_run_from_the_checkpoint_itself(grid):
+    weights, checkpoints = {"mine": Path("m.pkl")}, {"mine": Path("m.pth.tar")}
+    tables = grid.select(["A7", "2b"])
+    more = {"checkpoints": checkpoints, "flags": {"amp": "bf16"}}
+    runs = {
+        r.name: r for r in grid.runs(tables, weights, [2], CONFIGS, ["MODEL.DEVICE", "cpu"], **more)
+    }
+    assert set(runs) == {
+        f"{experiment}/{row}/trial2"
+        for experiment, rows in (
+            ("imagenet_finetune", ("random", "mine")),
+            ("voc_R50_C4_24k", ("random", "supervised", "mine")),
+        )
+        for row in rows
+    }
+    run = runs["imagenet_finetune/mine/trial2"]
+    assert run.flags["pretrained"] == "m.pth.tar" and run.flags["amp"] == "bf16" and run.cpu
+    assert runs["voc_R50_C4_24k/mine/trial2"].options[-1] == "m.pkl"
 
 
 @pytest.mark.parametrize("experiment", GOLDEN)
@@ -133,7 +268,7 @@ def test_every_row_and_config_exists(grid):
     for part in parts(grid).values():
         assert set(part.published) <= set(grid.rows)
         assert part.reference is None or part.reference in part.published
-        for row in part.published:
+        for row in part.published if isinstance(part.experiment, Experiment) else ():
             ending = grid.rows[row].config or "moco"
             assert part.experiment.config_file(CONFIGS, ending).is_file(), (part, row)
 

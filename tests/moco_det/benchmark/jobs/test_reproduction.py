@@ -1,138 +1,62 @@
-"""What is found before the first run: each kind of problem once, with the runs that it is about."""
+"""What a reproduction plans: hours, rows that lack a checkpoint, what is converted."""
 
-import dataclasses
-import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_voc import write_tiny_config, write_tiny_voc
+from paths import REPOSITORY
 
-from moco_det.benchmark.jobs import reproduction as module
-from moco_det.benchmark.jobs.grid import Experiment, Run
-from moco_det.benchmark.jobs.reproduction import checkpoint_bytes, preflight
+from moco_det.benchmark.jobs import reproduction
+from moco_det.benchmark.jobs.grid import load_grid
+from moco_det.benchmark.jobs.reproduction import Reproduction, estimated_hours
 from moco_det.benchmark.jobs.runs import Settings
-from moco_det.config.loading import load_config
-from moco_det.native.modeling.meta_arch import build_model
 
-EXPERIMENT = Experiment("voc", "A detector", iterations=100, batch=2, trials=2)
+CHECKPOINTS = {name: Path("c.pth.tar") for name in ("moco_in1m", "moco_r50w2x", "mine")}
 
 
 @pytest.fixture
-def config(tmp_path):
-    root = write_tiny_voc(tmp_path / "voc", images=3)
-    return Path(write_tiny_config(tmp_path / "detector.yaml", root))
+def plan(tmp_path):
+    """Function: tables, flags of classifiers -> a plan of one trial with three checkpoints."""
+    grid, settings = load_grid(), Settings(REPOSITORY, tmp_path, "native")
+
+    def make(*tables, **flags):
+        given = grid, grid.select(tables), CHECKPOINTS, [1], [], settings, flags
+        return Reproduction(*given)
+
+    return make
 
 
-@pytest.fixture
-def settings(tmp_path):
-    return Settings(tmp_path, tmp_path / "output", "native")
+def hours(plan):
+    return {run.name.removesuffix("/trial1"): estimated_hours(run) for run in plan.runs()}
 
 
-@pytest.fixture
-def planned(config):
-    """Function: options -> two runs of the tiny config with them."""
-
-    def runs(*options):
-        options = ("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *options)
-        return [Run(EXPERIMENT, "moco", trial, config, options) for trial in (1, 2)]
-
-    return runs
-
-
-def test_runs_that_can_begin_have_no_problem(planned, settings):
-    assert preflight(planned(), settings) == []
-    assert not settings.output.exists()
+def test_hours_of_classifiers_are_those_of_a_resnet_50_and_go_with_the_epochs(plan):
+    found = hours(plan("1", "A7", epochs="25"))
+    assert found == {
+        "imagenet_linear/moco_in1m": 16,
+        "imagenet_linear/moco_r50w2x": None,
+        "imagenet_linear/mine": 16,
+        "imagenet_finetune/random": None,
+        "imagenet_finetune/moco_in1m": None,
+        "imagenet_finetune/mine": None,
+    }
 
 
-def test_a_missing_data_set_is_named_once_for_all_runs(planned, settings):
-    (line,) = preflight(planned("DATASETS.TEST", "('voc_2007_test',)"), settings)
-    assert line.startswith("dataset voc_2007_test: expected ")
-    assert line.endswith("(voc/moco/trial1 and 1 more)")
+def test_rows_that_lack_a_checkpoint_are_those_that_the_papers_pretrain(plan):
+    """Neither other methods nor what is given, nor rows of data that nobody has."""
+    lacking = plan("1", "A6").rows_without_checkpoint()
+    recipe = "--recipe configs/pretrain/moco_v1_r50.yaml"
+    assert lacking == {
+        "moco_rx50": f"{recipe} --arch resnext50_32x8d",
+        "moco_r50w4x": f"{recipe} --arch resnet50w4x",
+    }
 
 
-def test_data_that_does_not_fit_the_model(planned, settings):
-    (line,) = preflight(planned("MODEL.ROI_HEADS.NUM_CLASSES", "7"), settings)
-    assert line.startswith("MODEL.ROI_HEADS.NUM_CLASSES is 7, but ")
-
-
-def test_all_kinds_are_one_list(planned, settings, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runs = planned("MODEL.WEIGHTS", "/no/such.pkl", "DATASETS.TRAIN", "voc_2012_trainval")
-    folder = settings.folder(runs[1])
-    folder.make()
-    (folder.path / "run.json").write_bytes(bytes(40))
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
-    other = dataclasses.replace(planned("SOLVER.BASE_LR", "-1")[0], row="other")
-    found = preflight([runs[0], other, runs[1]], settings)
-    assert [line.partition(":")[0].partition(" is ")[0] for line in found] == [
-        "the command line",
-        f"cannot read the record {folder.path}/run.json",
-        "dataset voc_2012_trainval",
-        "no weight file at /no/such.pkl (voc/moco/trial1)",
-        f"the checkpoints of 1 runs take about 0.0 GB, and {settings.output} has 0.0 GB left",
-    ]
-
-
-def test_a_run_that_asks_for_a_gpu_needs_one(planned, settings, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runs = planned("MODEL.DEVICE", "cuda")
-    (line,) = preflight(runs, settings)
-    assert line.startswith("no CUDA device, and MODEL.DEVICE is cuda")
-    assert preflight(runs, settings, toy=True) == []  # it is made for CPUs
-    assert preflight(runs, settings, local=False) == []  # other machines carry it out
-
-
-def test_more_gpus_than_there_are(planned, settings, monkeypatch):
-    def refuse(gpus, at_a_time):
-        raise module.UserError(f"--gpus-per-run {gpus}: only 1 are visible")
-
-    monkeypatch.setattr(module, "gpu_slots", refuse)
-    assert preflight(planned(), settings) == ["--gpus-per-run 1: only 1 are visible"]
-
-
-def test_what_is_made_or_drawn_first_is_not_missed(planned, settings):
-    runs = planned("MODEL.WEIGHTS", "made.pkl", "DATASETS.TRAIN", "('voc:nowhere:train',)")
-    assert preflight(runs, settings, made={"made.pkl"}, toy=True, ahead=True) == []
-    assert len(preflight(runs, settings, made={"made.pkl"}, toy=True)) == 1
-
-
-def test_nothing_is_downloaded_ahead(planned, settings, monkeypatch):
-    runs = planned("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
-    asked = []
-
-    def read(path):
-        asked.append(path)
-        raise module.UserError("cannot download it")
-
-    monkeypatch.setattr(module, "read_state_dict", read)
-    assert preflight(runs, settings, ahead=True) == [] == asked
-    assert preflight(runs, settings) == ["cannot download it (voc/moco/trial1 and 1 more)"]
-    assert len(asked) == 1
-
-
-def test_a_finished_run_needs_nothing(planned, settings):
-    runs = planned("DATASETS.TEST", "('voc_2007_test',)")
-    folder = settings.folder(runs[0])
-    folder.write_record({"state": "finished"})
-    (folder.path / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 1.0}\n')
-    (folder.path / "config.yaml").write_text("SOLVER: {MAX_ITER: 9, IMS_PER_BATCH: 2}\n")
-    (line,) = preflight(runs, settings)
-    assert line.endswith("(voc/moco/trial2)")
-
-
-def test_the_disk_is_asked_for_what_is_not_there_yet(planned, settings, config, monkeypatch):
-    runs = planned("SOLVER.MAX_ITER", "10", "SOLVER.CHECKPOINT_PERIOD", "5")
-    cfg = load_config(str(config), runs[0].options)
-    one = checkpoint_bytes(cfg)
-    assert one == 8 * sum(p.numel() for p in build_model(cfg).parameters())
-    usage = namedtuple("usage", "free")
-    for free, count in ((6 * one, 0), (6 * one - 1, 1)):  # two runs of two and a final checkpoint
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free))
-        assert len(preflight(runs, settings)) == count
-    folder = settings.folder(runs[0])
-    folder.make()
-    (folder.path / "model_0000004.pth").write_bytes(bytes(one))
-    assert preflight(runs, settings) == []
+def test_only_detectors_start_from_converted_weights(plan, monkeypatch):
+    converted = []
+    monkeypatch.setattr(reproduction, "convert", lambda files, *_: converted.append(set(files)))
+    monkeypatch.setattr(reproduction, "unfinished", lambda jobs: [])
+    reproduction._to_do(plan("1"))
+    reproduction._to_do(plan("1", "2b"))
+    assert converted == [set(), {"moco_in1m", "mine"}]
+    files = {run.row: run.flags["pretrained"] for run in plan("1").runs()}
+    assert set(files.values()) == {"c.pth.tar"}

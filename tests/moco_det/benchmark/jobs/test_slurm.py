@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moco_det.benchmark.jobs import slurm
-from moco_det.benchmark.jobs.grid import Experiment, Run
+from moco_det.benchmark.jobs.grid import ClassifierExperiment, ClassifierRun, Experiment, Run
 from moco_det.benchmark.jobs.runs import RunFolder, Settings
 from moco_det.common.errors import UserError
 
@@ -28,12 +28,21 @@ if told["RANK"] in (None, "0"):
     (folder / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 50.0}\\n')
 """
 
+# Stands in for pretrain/linear.py: validates at once.
+LINEAR = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+record = '{"step": 1, "epoch": 1, "val_acc1": 60.5, "val_acc5": 83.0}'
+(folder / "metrics.jsonl").write_text(record + "\\n")
+"""
+
 
 @pytest.fixture
 def settings(tmp_path):
-    script = tmp_path / "repository/tools/train_net.py"
-    script.parent.mkdir(parents=True)
-    script.write_text(TRAIN_NET)
+    for path, text in (("tools/train_net.py", TRAIN_NET), ("pretrain/linear.py", LINEAR)):
+        script = tmp_path / "repository" / path
+        script.parent.mkdir(parents=True)
+        script.write_text(text)
     return Settings(tmp_path / "repository", tmp_path / "output", "native", gpus=2)
 
 
@@ -75,6 +84,16 @@ def test_debug_executor_carries_out_the_run(settings, tmp_path):
     arguments = json.loads((folder.path / "arguments.json").read_text())
     assert arguments[arguments.index("--num-gpus") + 1] == "2"
     assert slurm.job_of(folder) == job.job_id
+
+
+def test_a_classifier_is_a_job_like_a_detector(settings, tmp_path):
+    experiment = ClassifierExperiment("linear", "A classifier", "imagenet", epochs=1, trials=1)
+    run = ClassifierRun(experiment, "moco", 1, {"pretrained": "random"})
+    executor = slurm.make_executor(tmp_path / "slurm", {"nodes": 1}, 2, "debug")
+    (job,) = slurm.submit([run], settings, executor, nodes=1)
+    assert job.result() == "finished"
+    assert settings.folder(run).results()["classification/top1"] == 60.5
+    assert slurm.job_of(settings.folder(run)) == job.job_id
 
 
 def test_local_executor_carries_out_runs_in_processes_of_their_own(settings, tmp_path):

@@ -1,6 +1,7 @@
 """Tables from run folders made by hand, every number worked out beside it; and their page."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -9,10 +10,18 @@ from pathlib import Path
 import pytest
 from html_page import Page
 
-from moco_det.benchmark.jobs.grid import Experiment, Grid, Part, Row, Run, Table
+from moco_det.benchmark.jobs.grid import (
+    ClassifierExperiment,
+    Experiment,
+    Grid,
+    Part,
+    Row,
+    Run,
+    Table,
+)
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.benchmark.report import reproduction, tables
-from moco_det.benchmark.report.pages import Sample
+from moco_det.benchmark.report.pages import Sample, sample_pictures
 from moco_det.benchmark.report.tables import Cell, ColumnGroup, RunCount
 from moco_det.benchmark.significance import Difference, KnownDeviation, Summary
 
@@ -149,6 +158,39 @@ def test_a_known_deviation_judges_a_single_trial():
 
 def test_missing_runs_are_said(found):
     assert found.tables[0].notes == ["Incomplete: 5 of 6 runs are finished."]
+
+
+def test_what_a_table_says_of_its_numbers_stands_first(settings):
+    table = dataclasses.replace(TABLE, note="The figure is a drawing.")
+    notes = reproduction.collect(GRID, [table], planned(), settings, {}).tables[0].notes
+    assert notes == ["The figure is a drawing.", "Incomplete: 0 of 6 runs are finished."]
+
+
+def test_a_classifier_s_runs_fill_a_table_like_a_detector_s(settings):
+    """Top-1 of the last epoch, the schedule that was cut short, and what the user has changed."""
+    experiment = ClassifierExperiment("linear", "A classifier", "imagenet", epochs=4, trials=1)
+    part = Part(experiment, {"top-1": "classification/top1"}, {"moco": [60.6], "other": [None]})
+    table = Table("1", "Table 1", "MoCo v1", (part,))
+    grid, checkpoints = Grid(ROWS, {"1": table}), {"moco": Path("c.pth.tar")}
+    runs = grid.runs([table], {}, None, Path("c"), checkpoints=checkpoints, flags={"epochs": "2"})
+    folder = settings.folder(runs[0])
+    folder.write_record({"state": "finished", "attempts": [{}], "seconds": 1.0})
+    lines = [
+        {"step": 5, "epoch": 1, "loss": 2.0},
+        {"step": 5, "epoch": 1, "val_acc1": 62.0, "val_acc5": 80.0},
+        {"step": 10, "epoch": 2, "val_acc1": 61.5, "val_acc5": 80.0},
+    ]
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (made,) = reproduction.collect(grid, [table], runs, settings, {}).tables
+    assert made.notes == [
+        "Shortened schedule: linear ran 2 epochs, 50 % of the paper's 4.",
+        "Settings other than the config's: epochs 2.",
+    ]
+    ours, silent = (row.cells[0][0] for row in made.rows)
+    assert ours.values == {1: 61.5} and ours.from_published.value == pytest.approx(0.9)
+    assert silent.published is None and silent.summary is None
+    assert reproduction.loss_curves(runs, settings) == {"linear": {"moco": [[(5, 2.0)]]}}
+    assert sample_pictures(runs, settings) == {}  # a classifier has none
 
 
 def test_a_failed_run_is_said(settings):
