@@ -36,6 +36,9 @@ DENSEPOSE = ["scipy"]  # reads the files of the body model, too
 # Reads tar shards for pretraining.
 WEBDATASET = ["webdataset>=1.0"]
 
+# Weights of the Hugging Face Hub, and the files that most of them are.
+HUB = ["huggingface_hub>=0.23", "safetensors>=0.4"]
+
 # Submits the runs of tools/reproduce.py.
 SLURM = ["submitit>=1.5"]
 
@@ -82,12 +85,15 @@ setup(
         "webdataset": WEBDATASET,
         "slurm": SLURM,
         "parquet": ["pyarrow"],  # pretrain/embed.py
+        "hub": HUB,
         "test": [
             *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", "scikit-learn"],
             *LVIS,
             *CITYSCAPES,
             *WEBDATASET,
             *SLURM,
+            *HUB,
+            "timm",  # loads what tools/convert_to_d2.py has written for it
         ],
     },
 )

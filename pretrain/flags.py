@@ -24,6 +24,7 @@ from moco_det.common.launch import (
     torchrun_ranks,
 )
 from moco_det.common.processes import workers_per_process
+from moco_det.common.weight_sources import OFFICIAL
 from pretrain.data.images import Loading
 from pretrain.data.shards import is_shards
 from pretrain.engine.optimization import AMP_DTYPES
@@ -33,6 +34,10 @@ from pretrain.moco.losses import LOSSES
 
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
 LONGEST_VALUE = 200  # characters
+PRETRAINED = (
+    "checkpoint of any known layout: a file, https://..., hf://ORGANISATION/REPOSITORY/FILE, "
+    f"torchvision://NAME, {', '.join(OFFICIAL)}; random: as initialised; supervised: torchvision's"
+)
 TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_image_pixels"]
 
 
@@ -143,8 +148,7 @@ def linear_parser() -> argparse.ArgumentParser:
     )
     add_training_flags(parser)
     add = parser.add_argument
-    add("--pretrained", default="", metavar="PATH|random|supervised",
-        help="checkpoint of pretraining; supervised: torchvision's weights")  # fmt: skip
+    add("--pretrained", default="", metavar="WEIGHTS", help=PRETRAINED)
     add("--finetune", action="store_true", help="train all weights, not only a linear classifier")
     add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
     add = parser.add_argument_group("beyond the official code").add_argument
@@ -190,7 +194,7 @@ def knn_parser() -> argparse.ArgumentParser:
         arch="that of the checkpoint",
     )
     add = parser.add_argument
-    add("--pretrained", required=True, metavar="PATH|random", help="checkpoint of pretraining")
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
     add("-k", "--neighbours", default=200, type=int, dest="k", help="how many neighbours vote")
     add("-t", "--temperature", "--sigma", default=0.07, type=float,
         help="a neighbour's vote is exp(cosine / this)")  # fmt: skip

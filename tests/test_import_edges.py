@@ -44,7 +44,7 @@ ALLOWED["tools"] = ALLOWED.keys() | {"benchmark"}
 DETECTRON2 = {"detectron2", "densepose"}  # packages that only the plugin imports
 
 # Imports within functions: of packages that a user may not have, and these of our own modules.
-OPTIONAL = {*DETECTRON2, "submitit", "webdataset"}
+OPTIONAL = {*DETECTRON2, "huggingface_hub", "safetensors", "submitit", "webdataset"}
 ON_DEMAND = {
     "moco_det/__init__.py": {"moco_det.config.loading"},  # it takes a second
     "moco_det/engines.py": {"moco_det.plugin"},  # there may be no Detectron2

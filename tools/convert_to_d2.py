@@ -1,10 +1,13 @@
-"""Turn a MoCo checkpoint or a torchvision ResNet into Detectron2 weights, or back, and prove it.
+"""Turn the ResNet of any checkpoint into Detectron2 weights, or others' weights, and prove it.
 
     python tools/convert_to_d2.py checkpoint_last.pth.tar weights.pkl
+    python tools/convert_to_d2.py moco_v2_200ep weights.pkl
     python tools/convert_to_d2.py weights.pkl resnet50.pth --to torchvision
+    python tools/convert_to_d2.py densecl.pth densecl.safetensors --to timm
 
-The backbone that the weights go into is built by the native engine, with Detectron2's names; OUT is
-written only if its features res2 to res5 equal the source network's.
+IN is a file, an address or a name, and of any layout that is known; the first line says which. The
+backbone that Detectron2's weights go into is built by the native engine, with Detectron2's names;
+OUT is written only if its features res2 to res5 equal the source network's.
 """
 
 from moco_det.common.ending import start_command
@@ -19,9 +22,10 @@ from torch import nn
 
 from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.files import make_folder
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_sources import OFFICIAL
 from moco_det.native.modeling.backbones import ResNet
-from moco_det.weights.conversion import convert_file
-from moco_det.weights.names import Architecture
+from moco_det.weights.conversion import TARGETS, convert_file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,19 +35,19 @@ def main(arguments: list[str] | None = None) -> None:
         conversion = convert_file(args.source, args.out, args.to, build_backbone)
         print(conversion.describe(args.verbose))
         print(f"written: {args.out}")
-        if args.to == "detectron2":
-            print("the config must say:")
-            for key, value in conversion.source.architecture.config().items():
-                print(f"  {key}: {value}")
+        print("the config must say:" if args.to == "detectron2" else f"{args.to} needs:")
+        for key, value in TARGETS[args.to].needs(conversion.source.architecture).items():
+            print(f"  {key}: {value}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    known = "MoCo checkpoint (.pth.tar), torchvision state_dict (.pth) or Detectron2 file"
-    add("source", metavar="IN", help=known)
-    add("out", metavar="OUT", help=".pkl or .pth for Detectron2, .pth for torchvision")
-    add("--to", choices=("detectron2", "torchvision"), default="detectron2")
+    known = "a file, https://..., hf://ORGANISATION/REPOSITORY/FILE, torchvision://resnet50, "
+    add("source", metavar="IN", help=f"{known}{', '.join(OFFICIAL)}")
+    ends = "; ".join(f"{name}: {' or '.join(to.suffixes)}" for name, to in TARGETS.items())
+    add("out", metavar="OUT", help=f"the new file; {ends}")
+    add("--to", choices=TARGETS, default="detectron2", help="what is to load it")
     add("-v", "--verbose", action="store_true", help="list every key")
     return parser.parse_args(arguments)
 

@@ -4,6 +4,7 @@
     python tools/reproduce.py --weights output/moco/checkpoint_last.pth.tar --tables 2b 5
     python tools/reproduce.py --weights output/moco/checkpoint_last.pth.tar --tables 1 A6 A7
     python tools/reproduce.py --weights moco_in1m=A.pth.tar memory_bank=B.pth.tar --tables 3
+    python tools/reproduce.py --weights dense=densecl.pth moco=moco_v2_200ep --tables 2b
     python tools/reproduce.py --weights ... --dry-run      what would run, and for how long
     python tools/reproduce.py --weights ... --status       how far it is
     python tools/reproduce.py --weights ... --gpus-per-run 8 --launcher slurm --slurm partition=gpu
@@ -48,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
-        help="checkpoints in the layout of MoCo, torchvision or Detectron2")  # fmt: skip
+        help="a row for each; files, addresses and names as for tools/convert_to_d2.py")  # fmt: skip
     add("--tables", nargs="+", default=[], metavar="N", help="2a, 2b, 3, ... or 2, 5, 6 (all)")
     add("--trials", type=int, metavar="N", help="runs of each row (default: as in the paper)")
     add("--output", type=Path, metavar="DIR", help="default: output/reproduce, or output/quick")
@@ -85,7 +86,8 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         raise UserError(f"--trials must be at least 1 and at most {MOST_TRIALS}")
     output = (args.output or Path("output/quick" if args.quick else "output/reproduce")).resolve()
     grid = reproduction.quick_grid(output) if args.quick else load_grid()
-    checkpoints = named_checkpoints(args.weights)
+    nothing_runs = args.dry_run or args.status or args.report
+    checkpoints = named_checkpoints(args.weights, download=not nothing_runs)
     if args.quick and not checkpoints:
         checkpoints = reproduction.quick_checkpoint(output)
     tables, flags = grid.select(args.tables), parse_flags(args.linear)

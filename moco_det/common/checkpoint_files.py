@@ -1,4 +1,5 @@
-"""The one reader of checkpoints and weight files: torch's two formats and pickles of NumPy arrays.
+"""The one reader of checkpoints and weight files: torch's formats, pickles of NumPy arrays, and
+safetensors.
 
 Everything in such a file is untrusted. What is read is checked before it is allocated, and after:
     form    a regular file; a zip whose checksums are right, or a pickle that asks for data only
@@ -8,6 +9,8 @@ Everything in such a file is untrusted. What is read is checked before it is all
 Whether the arrays are the weights of a network is `moco_det.common.weight_checks`' question.
 
     file -> zip: data.pkl + storages | torch's older format | pickle -> interpreted -> arrays made
+         -> safetensors, by the library of that name, which checks all of the above but the numbers:
+            the format has no checksum
 """
 
 import contextlib
@@ -27,13 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import NotRegularFile, open_regular
 from moco_det.common.pickled_arrays import (
     STORAGES,
     Fault,
     NumpyArray,
     OddTensor,
+    Opaque,
     Reference,
     Storage,
     TensorView,
@@ -68,7 +72,10 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     try:
         with _open(path) as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            return _read_safetensors(path) if _is_safetensors(file, size) else _read(file, size)
+    except UnreadableFile:
+        raise
     except UnsafeName as fault:
         raise UnreadableFile(f"{path} cannot be read safely: {fault}") from fault
     except Fault as fault:
@@ -106,6 +113,30 @@ def _read(file: BinaryIO, size: int) -> Any:
     if file.tell() != end:
         raise Fault(f"{end - file.tell()} bytes follow its end")
     return _Builder(end).build(content)
+
+
+# -- safetensors ----------------------------------------------------------------------------------
+
+
+def _is_safetensors(file: BinaryIO, size: int) -> bool:
+    """Whether it begins with the length of a JSON object and that object."""
+    begin = file.read(9)
+    file.seek(0)
+    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UnreadableFile(
+            f"{path} is a safetensors file, which needs safetensors: pip install 'moco_det[hub]'"
+        ) from error
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise Fault(one_line(error, 200)) from error
 
 
 # -- checksums of our own -------------------------------------------------------------------------
@@ -347,7 +378,7 @@ class _Builder:
             return self._tensor(value, name), 1
         if isinstance(value, OddTensor):
             raise Fault(f"{name} is a {value.kind}; save it as a plain float32 tensor")
-        if isinstance(value, Reference) and value.call is None:
+        if isinstance(value, Reference) and value.call in (None, Opaque):
             return value.name, 1  # such as a dtype of torch
         raise Fault(f"{name} is neither a plain value nor an array")
 

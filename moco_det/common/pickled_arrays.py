@@ -81,6 +81,24 @@ class OddTensor:
     kind: str
 
 
+class Opaque(dict):
+    """An object of another package, such as the flags of a run: its attributes and items alone.
+
+    Nothing is made of what it is called with.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+
+
+# Packages whose objects travel beside the arrays in the checkpoints of others: flags, configs,
+# paths, histories. They become plain dicts.
+OPAQUE = {
+    "argparse", "pathlib", "typing", "easydict", "omegaconf", "yacs", "fvcore", "mmcv", "mmengine",
+    "lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "pl_bolts",
+}  # fmt: skip
+
+
 # -- stand-ins ------------------------------------------------------------------------------------
 
 
@@ -190,6 +208,7 @@ MENTIONED = {  # arguments of others, which are never called
     "torch.storage.UntypedStorage",
     "torch.storage.TypedStorage",
     *STORAGES,
+    *(f"builtins.{kind}" for kind in ("bool", "dict", "float", "int", "list", "object", "str")),
     *(f"torch.{n}" for n, v in vars(torch).items() if isinstance(v, torch.dtype | torch.qscheme)),
     *(f"torch.{name}.{kind}Storage" for name in ("cuda", "_C") for kind in ("Untyped", "Typed")),
     *(f"torch.{kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),

@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 from moco_det.common.pickled_arrays import (
     CALLS,
     MENTIONED,
+    OPAQUE,
     DType,
     Fault,
     NumpyArray,
+    Opaque,
     Reference,
     UnsafeName,
     checked_key,
@@ -176,6 +178,8 @@ class Interpreter:
         self._extend(self._popped())
 
     def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], Opaque):
+            return
         if not isinstance(self.stack[-1], list):
             raise Fault("its pickle appends to what is no list")
         self.stack[-1].extend(items)
@@ -214,6 +218,8 @@ class Interpreter:
             "builtins.bytes": self._bytearray,  # how old protocols write empty ones
         }
         call = CALLS.get(wanted) or own.get(wanted.replace("__builtin__", "builtins"))
+        if module.partition(".")[0] in OPAQUE:
+            call = Opaque
         if call is None and wanted not in MENTIONED:
             shown = reprlib.repr(wanted)[1:-1]
             raise UnsafeName(f"it asks for {shown}, which does not belong in a file of arrays")
@@ -238,9 +244,19 @@ class Interpreter:
         self._copies(sum(64 * len(a) for a in arguments if isinstance(a, list | tuple | dict)))
         self.stack.append(function.call(*arguments))
 
+    def _newobj(self, argument: None) -> None:
+        """By which objects of a class are made, rather than arrays."""
+        opaque = isinstance(self.stack[-2], Reference) and self.stack[-2].call is Opaque
+        if not opaque or self.stack[-1] != ():
+            raise Fault("it holds objects, which no file of arrays needs")
+        self._reduce(argument)
+
     def _build(self, argument: None) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, NumpyArray):
+        if isinstance(target, Opaque):
+            if isinstance(state, dict):
+                target.update(state)
+        elif isinstance(target, NumpyArray):
             shape, dtype, fortran, data = state[-4:]
             target.shape, target.dtype, target.fortran, target.data = shape, dtype, fortran, data
         elif isinstance(target, DType):

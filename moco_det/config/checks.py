@@ -226,7 +226,7 @@ def check_weights(cfg: CfgNode, metadata: Mapping[str, object]) -> None:
     """Compare what a converted file needs (its entry "requires") with the config.
 
     Args:
-        metadata: of MODEL.WEIGHTS, as `moco_det.weights.files.read_state_dict` returns it.
+        metadata: of MODEL.WEIGHTS, as `moco_det.common.weight_sources.read_state_dict` returns it.
 
     Raises:
         UserError: names every key of the config that contradicts the file.

@@ -37,6 +37,7 @@ from moco_det.common.resume_state import (
     entries_of,
     newest_whole,
 )
+from moco_det.common.weight_sources import read_state_dict
 from moco_det.config.checks import (
     BatchPlan,
     check_input,
@@ -59,7 +60,7 @@ from moco_det.plugin.data import (
     register_datasets,
 )
 from moco_det.plugin.extensions import load_config
-from moco_det.weights.files import load_backbone_weights, read_state_dict
+from moco_det.weights.files import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
 

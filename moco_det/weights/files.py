@@ -1,6 +1,5 @@
-"""Weight files: read without running code that they may hold, written whole or not at all."""
+"""Weight files: written whole or not at all, and loaded into detectors without losing a name."""
 
-import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -11,73 +10,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from iopath.common.file_io import HTTPURLHandler, PathManager
 from torch import Tensor, nn
 
-from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint, seal
+from moco_det.common.checkpoint_files import seal
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
-from moco_det.common.processes import print_on_main
-from moco_det.common.weight_checks import checked_weights, describe_stripping, shorten, unwrapped
-from moco_det.weights.names import DETECTRON2, find_wrapped_layout, infer_architecture, name_map
+from moco_det.common.resnets import infer_architecture
+from moco_det.common.weight_checks import shorten
+from moco_det.common.weight_layouts import DETECTRON2, name_map, unknown_layout
+from moco_det.weights.resnet import detectron2_weights
 
 Checked = TypeVar("Checked")
 
-MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
-
-
-def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read the arrays of a weight file without running any code it may hold.
-
-    Known forms: a dict with the arrays under "model" (Detectron2), "state_dict" (MoCo) or "blobs"
-    (Detectron1), or a bare dict of arrays.
-
-    Args:
-        path: a local file, a URL, or "detectron2://..." for a file of Detectron2's model zoo.
-
-    Returns:
-        weights: name -> CPU tensor, finite and float32 but for counters. Caffe2's names of a ResNet
-            become Detectron2's; other names are the file's own.
-        metadata: the file's other entries.
-
-    Raises:
-        UserError: no such file, an unsafe or a damaged one, no arrays in it, or an array that is no
-            weight (see `moco_det.common.weight_checks`).
-    """
-    content = read_checkpoint(_local_path(str(path)))
-    if not isinstance(content, Mapping):
-        raise UnreadableFile(f"{path} holds a {type(content).__name__}, not a dict of arrays")
-    keys = ("model", "state_dict", "blobs")
-    key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
-    arrays = content[key] if key else content
-    metadata = {k: v for k, v in content.items() if k != key} if key else {}
-    # D1's optimizer state travels among its arrays.
-    arrays = {k: v for k, v in arrays.items() if not str(k).endswith("_momentum")}
-    weights = checked_weights(path, arrays)
-    if not weights:
-        raise UnreadableFile(f"{path} holds no arrays")
-    names = name_map("caffe2", "detectron2")
-    if not names.keys().isdisjoint(weights):
-        metadata["__author__"] = "Caffe2"  # Detectron2's mark of such a file
-        weights = {names.get(name, name): value for name, value in weights.items()}
-    return weights, metadata
-
-
-def _local_path(path: str) -> Path:
-    """The file itself, downloaded first (once, to iopath's cache) where `path` is a URL."""
-    url = path.replace(*MODEL_ZOO) if path.startswith(MODEL_ZOO[0]) else path
-    if not url.startswith(("http://", "https://")):
-        if not os.path.exists(path) or os.path.isdir(path):
-            raise UnreadableFile(f"no weight file at {path[:200]}")
-        return Path(path)
-    manager = PathManager()
-    manager.register_handler(HTTPURLHandler())
-    try:
-        return Path(manager.get_local_path(url))
-    except Exception as error:  # whatever the network and its libraries raise
-        raise UserError(
-            f"cannot download {path} ({error}): fetch {url} by other means and name the local file"
-        ) from error
+SAFETENSORS = ".safetensors"
 
 
 class _ArrayPickler(pickle.Pickler):
@@ -102,8 +47,8 @@ def write_weights(
 
     Args:
         path: `.pkl` for a pickle, whose tensors become NumPy arrays (a checksum follows its end,
-            where Detectron2 stops reading), else a torch file.
-        content: what the file is to hold.
+            where Detectron2 stops reading), `.safetensors` for that, else a torch file.
+        content: what the file is to hold; tensors alone for safetensors.
         check: called with the temporary file before it gets its name; may raise.
 
     Returns:
@@ -129,10 +74,23 @@ def _write(path: Path, content: Mapping[str, object]) -> None:
             if path.suffix == ".pkl":
                 _ArrayPickler(file, protocol=4).dump(_with_arrays(content))
                 seal(file)
+            elif path.suffix == SAFETENSORS:
+                file.write(_safetensors(content))
             else:
                 torch.save(dict(content), file)
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(str(error).splitlines()[0].split(". ")[0]) from error
+
+
+def _safetensors(content: Mapping[str, Tensor]) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError(
+            f"a {SAFETENSORS} file needs safetensors: pip install 'moco_det[hub]'"
+        ) from error
+    arrays = {name: value.contiguous() for name, value in content.items()}
+    return save(arrays, {"format": "pt"})  # which transformers and timm look for
 
 
 def _with_arrays(value: object) -> object:
@@ -185,14 +143,14 @@ def load_backbone_weights(
 
     Args:
         model: a detector or backbone with Detectron2's names; changed in place.
-        path: as for `read_state_dict`.
+        path: as for `detectron2_weights`.
         allow_missing: let arrays of the ResNet that the file lacks keep their initial values.
 
     Raises:
-        UserError: the file is unreadable or needs converting first, holds another ResNet, or leaves
+        UserError: the file is unreadable, its backbone not whole, holds another ResNet, or leaves
             an array of the ResNet (weights or running statistics) at its initial value.
     """
-    weights, metadata = _read_detectron2(path)
+    weights, metadata = detectron2_weights(path)
     state = model.state_dict()
     _check_same_resnet(path, state, weights)
     matches = _match(state, weights)
@@ -217,22 +175,6 @@ def load_backbone_weights(
     if not (dist.is_initialized() and dist.get_rank()):
         print(report, flush=True)
     return report
-
-
-def _read_detectron2(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    weights, metadata = read_state_dict(path)
-    layout, names = find_wrapped_layout(weights)
-    if layout is not None and layout.vocabulary == "torchvision":
-        raise UserError(
-            f"{path} is a {layout.title}; convert it first: "
-            f"python tools/convert_to_d2.py {path} weights.pkl"
-        )
-    if layout is None or all(name.startswith("module.") for name in weights):
-        names = unwrapped(weights)
-    stripping = describe_stripping(names)
-    if stripping:
-        print_on_main(f"{path}: {stripping}")
-    return {names[name]: value for name, value in weights.items()}, metadata
 
 
 def _is_counter(name: str) -> bool:
@@ -298,6 +240,8 @@ def _refuse_missing(path, weights: Mapping[str, Tensor], missing: list[str]) -> 
         return
     shown = shorten(missing)
     advice = "convert the checkpoint again or name other weights"
-    if not any(name.endswith("running_mean") for name in weights):
+    if not any(map(_is_resnet, weights)):
+        advice = unknown_layout(weights)
+    elif not any(name.endswith("running_mean") for name in weights):
         advice = "without running statistics only MODEL.RESNETS.NORM FrozenBN can take the file"
     raise UserError(f"{path} leaves arrays of the backbone at random values: {shown}; {advice}")

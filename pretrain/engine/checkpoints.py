@@ -170,7 +170,7 @@ def load(path: Path) -> dict:
     if beyond:
         print_on_main(f"{path}: {describe_stripping(beyond)}")
         weights = {f"module.{names[old]}": value for old, value in weights.items()}
-    _tell_of_later_epoch(path, state)
+    tell_of_later_epoch(path, state)
     return state | {"state_dict": weights}
 
 
@@ -217,7 +217,7 @@ def _check_queue(arrays: dict[str, torch.Tensor]) -> None:
         check_count("queue_ptr", int(arrays["queue_ptr"]), arrays["queue"].shape[-1] - 1)
 
 
-def _tell_of_later_epoch(path: Path, state: dict) -> None:
+def tell_of_later_epoch(path: Path, state: dict) -> None:
     """Where a run counts from 1, the official code's name of its last epoch is that before it."""
     epoch = state.get("epoch")
     if isinstance(epoch, int) and numbered_from(state) and path.name == NUMBERED.format(epoch):

@@ -4,88 +4,85 @@ Shape legend:
     N: images of a batch     M: images of a split     D: pooled features
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.data import Dataset
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import all_objects, gather, is_main, print_on_main, rank, world_size
+from moco_det.common.resnets import infer_architecture
+from moco_det.common.weight_layouts import find_backbone, rename
+from moco_det.common.weight_sources import OFFICIAL, TORCHVISION, is_remote, read_state_dict
 from pretrain.data.augmentations import resize_and_center_crop
 from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledImages, LabelledSplit, centre_crop, find_class_folders
 from pretrain.data.listing import class_folders
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
-from pretrain.moco.encoders import build_encoder
+from pretrain.moco.encoders import ARCHITECTURES, build_encoder
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
-# In place of a checkpoint's path: the encoder as it is initialised, and torchvision's weights of
+# In place of a source of weights: the encoder as it is initialised, and torchvision's weights of
 # supervised training on ImageNet, the first that it published: 76.1 % top-1 for a ResNet-50.
 RANDOM = "random"
 SUPERVISED = "supervised"
 
 
 def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False) -> nn.Module:
-    """The query encoder of a checkpoint, frozen, in evaluation mode, its head replaced.
+    """The encoder of a checkpoint of any known layout, frozen, in evaluation mode, its head new.
 
     Args:
-        pretrained: path of a checkpoint of pretraining, ours or the official code's, RANDOM or
-            SUPERVISED, which torchvision downloads.
+        pretrained: as for `read_state_dict`, or RANDOM or SUPERVISED.
         dim: outputs of the new last layer `fc`.
     Raises:
-        UserError: the file holds no query encoder, or one that does not fit.
+        UserError: the file holds no encoder, or one that does not fit.
     """
     encoder = build_encoder(arch, dim, small_stem=small_stem)
     if pretrained != RANDOM:
-        weights = read_weights(pretrained, arch)
-        body = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-        try:
-            missing, unexpected = encoder.load_state_dict(body, strict=False)
-        except RuntimeError as error:  # equal names, other shapes
-            missing, unexpected = [str(error).splitlines()[-1].strip()], []
-        wrong = sorted({*missing, *unexpected} - {"fc.weight", "fc.bias"})
+        body = read_backbone(pretrained, arch)
+        wanted = {n: v for n, v in encoder.state_dict().items() if not n.startswith("fc.")}
+        for name, value in wanted.items():  # files older than PyTorch 0.4.1 count no batches
+            if name.endswith("num_batches_tracked"):
+                body.setdefault(name, value)
+        wrong = checkpoints.misfit(wanted, body)
         if wrong:
-            raise UserError(
-                f"{pretrained} does not fit: check -a {arch} and --small-stem; {wrong[0]}"
-            )
+            raise UserError(f"{pretrained} does not fit: check -a {arch} and --small-stem; {wrong}")
+        encoder.load_state_dict(body, strict=False)
     return encoder.eval().requires_grad_(False)
 
 
-def read_weights(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
-    """Those of `load_encoder`, with their own head."""
-    if pretrained != SUPERVISED:
-        path = Path(pretrained)
-        return query_encoder(Checkpoint(path, checkpoints.load(path)), arch)
-    try:
-        published = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-        return published.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"torchvision has no supervised weights for -a {arch}") from error
-    except OSError as error:
-        folder = Path(torch.hub.get_dir(), "checkpoints")
+def read_backbone(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
+    """The arrays of `load_encoder` under torchvision's names, without a head; said in a line."""
+    source = f"{TORCHVISION}{arch}" if pretrained == SUPERVISED else pretrained
+    if not is_remote(source) and not os.path.lexists(source):
+        official = ", ".join(OFFICIAL)
         raise UserError(
-            f"cannot download {published.url}: {error}; put the file into {folder}"
-        ) from error
-
-
-def query_encoder(checkpoint: Checkpoint, arch: str) -> dict[str, torch.Tensor]:
-    """The weights of f_q, or of what Lightning's modules call the backbone; UserError where there
-    are none."""
-    checkpoints.check_arch(checkpoint, arch)
-    held = checkpoints.weights(checkpoint.state)
-    for prefix in ("encoder_q.", "backbone."):
-        found = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
-        if found and prefix == "backbone.":
-            print_on_main(f"{checkpoint.path}: stripped 'backbone.' from {len(found)} names")
-        if found:
-            return found
-    raise UserError(f"{checkpoint.path} has no encoder_q: it is not a checkpoint of pretraining")
+            f"no checkpoint at {source}: name a file, {RANDOM}, {SUPERVISED}, {official}, or an "
+            "address (https://, hf://, torchvision://)"
+        )
+    held, metadata = read_state_dict(source)
+    if metadata.get("arch") in ARCHITECTURES:
+        checkpoints.check_arch(Checkpoint(Path(source), metadata), arch)
+    checkpoints.tell_of_later_epoch(Path(source), metadata)
+    try:
+        found = find_backbone(held)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    vocabulary = found.layout.vocabulary
+    arrays = rename(found.arrays(held), vocabulary, "torchvision")
+    network = infer_architecture(arrays)
+    print_on_main(f"{source}: {found.describe(network or arch, metadata)}")
+    with torch.device("meta"):
+        wanted = infer_architecture(build_encoder(arch).state_dict())
+    if network is not None and network.depth != wanted.depth:
+        raise UserError(f"{source} holds a {network}, not a {arch}: pass another -a")
+    return arrays
 
 
 def pooled(encoder: nn.Module) -> nn.Module:

@@ -9,7 +9,8 @@ from commands import load_command, python, run
 from float64 import ROUNDING
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from moco_det.weights.names import infer_architecture, rename
+from moco_det.common.resnets import infer_architecture
+from moco_det.common.weight_layouts import rename
 from pretrain.moco.encoders import build_encoder
 
 ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

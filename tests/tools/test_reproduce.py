@@ -18,7 +18,8 @@ from pretraining_runs import records
 
 from moco_det.benchmark.jobs import preflight
 from moco_det.benchmark.synthetic import tasks
-from moco_det.weights.names import Architecture, rename
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_layouts import rename
 from pretrain.flags import parse_linear
 from pretrain.linear import classify
 

@@ -20,6 +20,7 @@ from moco_det.benchmark.jobs.job import FINISHED
 from moco_det.benchmark.jobs.runner import gpu_slots
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.common.errors import UserError
+from moco_det.common.weight_sources import is_remote
 from moco_det.config.checks import (
     check_datasets,
     check_input,
@@ -31,7 +32,7 @@ from moco_det.config.checks import (
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.native.modeling.meta_arch import build_model
-from moco_det.weights.files import read_state_dict
+from moco_det.weights.resnet import detectron2_weights
 from pretrain.data.labelled import find_splits
 from pretrain.evaluation.features import SUPERVISED, load_encoder
 from pretrain.moco.encoders import build_encoder
@@ -168,10 +169,10 @@ def _check_data(configs: Configs, problems: Problems) -> None:
 def _check_weights(
     runs: Sequence[Run], configs: Configs, made: Collection[str], ahead: bool, problems: Problems
 ) -> None:
-    entries = Once(lambda path: read_state_dict(path)[1])  # those beside the arrays
+    entries = Once(lambda path: detectron2_weights(path)[1])  # those beside the arrays
     for run in runs:
         path = configs[run.name].MODEL.WEIGHTS
-        if path and path not in made and not (ahead and "://" in path):
+        if path and path not in made and not (ahead and is_remote(path)):
             with problems.of(run.name):
                 check_weights(configs[run.name], entries(path))
 

@@ -29,9 +29,9 @@ from moco_det.common.documents import (
 )
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import file_hash
+from moco_det.common.weight_layouts import DETECTRON2, find_wrapped_layout
+from moco_det.common.weight_sources import is_remote, kept_file, local_file, read_state_dict
 from moco_det.config.loading import KEYS, get_cfg, load_config
-from moco_det.weights.files import read_state_dict
-from moco_det.weights.names import DETECTRON2, find_wrapped_layout
 
 
 class RunFolder(JobFolder):
@@ -222,8 +222,15 @@ def _config_hash(path: Path) -> str:
 # -- the checkpoints that a user gives ------------------------------------------------------------
 
 
-def named_checkpoints(words: Sequence[str], default: str = DEFAULT_ROW) -> dict[str, Path]:
+def named_checkpoints(
+    words: Sequence[str], default: str = DEFAULT_ROW, download: bool = True
+) -> dict[str, Path]:
     """`NAME=CKPT`, or `CKPT` for the row `default` -> {row: file}.
+
+    CKPT is a file, or what `weight_sources.local_file` knows besides.
+
+    Args:
+        download: what is no file of this machine; otherwise it is given as if it were one.
 
     Raises:
         UserError: a name that is given twice, is none or is `random`; a missing file.
@@ -231,14 +238,19 @@ def named_checkpoints(words: Sequence[str], default: str = DEFAULT_ROW) -> dict[
     checkpoints: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        name, path = (name, Path(path)) if equals else (default, Path(word))
+        if not equals or "://" in name:  # an address may have one
+            name, path = default, word
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == "random":
             raise UserError(f"--weights {word}: {name!r} cannot name a row: use letters, digits, _")
         if name in checkpoints:
             raise UserError(f"--weights: two checkpoints for the row {name}: write NAME=CKPT")
-        if not path.is_file():
+        if is_remote(path):
+            file = local_file(path) if download else kept_file(path)
+            checkpoints[name] = file or Path(path)
+        elif Path(path).is_file():
+            checkpoints[name] = Path(path).resolve()
+        else:
             raise UserError(f"--weights {word}: {path} is not a file")
-        checkpoints[name] = path.resolve()
     return checkpoints
 
 

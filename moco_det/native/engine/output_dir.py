@@ -23,7 +23,8 @@ from moco_det.common.resume_state import (
     named_last,
     newest_whole,
 )
-from moco_det.weights.files import read_state_dict, write_weights
+from moco_det.common.weight_sources import read_state_dict
+from moco_det.weights.files import write_weights
 
 Content = TypeVar("Content")
 

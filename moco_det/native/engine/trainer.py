@@ -37,6 +37,7 @@ from moco_det.common.processes import (
 )
 from moco_det.common.resume_state import check_optimizer, checked_schedule, entries_of
 from moco_det.common.weight_checks import shorten
+from moco_det.common.weight_sources import read_state_dict
 from moco_det.config.checks import (
     BatchPlan,
     check_datasets,
@@ -54,7 +55,7 @@ from moco_det.native.engine.output_dir import Checkpoints, MetricLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
 from moco_det.native.modeling.meta_arch import build_model
-from moco_det.weights.files import load_backbone_weights, read_state_dict
+from moco_det.weights.files import load_backbone_weights
 
 __all__ = ["evaluate_weights", "load_config", "train"]
 

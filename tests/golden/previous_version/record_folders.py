@@ -23,7 +23,8 @@ import cv2
 import numpy as np
 import yaml
 
-from moco_det.weights.names import Architecture, rename
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_layouts import rename
 
 HERE = Path(__file__).parent
 KEPT = ("trial.json", "result.json", "run.json", "metrics.json", "config.yaml", "*.done", "*.yaml")

@@ -8,6 +8,7 @@ from tiny_semantic import write_tiny_semantic
 from tiny_voc import write_tiny_voc
 
 from moco_det.common.errors import LONGEST, UserError
+from moco_det.common.resnets import Architecture
 from moco_det.config.checks import (
     check_class_count,
     check_dataset,
@@ -21,7 +22,6 @@ from moco_det.config.checks import (
 )
 from moco_det.config.loading import get_cfg
 from moco_det.datasets import get_dataset
-from moco_det.weights.names import Architecture
 
 
 def make_cfg(*options, semantic=True):

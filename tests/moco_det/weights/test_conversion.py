@@ -9,10 +9,11 @@ import torch
 import torchvision
 
 from moco_det.common.errors import UserError
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_sources import read_state_dict
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.weights.conversion import convert_file, feature_difference, find_resnet
-from moco_det.weights.files import read_state_dict, write_weights
-from moco_det.weights.names import Architecture
+from moco_det.weights.files import write_weights
 
 STAGES = ["res2", "res3", "res4", "res5"]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moco_det.common.errors import UserError
-from moco_det.weights.files import read_state_dict, write_weights
+from moco_det.common.weight_sources import read_state_dict
+from moco_det.weights.files import write_weights
 
 ARRAYS = {
     "stem.conv1.weight": torch.arange(6.0).reshape(2, 3),

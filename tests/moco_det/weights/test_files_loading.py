@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.weight_layouts import FIELDS, NAMES
 from moco_det.config.loading import get_cfg
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.files import load_backbone_weights, write_weights
-from moco_det.weights.names import FIELDS, NAMES
 
 STAGES = ["res2", "res3", "res4", "res5"]
 

@@ -19,8 +19,8 @@ from moco_det.benchmark.jobs.runs import (
 )
 from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
-from moco_det.weights.files import read_state_dict
-from moco_det.weights.names import Architecture
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_sources import read_state_dict
 
 EXPERIMENT = Experiment("voc", "A detector", iterations=100, batch=16, trials=5)
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.resnets import BLOCKS
+from moco_det.common.weight_layouts import rename
 from moco_det.config.loading import get_cfg, load_config
 from moco_det.native.modeling.backbones import FPN, DilatedC5, ResNet, build_backbone, build_resnet
 from moco_det.weights.files import load_backbone_weights
-from moco_det.weights.names import rename
 
 ALL = ["res2", "res3", "res4", "res5"]
 

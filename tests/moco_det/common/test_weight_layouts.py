@@ -4,7 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from moco_det.weights.names import Architecture, infer_architecture, name_map
+from moco_det.common.resnets import Architecture, infer_architecture
+from moco_det.common.weight_layouts import name_map
 
 RESNETS = {
     "resnet18": Architecture(18),
