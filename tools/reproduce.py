@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
-        help="a row for each; files, addresses and names as for tools/convert_to_d2.py")  # fmt: skip
+        help="a row for each: all that tools/convert_to_d2.py takes")  # fmt: skip
     add("--tables", nargs="+", default=[], metavar="N", help="2a, 2b, 3, ... or 2, 5, 6 (all)")
     add("--trials", type=int, metavar="N", help="runs of each row (default: as in the paper)")
     add("--output", type=Path, metavar="DIR", help="default: output/reproduce, or output/quick")

@@ -123,7 +123,7 @@ class Layout:
         """
         if self.dropped:
             return re.fullmatch(self.dropped, name.removeprefix("module.")) is not None
-        return all(inner.startswith("fc.") for inner in self._inner(name))
+        return all(re.match(r"fc\d*\.", inner) for inner in self._inner(name))
 
     def fits(self, names: Iterable[str]) -> bool:
         """Whether a file of these names is of this kind."""

@@ -4,11 +4,15 @@ from itertools import product
 
 import pytest
 import torch
+import torchvision
+from foreign_checkpoints import RECORDED, arrays_of, write_foreign
 from torch import nn
 
 from moco_det.common.errors import UserError
-from moco_det.common.weight_layouts import FIELDS, NAMES
+from moco_det.common.resnets import Architecture
+from moco_det.common.weight_layouts import FIELDS, NAMES, rename
 from moco_det.config.loading import get_cfg
+from moco_det.native.engine.trainer import load_initial_weights
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.files import load_backbone_weights, write_weights
@@ -129,7 +133,11 @@ def test_batch_counter_may_be_missing(weight_file):
 
 def test_names_of_no_detector(weight_file):
     path = weight_file({"patch_embed.weight": torch.ones(1)})
-    with pytest.raises(UserError, match=r"backbone\.bottom_up\.stem\.conv1\.weight.* and 97 more"):
+    message = (
+        r"backbone\.bottom_up\.stem\.conv1\.weight.* and 97 more; its names \(patch_embed\.weight, "
+        r"\.\.\.\) are not those of a known kind of file: .*MoCo, .*SimSiam, "
+    )
+    with pytest.raises(UserError, match=message):
         load_backbone_weights(FPN(), path)
 
 
@@ -175,12 +183,54 @@ def test_predictor_of_other_classes_is_skipped_with_a_line(weight_file, capsys):
     assert torch.equal(model.backbone.fpn_lateral2.weight, source.backbone.fpn_lateral2.weight)
 
 
+@pytest.mark.parametrize("name", ["MoCo", "torchvision", "DenseCL", "lightly MoCo", "VISSL"])
+def test_a_checkpoint_of_any_layout_is_loaded_as_it_is(tmp_path, capsys, name):
+    """As the file that tools/convert_to_d2.py makes of it: the same arrays, the same needs."""
+    encoder = torchvision.models.resnet18(num_classes=8)
+    for value in encoder.state_dict().values():
+        if value.dim() == 1:
+            value.uniform_(0.5, 1.5)
+    path = write_foreign(tmp_path / "a.pth", name, encoder)
+    model = FPN()
+    if RECORDED[name]["beside"] and "arch" in RECORDED[name]["beside"]:
+        content = torch.load(path, weights_only=False)
+        torch.save(content | {"arch": "resnet18"}, path)
+    report = load_backbone_weights(model, path)
+    expected = rename(arrays_of(encoder), "torchvision", "detectron2")
+    loaded = model.backbone.bottom_up.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    assert report.metadata["requires"] == Architecture(18).config()
+    assert f"a.pth: {RECORDED[name]['title']}, ResNet-18" in capsys.readouterr().out
+
+
+def test_needs_of_a_checkpoint_are_compared_with_the_config(tmp_path):
+    """A converted file's entry "requires" does the same."""
+    state = torchvision.models.resnet50().state_dict()
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}},
+               tmp_path / "a.pth.tar")  # fmt: skip
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = str(tmp_path / "a.pth.tar")
+    cfg.MODEL.RESNETS.NORM = "BN"
+    model = build_model(cfg)
+    with pytest.raises(UserError, match=r"need INPUT\.FORMAT RGB .*STRIDE_IN_1X1 False"):
+        load_initial_weights(cfg, model)
+    for key, value in Architecture(50).config().items():
+        cfg.merge_from_list([key, value])
+    load_initial_weights(cfg, model)
+    assert torch.equal(model.backbone.stem.conv1.weight, state["conv1.weight"])
+
+
 @pytest.mark.parametrize("prefix", ["module.encoder_q.", ""])
-def test_unconverted_checkpoint_says_how_to_convert_it(tmp_path, prefix):
-    path = tmp_path / "checkpoint.pth.tar"
-    torch.save({"state_dict": {f"{prefix}layer1.0.conv1.weight": torch.ones(1)}}, path)
-    with pytest.raises(UserError, match=r"convert it first: python tools/convert_to_d2\.py"):
-        load_backbone_weights(FPN(), path)
+def test_a_checkpoint_that_lacks_arrays_names_them(tmp_path, prefix):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer2.0.conv1.weight"]
+    state = {f"{prefix}{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    message = r"a\.pth: not a whole ResNet-18: layer2\.0\.conv1\.weight is missing"
+    with pytest.raises(UserError, match=message):
+        load_backbone_weights(FPN(), tmp_path / "a.pth")
 
 
 def test_one_array_for_two_places(weight_file):
