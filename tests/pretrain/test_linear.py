@@ -219,10 +219,15 @@ def test_a_run_of_another_backbone_is_not_resumed(images, whole_run, tmp_path):
         train(images, "random", tmp_path, "--resume", str(whole_run / LAST))
 
 
-def test_a_checkpoint_without_a_query_encoder_is_refused(images, tmp_path):
-    torch.save({"state_dict": resnet18().state_dict()}, tmp_path / "supervised.pth")
-    with pytest.raises(UserError, match="has no encoder_q"):
-        train(images, tmp_path / "supervised.pth", tmp_path)
+def test_a_checkpoint_of_another_layout_is_read_and_of_none_is_refused(images, tmp_path, capsys):
+    encoder = resnet18()
+    torch.save({"state_dict": encoder.state_dict()}, tmp_path / "supervised.pth")
+    trained = train(images, tmp_path / "supervised.pth", tmp_path / "run", "--epochs", "1")
+    assert "supervised.pth: torchvision state_dict, ResNet-18; 1 part" in capsys.readouterr().out
+    assert torch.equal(trained["state_dict"]["module.conv1.weight"], encoder.conv1.weight)
+    torch.save({"state_dict": {"blocks.0.attn.weight": torch.ones(1)}}, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"vit\.pth: its names \(blocks\.0\.attn\.weight"):
+        train(images, tmp_path / "vit.pth", tmp_path)
 
 
 def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from commands import load_command, python, run
 from float64 import ROUNDING
+from foreign_checkpoints import RECORDED, arrays_of, checkpoint_of
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from moco_det.common.resnets import infer_architecture
@@ -43,6 +44,109 @@ def test_converts_and_reports(tmp_path):
     content = pickle.loads((tmp_path / "weights.pkl").read_bytes())
     assert (content["__author__"], content["matching_heuristics"]) == ("MOCO", True)
     assert len(content["model"]) == 120
+
+
+def randomised(arch: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(arch)
+    for value in network.state_dict().values():
+        if value.dim() == 1:
+            value.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def same_features(ours: torch.nn.Module, expected: torch.nn.Module) -> bool:
+    """Of the last stage, before the pooling, where ours is timm's or torchvision's."""
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for network in (ours, expected):
+        network.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with torch.no_grad():
+            network.eval()(image)
+    return torch.allclose(*seen, atol=1e-5 * seen[1].abs().max())
+
+
+def convert_foreign(folder, target: str, out: str, name="SimSiam"):
+    """Its network, and what the command printed."""
+    network = randomised("resnet18")
+    content = checkpoint_of(name, network)
+    torch.save({**content, "arch": "resnet18"}, folder / "a.pth")
+    done = run(TOOL, folder / "a.pth", folder / out, "--to", target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"{RECORDED[name]['title']}, ResNet-18"
+    return network, done.stdout
+
+
+@pytest.mark.parametrize("out", ["w.safetensors", "w.pth"])
+def test_timm_loads_what_was_written_for_it(tmp_path, out):
+    timm = pytest.importorskip("timm")
+    network, _ = convert_foreign(tmp_path, "timm", out)
+    path = str(tmp_path / out)
+    loaded = timm.create_model("resnet18", num_classes=0, checkpoint_path=path)  # strictly
+    assert same_features(loaded, network)
+
+
+@pytest.mark.parametrize("target", ["torchvision", "safetensors"])
+def test_torchvision_loads_what_was_written_for_it(tmp_path, target):
+    out = tmp_path / {"torchvision": "w.pth", "safetensors": "w.safetensors"}[target]
+    if target == "safetensors":
+        load = pytest.importorskip("safetensors.torch").load_file
+    else:
+        load = torch.load
+    network, printed = convert_foreign(tmp_path, target, out.name, "lightly MoCo")
+    assert f"{target} needs:\n  images: RGB in [0, 1]\n  mean: [0.485, " in printed
+    loaded = torchvision.models.resnet18()
+    keys = loaded.load_state_dict(load(out), strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+    assert same_features(loaded, network)
+
+
+def test_for_mmdetection(tmp_path):
+    """mmengine's Pretrained takes a state_dict under torchvision's names into a backbone."""
+    network, printed = convert_foreign(tmp_path, "mmdetection", "w.pth", "DenseCL")
+    assert "  backbone.style: 'pytorch'" in printed
+    assert "  data_preprocessor.bgr_to_rgb: True" in printed
+    content = torch.load(tmp_path / "w.pth")
+    assert content["author"] == "DenseCL"
+    assert content["state_dict"].keys() == arrays_of(network).keys()
+    assert all(torch.equal(content["state_dict"][k], v) for k, v in arrays_of(network).items())
+
+
+def test_a_file_of_timm_goes_to_detectron2(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet18")
+    save = pytest.importorskip("safetensors.torch").save_file
+    save(network.state_dict(), tmp_path / "model.safetensors")
+    done = run(TOOL, tmp_path / "model.safetensors", tmp_path / "w.pkl")
+    assert done.returncode == 0, done.stderr
+    content = pickle.loads((tmp_path / "w.pkl").read_bytes())["model"]
+    assert (content["stem.conv1.weight"] == network.conv1.weight.detach().numpy()).all()
+    deep = timm.create_model("resnet18d").state_dict()  # another stem
+    save(deep, tmp_path / "model.safetensors")
+    done = run(TOOL, tmp_path / "model.safetensors", tmp_path / "d.pkl")
+    assert done.returncode == 1
+    assert "unexpected keys in a torchvision state_dict: conv1.0.weight" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.pth", "w.pth", "--to", "safetensors"], "a file for safetensors ends in .safetensors"),
+        (["a.pth", "w.safetensors"], "a file for detectron2 ends in .pkl or .pth"),
+        (["moco_v2_200ep", "w.pkl"], "moco_v2_200ep_pretrain.pth.tar, or name the local file"),
+        (["https://127.0.0.1:9/w.pth", "w.pkl"], "fetch https://127.0.0.1:9/w.pth by other means"),
+        (["torchvision://resnet5", "w.pkl"], "torchvision has no such network"),
+    ],
+)
+def test_bad_sources_and_targets_are_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, whatever the machine
+    (tmp_path / "a.pth").write_bytes(b"")
+    done = run(TOOL, arguments[0], tmp_path / arguments[1], *arguments[2:])
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
 
 
 def test_failure_is_one_line_and_leaves_no_file(tmp_path):

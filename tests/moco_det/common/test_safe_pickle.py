@@ -79,6 +79,28 @@ def test_a_memo_index_takes_no_memory():
     assert interpret(b"Nr\xf0\xff\xff\x7fj\xf0\xff\xff\x7f.") is None
 
 
+def test_objects_of_known_packages_are_their_attributes():
+    """Of flags and configs beside the arrays; the class is not imported, nor called."""
+    made = reference("omegaconf.dictconfig.DictConfig") + pack() + b"\x81"
+    found = interpret(build(made, dictionary({"lr": plain(0.1)})) + b".")
+    assert found == {"lr": 0.1}
+    assert interpret(call("pathlib.PosixPath", plain("/"), plain("etc")) + b".") == {}
+    assert interpret(dictionary({"type": reference("builtins.dict")}) + b".")["type"].call is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        reference("pathlib.Path") + pack(plain("/etc")) + b"\x81",
+        reference("collections.OrderedDict") + pack() + b"\x81",
+        reference("numpy.dtype") + pack() + b"\x81",
+    ],
+)
+def test_objects_that_are_made_of_something_are_refused(data):
+    with pytest.raises(Fault, match="it holds objects"):
+        interpret(data + b".")
+
+
 def test_unsafe_names_are_a_kind_of_their_own():
     with pytest.raises(UnsafeName):
         interpret(dictionary({"a": reference("os.system")}) + b".")

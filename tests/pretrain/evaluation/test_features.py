@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from foreign_checkpoints import RECORDED, write_foreign
 from noisy_colours import slow_features, write_checkpoint, write_images
 from torch import nn
 
@@ -61,6 +62,29 @@ def test_prefixes_that_occur_in_life(tmp_path, prefix, capsys):
     torch.save({"state_dict": state}, path)
     with pytest.raises(UserError, match=r"a.ckpt does not fit: .*layer4\.1\.conv2\.weight"):
         load_encoder(str(path), "resnet18w0.25x", 2)
+
+
+@pytest.mark.parametrize("name", ["SimSiam", "lightly MoCo", "DINO", "OpenMMLab BYOL", "SwAV"])
+def test_an_encoder_of_another_layout_is_the_same_encoder(tmp_path, name, capsys):
+    encoder = build_encoder("resnet18w0.25x", 8)
+    path = write_foreign(tmp_path / "a.pth", name, encoder)
+    found = load_encoder(str(path), "resnet18w0.25x", 2)
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(pooled(found)(image), pooled(encoder.eval())(image))
+    assert f"{RECORDED[name]['title']}, ResNet-18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet50", r"a\.pth holds a ResNet-18, not a resnet50: pass another -a"),
+        ("resnet18", r"a\.pth does not fit: check -a resnet18 and --small-stem; .*\(16, 3, 7, 7\)"),
+    ],
+)
+def test_another_architecture_is_said_so(tmp_path, arch, message):
+    path = write_foreign(tmp_path / "a.pth", "VISSL", build_encoder("resnet18w0.25x", 8))
+    with pytest.raises(UserError, match=message):
+        load_encoder(str(path), arch, 2)
 
 
 def test_encoding_normalises_by_imagenets_statistics():
