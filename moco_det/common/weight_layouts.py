@@ -147,6 +147,7 @@ DETECTRON2 = Layout(
     dropped=r"stem\.fc\..+|backbone\.(fpn_|reduce\.).+|"
     r"(proposal_generator|roi_heads|sem_seg_head)\..+|pixel_.+",
     vocabulary="detectron2",
+    note="taken as trained on RGB, with the stride in the 3x3 convolution",
 )
 
 _BACKBONE = ("backbone.",)

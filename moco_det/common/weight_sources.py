@@ -201,7 +201,7 @@ def _place(source: str) -> _Place:
         url, md5, *_ = OFFICIAL[source]
         return _Place(url, folder / Path(url).name, "md5", md5)
     url = source.replace(*MODEL_ZOO) if source.startswith(MODEL_ZOO[0]) else source
-    url = _torchvision_url(source) if source.startswith(TORCHVISION) else url
+    url = torchvision_url(source) if source.startswith(TORCHVISION) else url
     parts = urllib.parse.urlsplit(url)
     name = Path(urllib.parse.unquote(parts.path)).name
     if not parts.netloc or not name:
@@ -213,7 +213,8 @@ def _place(source: str) -> _Place:
     return _Place(url, folder.joinpath(parts.netloc.replace(":", "_"), *parents, name))
 
 
-def _torchvision_url(source: str) -> str:
+def torchvision_url(source: str) -> str:
+    """Raises UserError for a network or weights that torchvision does not have."""
     name, _, which = source.removeprefix(TORCHVISION).partition("/")
     try:
         published = torchvision.models.get_model_weights(name)

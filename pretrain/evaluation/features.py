@@ -18,7 +18,13 @@ from moco_det.common.errors import UserError
 from moco_det.common.processes import all_objects, gather, is_main, print_on_main, rank, world_size
 from moco_det.common.resnets import infer_architecture
 from moco_det.common.weight_layouts import find_backbone, rename
-from moco_det.common.weight_sources import OFFICIAL, TORCHVISION, is_remote, read_state_dict
+from moco_det.common.weight_sources import (
+    OFFICIAL,
+    TORCHVISION,
+    is_remote,
+    read_state_dict,
+    torchvision_url,
+)
 from pretrain.data.augmentations import resize_and_center_crop
 from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledImages, LabelledSplit, centre_crop, find_class_folders
@@ -59,7 +65,7 @@ def load_encoder(pretrained: str, arch: str, dim: int, small_stem: bool = False)
 
 def read_backbone(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
     """The arrays of `load_encoder` under torchvision's names, without a head; said in a line."""
-    source = f"{TORCHVISION}{arch}" if pretrained == SUPERVISED else pretrained
+    source = _supervised(arch) if pretrained == SUPERVISED else pretrained
     if not is_remote(source) and not os.path.lexists(source):
         official = ", ".join(OFFICIAL)
         raise UserError(
@@ -67,6 +73,11 @@ def read_backbone(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
             "address (https://, hf://, torchvision://)"
         )
     held, metadata = read_state_dict(source)
+    if metadata.get("__author__") == "Caffe2":
+        raise UserError(
+            f"{source} is a Caffe2 file: torchvision has no network for it (BGR input, stride in "
+            "the first 1x1 convolution)"
+        )
     if metadata.get("arch") in ARCHITECTURES:
         checkpoints.check_arch(Checkpoint(Path(source), metadata), arch)
     checkpoints.tell_of_later_epoch(Path(source), metadata)
@@ -83,6 +94,15 @@ def read_backbone(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
     if network is not None and network.depth != wanted.depth:
         raise UserError(f"{source} holds a {network}, not a {arch}: pass another -a")
     return arrays
+
+
+def _supervised(arch: str) -> str:
+    source = f"{TORCHVISION}{arch}"
+    try:
+        torchvision_url(source)
+    except UserError as error:
+        raise UserError(f"torchvision has no supervised weights for -a {arch}") from error
+    return source
 
 
 def pooled(encoder: nn.Module) -> nn.Module:

@@ -222,9 +222,10 @@ def test_a_run_of_another_backbone_is_not_resumed(images, whole_run, tmp_path):
 def test_a_checkpoint_of_another_layout_is_read_and_of_none_is_refused(images, tmp_path, capsys):
     encoder = resnet18()
     torch.save({"state_dict": encoder.state_dict()}, tmp_path / "supervised.pth")
-    trained = train(images, tmp_path / "supervised.pth", tmp_path / "run", "--epochs", "1")
+    train(images, tmp_path / "supervised.pth", tmp_path / "run", "--epochs", "1")
     assert "supervised.pth: torchvision state_dict, ResNet-18; 1 part" in capsys.readouterr().out
-    assert torch.equal(trained["state_dict"]["module.conv1.weight"], encoder.conv1.weight)
+    trained = checkpoint(tmp_path / "run")["state_dict"]
+    assert torch.equal(trained["module.conv1.weight"], encoder.conv1.weight)
     torch.save({"state_dict": {"blocks.0.attn.weight": torch.ones(1)}}, tmp_path / "vit.pth")
     with pytest.raises(UserError, match=r"vit\.pth: its names \(blocks\.0\.attn\.weight"):
         train(images, tmp_path / "vit.pth", tmp_path)

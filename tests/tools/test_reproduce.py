@@ -13,6 +13,8 @@ import time
 import pytest
 import torch
 from commands import Command, load_command, python, run
+from foreign_checkpoints import write_foreign
+from torchvision.models import resnet50
 from noisy_colours import write_checkpoint, write_images
 from pretraining_runs import records
 
@@ -82,6 +84,25 @@ def test_dry_run_lists_runs_and_hours(weights, tmp_path):
     }
     assert "6 runs to do: 86 GPU hours, and 3 runs whose time is unknown" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_row_for_each_named_file_address_or_official_name(tmp_path, monkeypatch):
+    """Nothing is downloaded for a plan; what is run needs it, and says where to put it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, whatever the machine
+    write_foreign(tmp_path / "densecl.pth", "DenseCL", resnet50())
+    given = ["--weights", f"dense={tmp_path / 'densecl.pth'}", "moco=moco_v2_200ep"]
+    given += ["--tables", "2b", "--trials", 1, "--output", tmp_path / "out"]
+    done = run(TOOL, *given, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[0].split("/")[1] for line in done.stdout.splitlines() if "/trial" in line]
+    assert rows == ["random", "supervised", "dense", "moco"]
+    done = run(TOOL, *given)
+    assert done.returncode == 1
+    place = tmp_path / "hub/hub/checkpoints/moco_v2_200ep_pretrain.pth.tar"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot download moco_v2_200ep (" in line
+    assert f"put it at {place}, or name the local file" in line
 
 
 def children(pid):
@@ -295,7 +316,8 @@ def test_a_dry_run_tells_the_same_problems(weights, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--tables", "2b", "--weights", weights, "--output", tmp_path / "out"]
-    monkeypatch.setattr(preflight, "read_state_dict", lambda path: ({}, {}))  # some are remote
+    nothing = ({}, {})  # some are remote
+    monkeypatch.setattr(preflight, "detectron2_weights", lambda path: nothing)
     code, _, listed = start(capsys, *arguments, "--dry-run")
     assert code == 0
     code, _, err = start(capsys, *arguments)

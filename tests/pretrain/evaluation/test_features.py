@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import RECORDED, write_foreign
+from foreign_checkpoints import RECORDED, arrays_of, write_foreign
 from noisy_colours import slow_features, write_checkpoint, write_images
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.weight_layouts import rename
 from pretrain.data.images import Loading
 from pretrain.data.labelled import list_class_folders
 from pretrain.evaluation.features import RANDOM, SplitFeatures, encode, load_encoder, pooled
@@ -85,6 +86,18 @@ def test_another_architecture_is_said_so(tmp_path, arch, message):
     path = write_foreign(tmp_path / "a.pth", "VISSL", build_encoder("resnet18w0.25x", 8))
     with pytest.raises(UserError, match=message):
         load_encoder(str(path), arch, 2)
+
+
+def test_a_file_of_detectron2_is_read_and_one_of_caffe2_is_not(tmp_path, capsys):
+    encoder = build_encoder("resnet18w0.25x", 8)
+    arrays = rename(arrays_of(encoder), "torchvision", "detectron2")
+    torch.save({"model": arrays}, tmp_path / "d2.pth")
+    found = load_encoder(str(tmp_path / "d2.pth"), "resnet18w0.25x", 2)
+    assert torch.equal(found.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
+    assert "taken as trained on RGB" in capsys.readouterr().out
+    torch.save({"conv1_w": torch.ones(64, 3, 7, 7)}, tmp_path / "R-50.pkl")
+    with pytest.raises(UserError, match=r"R-50\.pkl is a Caffe2 file: .*BGR"):
+        load_encoder(str(tmp_path / "R-50.pkl"), "resnet50", 2)
 
 
 def test_encoding_normalises_by_imagenets_statistics():

@@ -17,6 +17,7 @@ from moco_det.benchmark.jobs.runs import (
     named_checkpoints,
     weight_file,
 )
+from moco_det.common import weight_sources
 from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
 from moco_det.common.resnets import Architecture
@@ -242,3 +243,27 @@ def test_numbers_that_are_none_are_passed_over(tmp_path):
     )
     assert folder.results() == {"bbox/AP": 1.0}
     assert folder.losses() == [] and folder.iteration() == 20
+
+
+def test_addresses_and_official_names_are_rows(tmp_path, monkeypatch):
+    """As files; for a plan alone nothing is downloaded."""
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path / "hub"))
+    downloaded = []
+
+    def download(url, path, progress):
+        downloaded.append(url)
+        torch.save({"state_dict": {"a": torch.ones(1)}}, path)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    monkeypatch.setattr(weight_sources, "_check_digest", lambda *place: None)
+    words = ["dense=https://a.org/densecl.pth?download=true", "moco=moco_v2_200ep"]
+    planned = named_checkpoints(words, download=False)
+    assert list(planned) == ["dense", "moco"]
+    assert not any(path.is_file() for path in planned.values())
+    assert weight_file("moco", planned["moco"], tmp_path) == tmp_path / "weights/moco.pkl"
+    assert downloaded == []
+    files = named_checkpoints(words)
+    assert all(path.is_file() for path in files.values())
+    assert len(downloaded) == 2
+    assert named_checkpoints(words, download=False) == files
+    assert list(named_checkpoints(["https://a.org/densecl.pth?a=b"])) == ["moco_in1m"]
