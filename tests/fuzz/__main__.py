@@ -34,6 +34,7 @@ from tests.fuzz.subjects import Subject  # noqa: E402
 CLASSES = {
     "checkpoints": (Subject(weights.prepare_checkpoints, weights.attempt_checkpoint), 2),
     "pickles": (Subject(weights.prepare_checkpoints, weights.attempt_pickle), 4),
+    "foreign": (Subject(weights.prepare_foreign, weights.attempt_foreign), 2),
     "yaml": (Subject(settings.prepare_yaml, settings.attempt_yaml), 8),
     "json": (Subject(annotations.prepare_json, annotations.attempt_json), 5),
     "xml": (Subject(detection.prepare_voc, folders.attempt_xml), 3),

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from foreign_checkpoints import RECORDED, arrays_of, checkpoint_of
+from safetensors.torch import save_file
 from tiny_voc import write_tiny_config, write_tiny_voc
 
+from pretrain.moco.encoders import build_encoder
 from tests.fuzz import mutations, pickles
 from tests.fuzz.mutations import DUPLICATE, EXTRA, MISSING, described, mutate_bytes, mutate_tree
 from tests.fuzz.sandbox import canary, run_command
@@ -227,3 +230,59 @@ def attempt_pickle(rng: random.Random, corpus: Path, folder: Path) -> str:
     step = run_command(folder, TRAIN, *NATIVE, "--eval-only", "--config-file",
                        corpus / "detector.yaml", *options)  # fmt: skip
     return complaint(step, must)
+
+
+# -- the checkpoints of others ---------------------------------------------------------------------
+
+
+def prepare_foreign(corpus: Path) -> None:
+    """A ResNet in each layout, and what the converter makes of one of them."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet50w0.25x", 8)
+    for name in RECORDED:
+        torch.save(checkpoint_of(name, encoder), corpus / f"{name.replace(' ', '_')}.pth")
+    save_file(arrays_of(encoder), corpus / "encoder.safetensors")
+    command(corpus, "tools/convert_to_d2.py", corpus / "encoder.safetensors", corpus / "d2.pkl")
+
+
+def attempt_foreign(rng: random.Random, corpus: Path, folder: Path) -> str:
+    name = rng.choice([*RECORDED, *["safetensors"] * len(RECORDED)])
+    if name == "safetensors":
+        changed = folder / "a.safetensors"
+        data, what = mutate_bytes(rng, (corpus / "encoder.safetensors").read_bytes())
+        changed.write_bytes(data)
+        must = "any"  # the format has no checksum
+    else:
+        changed = folder / "a.pth"
+        what, must = change_foreign(rng, name, corpus, changed)
+    note(folder, f"{name}: {what}")
+    step = run_command(folder, "tools/convert_to_d2.py", changed, folder / "out.pkl")
+    return complaint(step, must, folder / "out.pkl")
+
+
+def change_foreign(rng: random.Random, name: str, corpus: Path, changed: Path) -> tuple[str, str]:
+    """Write a checkpoint with one array changed; (what was done, what must come of it)."""
+    content = torch.load(corpus / f"{name.replace(' ', '_')}.pth", weights_only=False)
+    state = content
+    for key in RECORDED[name]["entry"]:
+        state = state[key]
+    taken = RECORDED[name]["taken"]
+    mine = [key for key in state if key.startswith(taken) and "num_batches" not in key]
+    backbone = [key for key in mine if ".fc" not in key and key.count(".") > taken.count(".")]
+    key = rng.choice([key for key in backbone if "running" in key or "conv" in key])
+    kind = rng.choice(("none", "missing", "extra", "odd"))
+    if kind == "none":
+        torch.save(content, changed)
+        return "unchanged", "accept"
+    must = "refuse"
+    if kind == "missing":
+        what = f"{key} missing"
+        del state[key]
+    elif kind == "extra":
+        what = f"{key}.extra"
+        state[f"{key}.extra"] = torch.ones(1)
+    else:
+        what, state[key], must = odd_tensor(rng, key, state[key])
+        must = "any" if must == "same" else must
+    torch.save(content, changed)
+    return what, must
