@@ -1,8 +1,9 @@
-"""Weights: what their arrays are called, the files they come in, loading and conversion.
+"""Weights: the ResNet of any checkpoint, into detectors and into the files of other libraries.
 
-What reads or writes a file of arrays belongs here; a run's whole state does not (the engines'
-checkpoints), nor whether weights fit a config (`moco_det.config.checks`). Start with `names.py`,
-the one map between the names of torchvision, Detectron2 and Caffe2; then `files.py` reads (by way
-of `moco_det.common.checkpoint_files`, the checked reader that pretraining shares) and fills a
-detector, and `conversion.py` makes one kind of file from another.
+What fills a detector or writes a file of arrays belongs here; a run's whole state does not (the
+engines' checkpoints), nor whether weights fit a config (`moco_det.config.checks`). What pretraining
+shares is in `moco_det.common`: `weight_layouts.py`, the names that each kind of file has for its
+arrays, is where to start; `weight_sources.py` finds, downloads and reads a file. Here `resnet.py`
+takes a whole ResNet out of one, `files.py` fills a detector and writes, and `conversion.py` makes
+one kind of file from another.
 """
