@@ -226,7 +226,7 @@ def embed_parser() -> argparse.ArgumentParser:
         arch="that of the checkpoint",
     )
     add = parser.add_argument
-    add("--pretrained", required=True, metavar="PATH|random", help="checkpoint of pretraining")
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
     add("--output", required=True, metavar="FILE", help="features and names: .npz or .parquet")
     add("--sheet", metavar="FILE.png", help="draw some images, each with those nearest to it")
     add("--queries", default=12, type=int, help="rows of the sheet")
