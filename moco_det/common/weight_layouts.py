@@ -283,8 +283,11 @@ def find_backbone(names: Iterable[str]) -> Backbone:
         raise UserError(f"unexpected keys in a {layout.title}: {shorten(unexpected)}")
     if len(set(kept.values())) < len(kept):
         raise UserError("it holds two ResNets: some of its names differ only in their prefix")
-    shortened = inner | (kept if layout.prefixes == _BACKBONE else {})
-    stripped = {old: new for old, new in shortened.items() if old != new}
+    if layout.prefixes == _BACKBONE:  # a word that says little of what it is before
+        inner |= {
+            name: inner[name].removeprefix("module.").removeprefix("backbone.") for name in kept
+        }
+    stripped = {old: new for old, new in inner.items() if old != new}
     return Backbone(layout, kept, dropped, stripped)
 
 

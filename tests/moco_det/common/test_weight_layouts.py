@@ -163,6 +163,7 @@ def test_a_checkpoint_is_known_by_its_names_and_read_to_the_bit(tmp_path, encode
     line = found.describe("ResNet-18", metadata)
     assert line.startswith(f"{recorded['title']}, ResNet-18")
     assert "\n" not in line
+    assert "''" not in line
     assert ("dropped: " in line) == (len(recorded["resnets"]) > 1 or recorded["others"] != {})
 
 
