@@ -14,9 +14,9 @@ import pytest
 import torch
 from commands import Command, load_command, python, run
 from foreign_checkpoints import write_foreign
-from torchvision.models import resnet50
 from noisy_colours import write_checkpoint, write_images
 from pretraining_runs import records
+from torchvision.models import resnet50
 
 from moco_det.benchmark.jobs import preflight
 from moco_det.benchmark.synthetic import tasks
