@@ -151,8 +151,6 @@ DETECTRON2 = Layout(
 )
 
 _BACKBONE = ("backbone.",)
-# The method's own heads and keys, of whatever name, are no part of the backbone.
-LIGHTNING = Layout("Lightning checkpoint", "MOCO", _BACKBONE)
 _SOLO = (r"classifier\.(weight|bias)", r"(momentum_)?(projector|head|backbone)\.|prototypes\.")
 _LIGHTLY = r"((student_|key_|teacher_)?projection_head|prediction_head|online_classifier)[._]"
 _OPENMMLAB = r"(neck|head|(encoder_k|target_net|momentum_encoder)\.module|data_preprocessor)\."
@@ -181,11 +179,13 @@ LAYOUTS = (
     Layout("lightly checkpoint", "lightly", _BACKBONE, sequential=True),
     Layout("lightly checkpoint", "lightly", _BACKBONE, (_LIGHTLY,)),
     Layout("OpenMMLab checkpoint", "OpenMMLab", _BACKBONE, (_OPENMMLAB,)),
-    LIGHTNING,
+    # The method's own heads and keys, of whatever name, are no part of the backbone.
+    Layout("Lightning checkpoint", "MOCO", _BACKBONE),
     Layout("PixPro checkpoint", "PixPro", ("encoder.",), (r"encoder_k\.", r"projector\.linear1\.")),
     Layout("SimSiam checkpoint", "SimSiam", ("encoder.",), (r"encoder\.fc\.", r"predictor\.")),
     Layout("solo-learn checkpoint", "solo-learn", ("encoder.",), _SOLO[:1]),  # its older versions
     Layout("Lightning Bolts SimCLR checkpoint", "Bolts", ("encoder.",), (r"projection\.model\.",)),
+    Layout("Lightning checkpoint", "MOCO", ("encoder.",)),
     Layout("Lightning Bolts BYOL or SimSiam checkpoint", "Bolts", ("online_network.encoder.",),
            note="its online network"),
     Layout("byol-pytorch checkpoint", "BYOL", ("online_encoder.net.",), note="its online network"),
@@ -235,6 +235,7 @@ class Backbone:
         """
         said = [self.kind(network, metadata)]
         parts = list(dict.fromkeys(map(self._part, self.dropped)))
+        parts += [name for name, entry in metadata.items() if _holds_weights(entry)]
         if parts:
             said.append(f"{len(parts)} part{'s' * (len(parts) > 1)} dropped: {shorten(parts)}")
         said += filter(None, [describe_stripping(self.stripped)])
@@ -245,6 +246,12 @@ class Backbone:
         name = self.stripped.get(name, name).removeprefix("module.")
         depth = max((p.count(".") for p in self.layout.prefixes if name.startswith(p)), default=0)
         return ".".join(name.split(".")[: depth + 1])
+
+
+def _holds_weights(entry: object) -> bool:
+    """Whether an entry of a file is another network, such as a student or an average."""
+    values = entry.values() if isinstance(entry, Mapping) else ()
+    return any(isinstance(value, Tensor) and value.dim() > 1 for value in values)
 
 
 def find_layout(names: Iterable[str]) -> Layout | None:

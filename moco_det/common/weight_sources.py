@@ -41,7 +41,8 @@ HUB = "hf://"
 TORCHVISION = "torchvision://"
 SCHEMES = (*WEB, HUB, TORCHVISION, MODEL_ZOO[0])
 
-NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.")  # torch.hub's: the first digits of the SHA-256
+# torch.hub's: the first digits of the SHA-256; not a date.
+NAMED_HASH = re.compile(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.")
 
 
 class Official(NamedTuple):

@@ -21,9 +21,9 @@ BESIDE = {  # values of other entries than numbers
     "args": argparse.Namespace(lr=0.1, output_dir=Path("output")),
     "opt": argparse.Namespace(lr=0.1),
     "author": "somebody",
-    "student": {"module.backbone.conv1.weight": torch.zeros(1)},
-    "target_network_state_dict": {"encoder.0.weight": torch.zeros(1)},
-    "model_ema": {"module.conv1.weight": torch.zeros(1)},
+    "student": {"module.backbone.conv1.weight": torch.zeros(1, 3)},
+    "target_network_state_dict": {"encoder.0.weight": torch.zeros(1, 3)},
+    "model_ema": {"module.conv1.weight": torch.zeros(1, 3)},
     "hyper_parameters": {"lr": 0.1},
     "meta": {"epoch": 1, "CLASSES": None},
 }

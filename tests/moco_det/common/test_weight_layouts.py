@@ -164,7 +164,10 @@ def test_a_checkpoint_is_known_by_its_names_and_read_to_the_bit(tmp_path, encode
     assert line.startswith(f"{recorded['title']}, ResNet-18")
     assert "\n" not in line
     assert "''" not in line
-    assert ("dropped: " in line) == (len(recorded["resnets"]) > 1 or recorded["others"] != {})
+    networks = {"student", "model_ema", "target_network_state_dict"} & set(recorded["beside"])
+    assert all(entry in line.partition("dropped: ")[2] for entry in networks)
+    more = len(recorded["resnets"]) > 1 or recorded["others"] != {} or networks
+    assert ("dropped: " in line) == bool(more)
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -194,6 +197,18 @@ def test_an_array_too_few_or_too_many_is_noticed(encoder, name):
 def test_the_choice_among_networks_is_said(tmp_path, encoder, name, said):
     weights, metadata = read_state_dict(write_foreign(tmp_path / "a.pth", name, encoder))
     assert said in find_backbone(weights).describe("ResNet-18", metadata)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "encoder.", "model.encoder.", "_orig_mod.encoder."]
+)
+def test_modules_of_lightning_that_nobody_knows(encoder, prefix):
+    arrays = arrays_of(encoder)
+    state = {f"{prefix}{name}": value for name, value in arrays.items()}
+    found = find_backbone([*state, "my_own_head.weight"])
+    assert found.layout.title == "Lightning checkpoint"
+    assert found.arrays(state).keys() == arrays.keys()
+    assert found.dropped == ("my_own_head.weight",)
 
 
 def test_an_unknown_layout_is_told_by_its_first_ten_names():

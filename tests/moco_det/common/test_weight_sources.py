@@ -323,6 +323,9 @@ def test_a_hash_in_the_name_is_checked(server, hub_folder):
     with pytest.raises(UserError, match=r"has the SHA256 .*, not 0123abcd: .* it was not kept"):
         local_file(f"{address}/w-0123abcd.pth")
     assert not (hub_folder / "w-0123abcd.pth").exists()
+    for no_hash in ("w-20230818.pth", "R-50.pth"):
+        (folder / no_hash).write_bytes(data)
+        assert local_file(f"{address}/{no_hash}").read_bytes() == data
 
 
 def test_no_such_file_and_no_network(server, hub_folder):

@@ -110,7 +110,7 @@ def test_nothing_is_downloaded_ahead(planned, settings, monkeypatch):
         asked.append(path)
         raise module.UserError("cannot download it")
 
-    monkeypatch.setattr(module, "read_state_dict", read)
+    monkeypatch.setattr(module, "detectron2_weights", read)
     assert preflight(runs, settings, ahead=True) == [] == asked
     assert preflight(runs, settings) == ["cannot download it (voc/moco/trial1 and 1 more)"]
     assert len(asked) == 1
