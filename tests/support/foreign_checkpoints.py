@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 import yaml
 from paths import REPOSITORY
 from torch import nn
@@ -68,3 +69,33 @@ def checkpoint_of(name: str, encoder: ResNet) -> Mapping[str, Any]:
 def write_foreign(path: Path, name: str, encoder: ResNet) -> Path:
     torch.save(checkpoint_of(name, encoder), path)
     return path
+
+
+# -- of facebookresearch/moco, in its own words ----------------------------------------------------
+
+
+def randomise(network, seed=0):
+    """Weights and statistics such that no two arrays of a network can be exchanged unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(11)
+        elif value.dim() == 1:
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:
+            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
+    return network
+
+
+def moco_checkpoint(arch="resnet18", mlp=False, **changes):
+    """A checkpoint with the names of facebookresearch/moco: DistributedDataParallel(MoCo)."""
+    encoder = randomise(torchvision.models.get_model(arch, num_classes=8))
+    if mlp:
+        width = encoder.fc.in_features
+        encoder.fc = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), encoder.fc)
+    state = {}
+    for name, value in encoder.state_dict().items():
+        state[f"module.encoder_q.{name}"] = value
+        state[f"module.encoder_k.{name}"] = value.new_zeros(()).expand(value.shape)  # a small file
+    state |= {"module.queue": torch.ones(8, 16), "module.queue_ptr": torch.zeros(1).long()}
+    return {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {}} | changes

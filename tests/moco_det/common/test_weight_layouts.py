@@ -11,26 +11,14 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from moco_det.common.errors import UserError
-from moco_det.common.resnets import Architecture, WidenedResNet, infer_architecture
+from moco_det.common.resnets import WidenedResNet
 from moco_det.common.weight_layouts import find_backbone, name_map
 from moco_det.common.weight_sources import read_state_dict
 
-RESNETS = {
-    "resnet18": Architecture(18),
-    "resnet34": Architecture(34),
-    "resnet50": Architecture(50),
-    "resnet101": Architecture(101),
-    "resnet152": Architecture(152),
-    "resnext50_32x4d": Architecture(50, 32, 4),
-    "resnext101_64x4d": Architecture(101, 64, 4),
-    "wide_resnet50_2": Architecture(50, 1, 128),
-}
-# The paper's wider encoders, which torchvision has no name for.
-WIDENED = {
-    0.25: Architecture(50, 1, 16, 0.25),
-    2: Architecture(50, 1, 128, 2),
-    4: Architecture(50, 1, 256, 4),
-}
+RESNETS = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+    "resnext101_64x4d", "wide_resnet50_2",
+)  # fmt: skip
 
 
 def meta_state(arch: str) -> dict:
@@ -80,57 +68,6 @@ def test_caffe2_names_agree_with_detectron2():
     names = name_map("caffe2", "detectron2")
     old = [name for name in names if "num_batches_tracked" not in name]  # Caffe2 counts no batches
     assert [names[name] for name in old] == loading.convert_basic_c2_names(old)
-
-
-@pytest.mark.parametrize("arch", RESNETS)
-def test_infers_depth_and_width_from_shapes(arch):
-    assert infer_architecture(meta_state(arch)) == RESNETS[arch]
-
-
-def test_a_backbone_without_its_last_stage_has_a_depth():
-    state = {k: v for k, v in meta_state("resnet101").items() if not k.startswith("layer4.")}
-    assert infer_architecture(state) == Architecture(101)
-
-
-def test_unknown_numbers_of_blocks_are_no_architecture():
-    state = {k: v for k, v in meta_state("resnet50").items() if not k.startswith("layer3.5.")}
-    assert infer_architecture(state) is None
-    assert infer_architecture({"conv1.weight": torch.empty(64, 3, 7, 7)}) is None
-
-
-@pytest.mark.parametrize("factor", WIDENED)
-def test_a_widened_resnet_has_the_factor_in_every_channel(factor):
-    with torch.device("meta"):
-        built = WIDENED[factor].build().state_dict()
-    assert infer_architecture(built) == WIDENED[factor]
-    for name, value in meta_state("resnet50").items():
-        fixed = {1} if name == "conv1.weight" else set()
-        wanted = [n * factor if i in {0, 1} - fixed else n for i, n in enumerate(value.shape)]
-        assert list(built[name].shape) == wanted, name
-    assert str(WIDENED[factor]) == f"ResNet-50w{factor}x"
-
-
-@pytest.mark.parametrize("arch", ["resnet34", "wide_resnet50_2", "resnext50_32x4d"])
-def test_builds_the_network_of_torchvision(arch):
-    with torch.device("meta"):
-        built = RESNETS[arch].build().state_dict()
-    shapes = {name: value.shape for name, value in built.items() if not name.startswith("fc.")}
-    assert shapes == {name: value.shape for name, value in meta_state(arch).items()}
-
-
-def test_required_config_of_a_widened_resnet():
-    config = WIDENED[4].config()
-    keys = ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP", "NUM_GROUPS", "DEPTH")
-    assert [config[f"MODEL.RESNETS.{key}"] for key in keys] == [256, 1024, 256, 1, 50]
-
-
-def test_required_config_is_torchvisions_preprocessing():
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
-    config = Architecture(50).config()
-    assert config["MODEL.PIXEL_MEAN"] == pytest.approx([255 * m for m in weights.mean])
-    assert config["MODEL.PIXEL_STD"] == pytest.approx([255 * s for s in weights.std])
-    assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False
-    assert "MODEL.RESNETS.STRIDE_IN_1X1" not in Architecture(18).config()  # it has no 1x1
 
 
 # -- the checkpoints of others ---------------------------------------------------------------------
