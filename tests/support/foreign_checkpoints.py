@@ -71,7 +71,7 @@ def write_foreign(path: Path, name: str, encoder: ResNet) -> Path:
     return path
 
 
-# -- of facebookresearch/moco, in its own words ----------------------------------------------------
+# -- MoCo's own, by hand --------------------------------------------------------------------------
 
 
 def randomise(network, seed=0):
