@@ -235,11 +235,11 @@ class Backbone:
         """
         said = [self.kind(network, metadata)]
         parts = list(dict.fromkeys(map(self._part, self.dropped)))
-        parts += [name for name, entry in metadata.items() if _holds_weights(entry)]
+        parts += [str(name) for name, entry in metadata.items() if _holds_weights(entry)]
         if parts:
             said.append(f"{len(parts)} part{'s' * (len(parts) > 1)} dropped: {shorten(parts)}")
         said += filter(None, [describe_stripping(self.stripped)])
-        return "; ".join(said)
+        return one_line("; ".join(said), 600)  # the names are the file's
 
     def _part(self, name: str) -> str:
         """The module of the file that a name is in: "encoder.fc", "predictor"."""

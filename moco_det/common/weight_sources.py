@@ -116,7 +116,8 @@ def _take_entry(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str
         for key in entry:
             arrays = arrays.get(key) if isinstance(arrays, Mapping) else None
         if isinstance(arrays, Mapping):
-            rest = {key: value for key, value in content.items() if key != entry[0]}
+            own = (entry[0], NETWORK)
+            rest = {key: value for key, value in content.items() if key not in own}
             return arrays, rest | ({NETWORK: note} if note else {})
     return content, {}
 

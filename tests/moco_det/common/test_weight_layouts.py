@@ -148,6 +148,17 @@ def test_modules_of_lightning_that_nobody_knows(encoder, prefix):
     assert found.dropped == ("my_own_head.weight",)
 
 
+def test_the_line_is_one_whatever_the_file_calls_its_parts(tmp_path, encoder):
+    state = state_of("SimSiam", encoder) | {"a\nb\x1b[31m.weight": torch.ones(1)}
+    other = {"x": torch.ones(2, 2)}
+    torch.save({"state_dict": state, 7: other, "__network__": [1]}, tmp_path / "a.pth")
+    weights, metadata = read_state_dict(tmp_path / "a.pth")
+    line = find_backbone(weights).describe("ResNet-18", metadata)
+    assert line.isprintable()
+    assert line.startswith("SimSiam checkpoint, ResNet-18; 4 parts dropped: ")
+    assert line.endswith(", 7")
+
+
 def test_an_unknown_layout_is_told_by_its_first_ten_names():
     with pytest.raises(UserError) as refused:
         find_backbone([f"blocks.{i}.attn.qkv.weight" for i in range(12)])
