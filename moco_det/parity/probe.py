@@ -5,7 +5,7 @@ engine is fed and looked into; what is measured, and in which order, is the same
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -100,7 +100,8 @@ class EngineProbe(ABC):
 
         `outputs`; the losses, one by one, with anchors and proposals sampled from `seed`; the
         gradients of the first trainable layer and of the last; and all parameters and running
-        statistics after one step of the optimizer. The model is put back to what it was.
+        statistics after one step of the optimizer. Gradients and parameters are put together
+        `by_layer`. The model is put back to what it was.
 
         Gradients are computed in float64. In float32 two orders of summation put a few of millions
         of values on different sides of a ReLU, and a gradient is as different as that makes it.
@@ -122,13 +123,13 @@ class EngineProbe(ABC):
         self.optimizer.zero_grad()
         sum(self.losses(items).values()).backward()
         parameters = dict(self.model.named_parameters())
-        for layer in end_layers([n for n, p in parameters.items() if p.requires_grad]):
-            gradients = [p.grad for n, p in parameters.items() if n.rpartition(".")[0] == layer]
-            # In one: that of a bias may be 0 but for rounding, as before the softmax over cells.
-            found[f"gradient of {layer}"] = [torch.cat([g.flatten() for g in gradients])]
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        gradients = by_layer({name: p.grad for name, p in trained.items()})
+        for layer in end_layers(list(trained)):
+            found[f"gradient of {layer}"] = [gradients[layer]]
         # A step with them.
         self.optimizer.step()
-        found["parameters after a step"] = [p.detach().clone() for p in parameters.values()]
+        found["parameters after a step"] = list(by_layer(parameters).values())
         found["statistics after a step"] = [
             value.clone()
             for name, value in self.model.state_dict().items()
@@ -218,6 +219,18 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def by_layer(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays of each layer in one, flattened, to be compared on one scale.
+
+    By itself a bias may be 0 but for rounding, and its gradient with it, as before the softmax over
+    the cells of a heatmap: relative to itself, two engines' rounding then differs without bound.
+    """
+    layers: dict[str, list[Tensor]] = {}
+    for name, array in arrays.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(array.detach().flatten())
+    return {layer: torch.cat(parts) for layer, parts in layers.items()}
 
 
 def end_layers(parameters: list[str]) -> tuple[str, str]:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from paths import CONFIGS
+from torch import nn
 
 from moco_det.engines import probe_class
-from moco_det.parity.comparison import draw_items
-from moco_det.parity.probe import EngineProbe, end_layers, of_surfaces
+from moco_det.parity.comparison import compare, draw_items
+from moco_det.parity.probe import EngineProbe, by_layer, end_layers, of_surfaces
 
 OPTS = ["MODEL.DEVICE", "cpu", "SOLVER.BASE_LR", "0.001"]
 
@@ -55,14 +56,15 @@ def test_names_and_shapes_of_quantities(probe, items):
     for boxes, scores in zip(found["proposal boxes"], found["proposal scores"], strict=True):
         assert boxes.shape == (len(scores), 4)
         assert (scores.diff() <= 0).all()
-    parameters = list(probe.model.parameters())
+    parameters = by_layer(dict(probe.model.named_parameters()))
     after = found["parameters after a step"]
-    assert [x.shape for x in after] == [x.shape for x in parameters]
+    assert [len(x) for x in after] == [len(x) for x in parameters.values()]
+    assert sum(map(len, after)) == sum(x.numel() for x in probe.model.parameters())
     # The gradients are those of the step: SGD's first one is lr * (gradient + decay * weight).
     (gradient,) = found["gradient of backbone.bottom_up.stem.conv1"]
-    weights = dict(zip(dict(probe.model.named_parameters()), after, strict=True))
+    weights = dict(zip(parameters, after, strict=True))
     start = probe.model.state_dict()["backbone.bottom_up.stem.conv1.weight"]
-    step = start - weights["backbone.bottom_up.stem.conv1.weight"]
+    step = start - weights["backbone.bottom_up.stem.conv1"].view_as(start)
     expected = 0.001 * (gradient.view_as(start) + 1e-4 * start)
     torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-7)
     last = probe.model.roi_heads.box_predictor.bbox_pred
@@ -98,6 +100,45 @@ def test_what_is_compared_of_surfaces():
     assert none.shape == (25, 0)
     torch.testing.assert_close(found["mean U and V"][0], torch.tensor([1 / 8, 0.2 / 8]))
     assert found["mean U and V"][1].tolist() == [0, 0]
+
+
+class Heatmap(EngineProbe):
+    """The smallest model with a bias whose gradient is 0 but for rounding: a softmax over cells.
+
+    `error` is added to that gradient, as another order of summation would.
+    """
+
+    def __init__(self, error: float):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+        nn.init.zeros_(model[1].bias)
+        super().__init__(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model[1].bias.register_hook(lambda gradient: gradient + error)
+
+    def outputs(self, items):
+        return {}
+
+    def losses(self, items):
+        images = torch.stack([x["image"] for x in items]).to(self.model[0].weight)
+        logits = self.model(images / 255).flatten(2).flatten(0, 1)
+        return {"loss": nn.functional.cross_entropy(logits, torch.arange(len(logits)))}
+
+    def proposals(self, items, stages):
+        raise NotImplementedError
+
+    def detections(self, results, stages):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("error", "same"), [(1e-15, True), (1e-2, False)])
+def test_a_gradient_that_is_zero_is_compared_on_the_scale_of_its_layer(error, same):
+    items = [{"image": torch.arange(192, dtype=torch.uint8).view(3, 8, 8)}]
+    reference = Heatmap(0.0).quantities(items, seed=0)
+    assert reference["gradient of 1"][0][-2:].abs().max() < 1e-14
+    differences = compare(reference, Heatmap(error).quantities(items, seed=0))
+    names = ("gradient of 1", "parameters after a step")
+    found = {x.quantity: x.within(1e-6) for x in differences}
+    assert {name: found[name] for name in names} == dict.fromkeys(names, same)
 
 
 def test_end_layers_are_in_the_order_of_computation():
