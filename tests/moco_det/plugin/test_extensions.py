@@ -18,7 +18,6 @@ from moco_det.config.loading import leaves
 from moco_det.native.modeling.backbones import DilatedC5 as NativeDilatedC5
 from moco_det.native.modeling.semantic_head import FCN16Head as NativeFCN16Head
 from moco_det.plugin import load_config
-from moco_det.plugin.extensions import FCN16Head, detectron2_norm
 
 
 @pytest.fixture
@@ -136,36 +135,3 @@ def test_the_semantic_head_is_built_from_a_config_of_detectron2():
     assert (tuple(logits.shape), none) == ((1, 54, 32, 48), {})
     assert losses.keys() == {"loss_sem_seg"}
     torch.testing.assert_close(losses["loss_sem_seg"], nn.functional.cross_entropy(logits, labels))
-
-
-@pytest.mark.parametrize(
-    ("norm", "recorded", "next_draw"),
-    [
-        (
-            "",
-            [
-                [-0.05157959461212158, -0.5739504098892212, -0.017186172306537628],
-                [0.0693439170718193, 0.18793068826198578, 0.2979784309864044],
-                [-0.020124882459640503, -0.008755650371313095, 0.01096084900200367],
-            ],
-            0.5958616733551025,
-        ),
-        (
-            "SyncBN",
-            [
-                [-0.1891493946313858, -0.30527830123901367, -0.17681947350502014],
-                [-0.262909859418869, 0.5165137052536011, 0.027285300195217133],
-                [0.028572846204042435, -0.0012286023702472448, 0.02747693657875061],
-            ],
-            0.16196036338806152,
-        ),
-    ],
-)
-def test_initial_weights_of_a_seed(norm, recorded, next_draw):
-    """Recorded when this head was Detectron2's alone; the native one draws in another order."""
-    torch.manual_seed(0)
-    options = {"in_feature": "res5", "in_channels": 3, "stride": 16, "num_classes": 2}
-    head = FCN16Head(**options, channels=4, norm=detectron2_norm(norm))
-    weights = [head.conv1.weight, head.conv2.weight, head.predictor.weight]
-    assert [w.flatten()[:3].tolist() for w in weights] == [pytest.approx(x) for x in recorded]
-    assert torch.rand(1).item() == pytest.approx(next_draw)
