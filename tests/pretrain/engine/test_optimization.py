@@ -132,3 +132,17 @@ def test_lars_follows_its_formula(scaled):
     wanted = slow_lars(start, gradients)
     for ours, theirs in zip(model[:4].parameters(), wanted, strict=True):
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_scaler_of_gradients_goes_on_where_it_was():
+    def make():
+        torch.manual_seed(0)
+        return ScheduledSGD(nn.Linear(2, 1), 0.1, 0.9, 0.0, scale_gradients=True)
+
+    first, second = make(), make()
+    first.minimize((first.sgd.param_groups[0]["params"][0] ** 2).sum())
+    first.scaler.update(64.0)
+    second.load_state(first.state() | {"step": 1})
+    assert second.scaler.get_scale() == 64.0
+    momenta = [x.sgd.state_dict()["state"][0]["momentum_buffer"] for x in (first, second)]
+    assert torch.equal(*momenta)

@@ -1,9 +1,15 @@
 """A contrastive step and what it reports, against both written out."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
-from mean_colour import MeanColour, views
+import torch.distributed as dist
+from fork_server import run_in_two_processes
+from mean_colour import MeanColour, NormalisedColour, views
 
+from pretrain.engine import checkpoints, pretraining
 from pretrain.engine.optimization import ScheduledSGD
 from pretrain.engine.pretraining import MoCoPretraining, contrastive_step, pretext_metrics
 from pretrain.moco.instance_discrimination import shuffle_index
@@ -43,3 +49,97 @@ def test_a_step_is_sgd_on_the_loss_and_then_the_queue():
     assert torch.equal(model.queue[:, 4:], queue[:, 4:])
     assert not torch.equal(model.queue[:, :4], queue[:, :4])
     assert int(model.queue_ptr) == 4
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_encoder_runs_in_mixed_precision_and_the_logits_do_not(dtype):
+    torch.manual_seed(0)
+    model = MoCo(MeanColour(), dim=4, queue_size=8, temperature=0.2)
+    seen = {}
+    for name in ("encoder_q", "encoder_k"):
+        fc = getattr(model, name).fc
+        fc.register_forward_hook(lambda fc, x, y, name=name: seen.update({name: y.dtype}))
+    inputs = views(4, 1), views(4, 2), shuffle_index(0, 0, 4)
+    optimizer = ScheduledSGD(model, lr=0.5, momentum=0.9, weight_decay=0.0)
+    loss, logits, queries = contrastive_step(model, InfoNCE(), optimizer, inputs, dtype)
+    assert seen == dict.fromkeys(("encoder_q", "encoder_k"), dtype or torch.float32)
+    assert {x.dtype for x in (loss, logits, queries)} == {torch.float32}
+
+
+# -- a task ---------------------------------------------------------------------------------------
+
+
+class NoImages:
+    """A source of batches that notes what it is resumed with."""
+
+    def state(self):
+        return {"images": 0}
+
+    def resume(self, state, path):
+        self.resumed = state
+
+
+def make_task(monitor=None, **options) -> MoCoPretraining:
+    model = MoCo(NormalisedColour(), dim=4, queue_size=8)
+    optimizer = ScheduledSGD(model, lr=0.1, momentum=0.9, weight_decay=0.0)
+    return MoCoPretraining(model, InfoNCE(), optimizer, NoImages(), 0, None, monitor, **options)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_goes_on_with_its_own_generators(monkeypatch, rank):
+    states, draws = [], []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        states += checkpoints.rng_states()
+        draws.append(torch.rand(1).item())
+    task = make_task()
+    monkeypatch.setattr(pretraining, "rank", lambda: rank)
+    state = {"epoch": 1, "state_dict": {}, "rng": states, "data": {"images": 7}}
+    task.load_state(checkpoints.Checkpoint("path", state))
+    assert torch.rand(1).item() == draws[rank]
+    assert task.batches.resumed == {"images": 7}
+    task.load_state(checkpoints.Checkpoint("path", state | {"rng": states[:1]}))  # of fewer
+    assert len(task.state()["rng"]) == 1
+
+
+def a_trainer(**position) -> SimpleNamespace:
+    """Of a run of three epochs, with what a task asks of it."""
+    found = []
+    given = {"step": 0, "epoch": 0, "epochs": 3, "step_in_epoch": 1, "epochs_done": 0}
+    return SimpleNamespace(
+        **given | position,
+        output=Path("out"),
+        log=SimpleNamespace(kept=[]),
+        found=found,
+        record=lambda values, line: found.append(values["knn_top1"]),
+    )
+
+
+def test_the_monitor_is_asked_once_before_training_and_then_every_so_many_epochs():
+    task = make_task(monitor=lambda encoder: 50.0, knn_every=2)
+    for step, asked in ((0, 1), (4, 0)):
+        trainer = a_trainer(step=step)
+        task.before_training(trainer)
+        assert len(trainer.found) == asked
+    counts = []
+    for number in (1, 2, 3):  # 3 is the last
+        trainer = a_trainer(step=9)
+        task.close_epoch(trainer, number)
+        counts.append(len(trainer.found))
+    assert counts == [0, 1, 1]
+
+
+def ask_the_monitor(rank, folder) -> None:
+    """Of processes whose running statistics differ, as those of different images do."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    task = make_task(monitor=lambda encoder: encoder.bn.running_mean.sum().item())
+    task.model.encoder_q.bn.running_mean.fill_(1.0 + rank)
+    trainer = a_trainer()
+    task.record_knn(trainer)
+    (folder / f"{rank}").write_text(str(trainer.found))
+    dist.destroy_process_group()
+
+
+def test_all_processes_monitor_the_model_of_the_first(tmp_path):
+    run_in_two_processes(ask_the_monitor, tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[3.0]", "[3.0]"]
