@@ -105,3 +105,25 @@ def test_required_config_is_torchvisions_preprocessing():
     assert config["MODEL.PIXEL_STD"] == pytest.approx([255 * s for s in weights.std])
     assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False
     assert "MODEL.RESNETS.STRIDE_IN_1X1" not in Architecture(18).config()  # it has no 1x1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "bottleneck"),
+    [
+        (Architecture(18), (64, 64), {}),
+        (Architecture(50), (64, 256), {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64}),
+        (Architecture(50, 32, 8), (64, 256), {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 8}),
+        (Architecture(50, 1, 128, 2), (128, 512), {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 128}),
+    ],
+)
+def test_the_whole_required_config(architecture, channels, bottleneck):
+    """RGB in the scale of ImageNet, as MoCo and torchvision train."""
+    resnets = {"DEPTH": architecture.depth, "STEM_OUT_CHANNELS": channels[0]}
+    resnets |= {"RES2_OUT_CHANNELS": channels[1], **bottleneck}
+    if bottleneck:
+        resnets["STRIDE_IN_1X1"] = False
+    assert architecture.config() == {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    } | {f"MODEL.RESNETS.{key}": value for key, value in resnets.items()}

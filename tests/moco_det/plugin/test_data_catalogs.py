@@ -1,5 +1,6 @@
 """Data sets in Detectron2's catalogs, and their evaluators, with it and with a stand-in for it."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -90,18 +91,19 @@ def test_a_set_of_detectron2_s_own_is_left_alone_but_for_those_read_here(
 ):
     datasets, metadata = catalogs
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    data = write_tiny_densepose(tmp_path / "tiny")
-    datasets["fish"] = datasets["densepose_mine"] = lambda: ["theirs"]
-    metadata.get("densepose_mine").set(evaluator_type="theirs")
-    plugin.data.register_datasets(["fish"])
+    name = "densepose_mine"
+    ours = dataclasses.replace(get_dataset(write_tiny_densepose(tmp_path / "tiny")), name=name)
+    monkeypatch.setattr(plugin.data, "get_dataset", lambda asked: ours)
+    for known in ("fish", name):
+        datasets[known] = lambda: ["theirs"]
+        metadata.get(known).set(evaluator_type="theirs")
+    plugin.data.register_datasets(["fish", name])
     assert datasets.get("fish") == ["theirs"]
-    monkeypatch.setattr(plugin.data, "get_dataset", lambda name: get_dataset(data))
-    plugin.data.register_datasets(["densepose_mine"])
-    assert "densepose_mine" not in datasets
-    assert len(datasets.get(data)) == 2
-    assert metadata.get(data).evaluator_type == "densepose"
+    assert metadata.get("fish").evaluator_type == "theirs"
+    assert [record["image_id"] for record in datasets.get(name)] == [1, 2]
+    assert metadata.get(name).evaluator_type == "densepose"
     symmetries = str(file_path("UV_symmetry_transforms.mat"))
-    assert metadata.get(data).densepose_transform_src == symmetries
+    assert metadata.get(name).densepose_transform_src == symmetries
 
 
 def test_records_are_ours_with_detectron2_s_box_mode(plugin, catalogs, voc):

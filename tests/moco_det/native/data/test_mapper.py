@@ -73,6 +73,18 @@ def with_shapes(record, segmentation, keypoints=(1.5, 1.5, 2) * 3):
     }
 
 
+@pytest.mark.parametrize(("side", "kept"), [(5.0, 1), (0.5, 1), (3e-5, 1), (1e-5, 0), (0.0, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_box_is_left_out_where_it_holds_nothing(record, side, kept, axis):
+    """Detectron2 drops boxes of at most 1e-5 pixels on a side, here after the image is halved."""
+    box = [10.0, 10.0, 30.0, 20.0]
+    box[2 + axis] = box[axis] = 0.0
+    box[2 + axis] = side
+    annotations = [{"bbox": box, "category_id": 1, "iscrowd": 0}]
+    found = map_once(draw_mapper(), record | {"annotations": annotations})
+    assert len(found["gt_boxes"]) == len(found["gt_classes"]) == kept
+
+
 def test_leaves_out_crowds_and_empty_boxes(record):
     item = map_once(draw_mapper(), record)
     assert item["image"].shape == (3, 20, 30)

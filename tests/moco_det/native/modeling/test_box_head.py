@@ -148,3 +148,16 @@ def test_box_head_layers():
     convolutions_only = FastRCNNConvFCHead(8, 5, conv_dims=[4], fc_dims=[], norm="")
     assert convolutions_only.out_features == 4 * 25
     assert convolutions_only(torch.zeros(2, 8, 5, 5)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.0, 6), (0.15, 5), (0.45, 2), (0.9, 0)])
+def test_detections_score_above_the_threshold(threshold, kept):
+    """Far boxes, so that nothing is suppressed: by hand, each class of each proposal by itself."""
+    probabilities = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.3, 0.4, 0.3]])
+    proposals = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20, 20, 29, 29], [40, 40, 49, 49]])
+    predictor = make_predictor(num_classes=2, score_thresh=threshold)
+    deltas = torch.zeros(3, 2, 4)
+    (found,) = predictor.detect(probabilities.log(), deltas, [proposals], [(60, 60)])
+    expected = sorted(p for p in probabilities[:, :2].flatten().tolist() if p > threshold)
+    assert found["scores"].tolist() == pytest.approx(expected[::-1])
+    assert len(found["scores"]) == kept
