@@ -225,6 +225,21 @@ def test_a_trainer_has_strict_weights_and_the_length_of_its_config(plugin, train
     assert trainer().checkpointer.allow_missing is False
 
 
+@pytest.mark.parametrize(
+    ("device", "processes", "kind"),
+    [("cpu", 1, "SyncBatchNorm"), ("cpu", 2, "ours"), ("cuda", 2, "SyncBatchNorm")],
+)
+def test_several_processes_on_a_cpu_have_a_norm_that_runs_there(
+    plugin, load, monkeypatch, device, processes, kind
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plugin.trainer.comm, "get_world_size", lambda: processes)
+    build = classmethod(lambda cls, cfg: nn.Sequential(nn.SyncBatchNorm(3)))
+    monkeypatch.setattr(plugin.trainer.DefaultTrainer, "build_model", build)
+    (norm,) = plugin.trainer.Trainer.build_model(load("MODEL.DEVICE", device))
+    assert (type(norm) is nn.SyncBatchNorm) == (kind == "SyncBatchNorm")
+
+
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
@@ -391,9 +406,9 @@ def test_failures_of_a_run_are_said_in_a_line(plugin, load, monkeypatch, error, 
         plugin.trainer.train(load())
 
 
-@pytest.mark.parametrize("found", [{"bbox": {"AP": 5.0}}, None])
+@pytest.mark.parametrize(("found", "resume"), [({"bbox": {"AP": 5.0}}, True), (None, False)])
 def test_a_run_resumes_trains_and_returns_the_last_results(
-    plugin, load, monkeypatch, capsys, found
+    plugin, load, monkeypatch, capsys, found, resume
 ):
     calls = []
 
@@ -412,8 +427,9 @@ def test_a_run_resumes_trains_and_returns_the_last_results(
     prepare = Recorder()
     monkeypatch.setattr(plugin.trainer, "prepare", prepare)
     monkeypatch.setattr(plugin.trainer, "Trainer", Fake)
-    assert plugin.trainer.train(load(), resume=True, allow_missing=True) == (found or {})
-    assert calls == [("made", 2, True), ("resumed", True), "trained"]
+    asked = {"resume": resume, "allow_missing": not resume}
+    assert plugin.trainer.train(load(), **asked) == (found or {})
+    assert calls == [("made", 2, not resume), ("resumed", resume), "trained"]
     assert prepare.calls[0][1] == {"eval_only": False}
     assert "batch 2 = 1 process(es) x 2 images x 1 accumulated" in capsys.readouterr().out
 
