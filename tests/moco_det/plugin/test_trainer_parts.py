@@ -106,6 +106,24 @@ def test_which_trainer_takes_the_steps(plugin, load, opts, kind, accumulation):
         assert (steps.accumulation, steps.amp) == (accumulation, "SOLVER.AMP.ENABLED" in opts)
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", {"broadcast_buffers": False, "device_ids": None}),
+        ("cuda", {"broadcast_buffers": False}),
+    ],
+)
+def test_gradients_are_shared_and_statistics_are_not(plugin, load, monkeypatch, device, expected):
+    """Detectron2's way; on a CPU without a device, which its default would take from a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parallel = Recorder(Line())
+    monkeypatch.setattr(plugin.trainer, "create_ddp_model", parallel)
+    trainer = object.__new__(plugin.trainer.Trainer)
+    trainer.cfg = load("MODEL.DEVICE", device)
+    trainer._build_steps("model", [], None)
+    assert parallel.calls == [(("model",), expected)]
+
+
 def test_on_a_gpu_detectron2_s_own_mixed_precision_is_taken(plugin, load, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = {name: Recorder(name) for name in ("AMPTrainer", "SimpleTrainer")}
