@@ -67,6 +67,9 @@ class Line(Task):
     def after_epoch(self, trainer, number):
         self.seen.append(f"after {number}")
 
+    def log_values(self, seen):
+        return {"seen": seen}
+
     def state(self):
         return {"extra": len(self.seen)}
 
@@ -93,6 +96,7 @@ def test_every_step_has_its_position_and_its_rate(tmp_path):
     assert (trainer.epoch, trainer.step_in_epoch, trainer.step) == (2, 0, 6)
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 5, 6]
     assert records(tmp_path)[3]["epoch"] == pytest.approx(1 + 2 / 3)
+    assert [record["seen"] for record in records(tmp_path)] == [8, 16, 24, 40, 48]  # of 8 a batch
     assert not (tmp_path / LAST).exists()  # saving is up to the task, or to --save-steps
 
 
@@ -102,6 +106,14 @@ def test_iterations_end_a_run_within_an_epoch(tmp_path):
     assert task.seen[-2:] == [(1, 0, 3, 0.05), "after 2"]
     assert (trainer.epoch, trainer.step_in_epoch, trainer.epochs) == (1, 1, 2)
     assert records(tmp_path)[-1]["step"] == 4  # reported, although not yet due
+
+
+def test_checkpoints_are_saved_every_so_many_steps_of_the_run(tmp_path, monkeypatch):
+    """Epochs of three steps do not begin the count anew."""
+    saved = []
+    monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
+    run(tmp_path, Line(), epochs=4, save_steps=4)
+    assert saved == [4, 8, 12]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
@@ -155,10 +167,13 @@ def test_a_seed_is_wanted_else_resumed_else_drawn():
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     checkpoint = Checkpoint(None, {"config": {"seed": 3}})
     assert seed_run(5, checkpoint) == 5
+    # Who wants a seed wants the same run again, which cuDNN's fastest algorithms are not.
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
     first = [torch.rand(1).item(), random.random(), np.random.rand()]
     assert seed_run(5, None) == 5
     assert [torch.rand(1).item(), random.random(), np.random.rand()] == first
     assert seed_run(None, checkpoint) == 3
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, False)
     assert seed_run(None, None) != seed_run(None, Checkpoint(None, {}))  # in all but 2^-31 of runs
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
 
