@@ -405,6 +405,40 @@ def test_what_is_checked_before_a_run(plugin, load, monkeypatch):
     assert calls[7][1][0].eval_only is True
 
 
+def test_a_folder_is_made_ready(plugin, load, tmp_path, monkeypatch):
+    """A line that a kill has cut off is dropped; where nothing can be written, it is said."""
+    for name in ("check_input", "register_datasets", "check_voc_scoring", "check_classes"):
+        monkeypatch.setattr(plugin.trainer, name, Recorder())
+    for name in ("check_metric_files", "check_scoring", "default_setup"):
+        monkeypatch.setattr(plugin.trainer, name, Recorder())
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "metrics.json"
+    path.write_text('{"iteration": 1}\n{"itera')
+    plugin.trainer.prepare(load(), eval_only=False)
+    assert path.read_text() == '{"iteration": 1}\n'
+
+    def fail(cfg, args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plugin.trainer, "default_setup", fail)
+    with pytest.raises(UserError, match="cannot write to OUTPUT_DIR .*out: disk full"):
+        plugin.trainer.prepare(load(), eval_only=False)
+
+
+def test_processes_of_a_machine_are_told_of_each_other(plugin, load, monkeypatch):
+    class Enough(Exception):
+        """Nothing after it is looked at here."""
+
+    def create(count):
+        raise Enough(count)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(plugin.trainer.comm, "create_local_process_group", create)
+    monkeypatch.setattr(plugin.trainer.comm, "get_world_size", lambda: 6)
+    with pytest.raises(Enough, match="3"):
+        plugin.trainer.prepare(load(), eval_only=False)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
