@@ -6,7 +6,9 @@ from moco_det.common.errors import LONGEST, UserError
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     DistributedBatchSampler,
+    FolderSource,
     ImageViews,
+    Loading,
     UnreadableImages,
     collate_views,
     training_folder,
@@ -135,3 +137,19 @@ def test_an_epoch_can_be_entered_in_its_middle():
     assert len(batches) == 5
     batches.start(4)
     assert [i for _, i in next(iter(batches))] != [i for _, i in whole[0]]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_batch_says_which_images_it_is_of(folder, step):
+    """Also where an epoch is gone on with: a memory bank finds its rows by these."""
+    pixel = [lambda image, rng: image[:1, :1]]
+    source = FolderSource(folder, pixel, Loading(2, 5, 0, False, 0.0))
+    source.start(3, step)
+    order = np.random.default_rng((5, 3)).permutation(6)
+    found = list(source)
+    assert [batch.indices.tolist() for batch in found] == order.reshape(3, 2).tolist()[step:]
+    paths = find_images(folder)
+    for batch in found:
+        for pixels, index in zip(batch.views[0], batch.indices, strict=True):
+            image = np.array(Image.open(folder / paths[index].decode()))
+            assert np.array_equal(pixels.numpy(), image[:1, :1])

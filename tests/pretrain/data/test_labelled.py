@@ -117,6 +117,15 @@ def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(tmp_
     assert np.array_equal(transforms.Compose(official)(picture), view)
 
 
+@pytest.mark.parametrize("size", [(300, 400), (500, 260), (33, 40)])
+def test_larger_images_are_evaluated_by_torchvision_s_crop(size):
+    """The short side to 256 for crops of 224, and in this proportion for others."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for side, short in ((224, 256), (32, 37)):
+        official = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(side)])
+        assert np.array_equal(centre_crop(image, side), np.array(official(Image.fromarray(image))))
+
+
 def test_small_images_are_evaluated_whole():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert np.array_equal(centre_crop(image, 32), image)

@@ -98,16 +98,17 @@ def test_a_pass_gives_every_sample_once_shuffled(pattern):
 
 
 def test_views_are_those_of_the_folder_code(pattern):
-    reader = stream(find_shards(pattern), view=MoCoAugmentation(16, True))
-    views, _ = reader.next_views(reader.samples())
-    assert len(views) == 2
-    again = stream(find_shards(pattern))
-    sample = next(again.samples())
-    image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
-    rng = np.random.default_rng((3, 0, 1, 0))  # seed, pass, sample of it, stream
-    expected = MoCoAugmentation(16, True)
-    for view in views:
-        assert np.array_equal(view, expected(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), rng))
+    """Each stream of a run has draws of its own: seed, pass, sample of it, stream."""
+    urls, expected = find_shards(pattern), MoCoAugmentation(16, True)
+    for number in (0, 1):
+        reader = stream(urls, number, 2, view=MoCoAugmentation(16, True))
+        views, _ = reader.next_views(reader.samples())
+        assert len(views) == 2
+        sample = next(stream(urls, number, 2).samples())
+        image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
+        rng = np.random.default_rng((3, 0, 1, number))
+        for view in views:
+            assert np.array_equal(view, expected(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), rng))
 
 
 @pytest.mark.parametrize("taken", [1, 7, 15])

@@ -15,7 +15,7 @@ from moco_det.common.errors import UserError
 from pretrain.doctor import main
 from pretrain.engine import diagnosis
 from pretrain.engine.checkpoints import LAST
-from pretrain.engine.diagnosis import examine
+from pretrain.engine.diagnosis import Doctor, examine
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
 
@@ -275,3 +275,43 @@ def test_a_log_that_is_no_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xff\n")
     with pytest.raises(UserError, match="line 1 is no JSON of a step"):
         examine(tmp_path)
+
+
+# -- thresholds, on logs written by hand -----------------------------------------------------------
+
+HEALTHY = {
+    "loss": 5.0, "epoch": 3.0, "acc1": 50.0, "chance_loss": 10.0, "lr": 0.03, "feature_std": 0.08,
+    "positive_similarity": 0.8, "negative_similarity": 0.0, "images_per_second": 100.0,
+    "data_wait": 0.0, "queue_fill": 1.0,
+}  # fmt: skip
+
+
+def heard(tmp_path, *reports: dict, lr: float = 0.03) -> set[str]:
+    """What is found of a run at batch 256 with 128 features: 40 healthy reports, then these."""
+    flags = {"lr": lr, "batch_size": 256, "moco_dim": 128, "moco_m": 0.999, "moco_k": 2560}
+    doctor = Doctor(tmp_path)
+    found = doctor.hear({"step": 0, "flags": flags | {"mechanism": "moco", "last_step": 10**4}})
+    for number, report in enumerate([{}] * 40 + list(reports), start=1):
+        found += doctor.hear({"step": 10 * number, **HEALTHY, **report})
+    return {finding.condition for finding in found}
+
+
+@pytest.mark.parametrize(
+    ("report", "condition"),
+    [
+        ({}, None),
+        ({"loss": 5.45}, None),  # within 5 % of chance above the lowest
+        ({"loss": 5.55}, "rising"),
+        ({"feature_std": 0.16 / 128**0.5}, None),  # evenly spread features have 1 / sqrt(dim)
+        ({"feature_std": 0.14 / 128**0.5}, "collapse"),
+    ],
+)
+def test_where_health_ends(tmp_path, report, condition):
+    assert heard(tmp_path, *[report] * 6) == ({condition} - {None})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(0.24, True), (0.26, False), (1.0, False), (3.9, False), (4.1, True)]
+)
+def test_the_rate_of_a_batch_of_256_is_0_03(tmp_path, ratio, told):
+    assert heard(tmp_path, lr=0.03 * ratio) == ({"learning_rate"} if told else set())

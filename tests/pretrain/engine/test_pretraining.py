@@ -130,16 +130,26 @@ def test_the_monitor_is_asked_once_before_training_and_then_every_so_many_epochs
 
 
 def ask_the_monitor(rank, folder) -> None:
-    """Of processes whose running statistics differ, as those of different images do."""
+    """Of processes whose running statistics differ, as those of different images do.
+
+    Each trains with its own: they are not the first one's but where the model is looked at.
+    """
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     task = make_task(monitor=lambda encoder: encoder.bn.running_mean.sum().item())
     task.model.encoder_q.bn.running_mean.fill_(1.0 + rank)
+    task.parallel(views(4, 1), views(4, 2), shuffle_index(0, 0, 8))
+    own = task.model.encoder_q.bn.running_mean.mean().item()
     trainer = a_trainer()
     task.record_knn(trainer)
-    (folder / f"{rank}").write_text(str(trainer.found))
+    (folder / f"{rank}").write_text(f"{own:.2f} {trainer.found}")
     dist.destroy_process_group()
 
 
 def test_all_processes_monitor_the_model_of_the_first(tmp_path):
     run_in_two_processes(ask_the_monitor, tmp_path)
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[3.0]", "[3.0]"]
+    (first, seen), (second, also) = (
+        (tmp_path / str(rank)).read_text().split(" ") for rank in (0, 1)
+    )
+    assert float(second) == pytest.approx(float(first) + 0.9, abs=0.02)  # a tenth is of the images
+    assert seen == also
+    assert float(seen.strip("[]")) == pytest.approx(3 * float(first), abs=0.03)

@@ -11,7 +11,15 @@ from moco_det.common.errors import UserError
 from moco_det.common.weight_layouts import rename
 from pretrain.data.images import Loading
 from pretrain.data.labelled import list_class_folders
-from pretrain.evaluation.features import RANDOM, SplitFeatures, encode, load_encoder, pooled
+from pretrain.evaluation import features as module
+from pretrain.evaluation.features import (
+    RANDOM,
+    SplitFeatures,
+    encode,
+    extract_all,
+    load_encoder,
+    pooled,
+)
 from pretrain.moco.encoders import build_encoder
 
 CPU = torch.device("cpu")
@@ -132,3 +140,29 @@ def test_pooled_features_are_those_below_the_head():
     encoder.fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     encoder(x)
     torch.testing.assert_close(pooled(encoder)(x), seen[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shares_of_processes_come_back_in_the_order_of_the_data(monkeypatch, processes):
+    """Seven images: no whole number for each of two or three; every process gets all of them."""
+    images = [(np.full((2, 2, 3), i, np.uint8), i) for i in range(7)]
+
+    def red(pixels):
+        return (pixels[:, :1, 0, 0] * 58.395 + 123.675).round()
+
+    def of_process(rank, gather):
+        for name, value in (("rank", rank), ("world_size", processes)):
+            monkeypatch.setattr(module, name, lambda value=value: value)
+        monkeypatch.setattr(module, "gather", gather)
+        return extract_all(red, images, 0, CPU)
+
+    shares = []
+    for rank in range(processes):  # what each hands over: its features, and its labels
+        own = []
+        of_process(rank, lambda x, own=own: own.append(x) or torch.cat([x] * processes))
+        shares.append(own)
+    assert len({len(features) for features, _ in shares}) == 1
+    for rank in range(processes):
+        parts = iter(zip(*shares, strict=True))
+        features, labels = of_process(rank, lambda x, parts=parts: torch.cat(next(parts)))
+        assert labels.tolist() == features[:, 0].tolist() == list(range(7))

@@ -192,6 +192,34 @@ def test_clipping_by_hand(kind):
     assert bias.item() == -0.5  # by itself it is within the limit: each parameter has its own norm
 
 
+@pytest.mark.parametrize(("norm_type", "factor"), [(1.0, 1 / 7), (2.0, 1 / 5), (math.inf, 1 / 4)])
+def test_the_norm_of_clipping_is_that_of_its_key(norm_type, factor):
+    cfg = make_cfg(
+        BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, CLIP_GRADIENTS__ENABLED=True,
+        CLIP_GRADIENTS__CLIP_TYPE="norm", CLIP_GRADIENTS__CLIP_VALUE=1.0,
+        CLIP_GRADIENTS__NORM_TYPE=norm_type,
+    )  # fmt: skip
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    (weight,) = stepped(build_optimizer(cfg, model), [model.weight], [torch.tensor([[3.0, -4.0]])])
+    torch.testing.assert_close(weight, factor * torch.tensor([[-3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_by_hand(nesterov):
+    """v <- m v + g + decay w; w <- w - lr v, or w - lr (g + decay w + m v) with Nesterov's."""
+    cfg = make_cfg(BASE_LR=0.1, MOMENTUM=0.7, WEIGHT_DECAY=0.05, NESTEROV=nesterov)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer, weight, velocity = build_optimizer(cfg, model), 1.0, 0.0
+    for gradient in (2.0, -1.0, 0.5):
+        step = gradient + 0.05 * weight
+        velocity = 0.7 * velocity + step
+        weight -= 0.1 * (step + 0.7 * velocity if nesterov else velocity)
+        (found,) = stepped(optimizer, [model.weight], [torch.tensor([[gradient]])])
+        assert found.item() == pytest.approx(weight, rel=1e-6)
+
+
 def test_unknown_clipping_is_refused():
     cfg = make_cfg(CLIP_GRADIENTS__ENABLED=True, CLIP_GRADIENTS__CLIP_TYPE="full_model")
     with pytest.raises(UserError, match="CLIP_TYPE"):
