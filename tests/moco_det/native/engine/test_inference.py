@@ -1,6 +1,7 @@
 """What is kept of a model's outputs on a whole data set; what is compared of a segmentor."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from pycocotools import mask as coco_mask
 from tiny_semantic import write_tiny_segmentor
 from torch import nn
 
-from moco_det.config.loading import load_config
+from moco_det.config.loading import get_cfg, load_config
 from moco_det.evaluation.predictions import save_predictions
-from moco_det.native.engine.inference import Probe, predict
+from moco_det.native.engine import inference
+from moco_det.native.engine.inference import Probe, evaluate_model, predict
 from moco_det.parity.comparison import build_items, randomize_for_parity
 
 
@@ -50,6 +52,48 @@ def test_predictions_are_records_that_go_into_a_file(tmp_path):
     save_predictions(str(tmp_path), "name", found)
     (written,) = (tmp_path / "inference").iterdir()
     assert json.loads(written.read_text())[2]["segmentations"] == found[2]["segmentations"]
+
+
+class Watched(Stub):
+    """Notes how it is run."""
+
+    def forward(self, batch):
+        self.seen = (self.training, torch.is_grad_enabled())
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("names", [("a",), ("a", "b"), ()])
+def test_a_model_is_evaluated_on_each_test_set_and_left_as_it_was(
+    tmp_path, monkeypatch, capsys, training, names
+):
+    records = [{"image_id": number, "height": 4, "width": 6} for number in (2, 0, 1)]
+    scored = []
+
+    def evaluate(dataset, predictions, sigmas):
+        scored.append((dataset.name, [x["image_id"] for x in predictions], list(sigmas)))
+        return {"bbox": {"AP": float(len(scored))}}
+
+    def dataset_of(name):
+        return SimpleNamespace(name=name, records=lambda: records)
+
+    monkeypatch.setattr(inference, "get_dataset", dataset_of)
+    monkeypatch.setattr(inference, "build_test_loader", lambda cfg, found: ([x] for x in found))
+    monkeypatch.setattr(inference, "evaluate", evaluate)
+    cfg, model = get_cfg(), Watched().train(training)
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = names, str(tmp_path)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2]
+    results = evaluate_model(cfg, model)
+    assert model.training is training
+    assert scored == [(name, [2, 0, 1], [0.1, 0.2]) for name in names]
+    expected = {name: {"bbox": {"AP": float(i)}} for i, name in enumerate(names, start=1)}
+    assert results == (expected["a"] if len(names) == 1 else expected)
+    assert sorted(path.stem for path in (tmp_path / "inference").glob("*")) == list(names)
+    if names:
+        assert model.seen == (False, False)
+        assert "copypaste: Task: bbox" in capsys.readouterr().out
+    else:
+        assert "DATASETS.TEST is empty" in capsys.readouterr().out
 
 
 # -- the probe, without Detectron2 ---------------------------------------------------------------
