@@ -348,3 +348,52 @@ def test_test_images_are_dealt_out_once(cfg, as_process):
     assert [item["image_id"] for item in seen] == [record["image_id"] for record in records]
     assert set(Counter(item["image_id"] for item in seen).values()) == {1}
     assert seen[0]["image"].shape == (3, 48, 64)  # the short edge has MIN_SIZE_TEST
+
+
+@pytest.fixture
+def batches_of(cfg, monkeypatch):
+    """Function: sizes of images, KEY, VALUE, ... -> the first indices of training's batches."""
+
+    def find(sizes, *opts, start=0, count=4, processes=1, rank=0):
+        monkeypatch.setattr(loader, "rank", lambda: rank)
+        monkeypatch.setattr(loader, "build_train_mapper", lambda cfg: None)
+        kept = {}
+        monkeypatch.setattr(
+            loader,
+            "load",
+            lambda records, batches, workers, pin_memory: kept.update(
+                batches=take(batches, count), workers=workers, pin_memory=pin_memory
+            ),
+        )
+        changed = cfg.clone()
+        changed.defrost()
+        changed.merge_from_list(list(opts))
+        records = [{"height": h, "width": w} for h, w in sizes]
+        build_train_loader(changed, plan_batch(changed, processes), records, seed=5, start=start)
+        return [[index for _, index in batch] for batch in kept["batches"]]
+
+    return find
+
+
+def test_square_images_are_with_the_tall_ones(batches_of):
+    """Detectron2: wide is what is wider than tall."""
+    sizes = [(4, 6), (4, 4), (6, 4), (4, 4), (4, 6), (6, 4), (4, 6), (4, 4)]
+    for batch in batches_of(sizes, "SOLVER.IMS_PER_BATCH", 2, count=20):
+        assert len({sizes[index] == (4, 6) for index in batch}) == 1
+    mixed = batches_of(sizes, "DATALOADER.ASPECT_RATIO_GROUPING", False, count=20)
+    assert any(len({sizes[index] == (4, 6) for index in batch}) == 2 for batch in mixed)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_iteration_is_as_many_batches_as_it_accumulates(batches_of, accumulation, rank):
+    """Iteration 3 begins where the first three have ended, on each process."""
+    opts = ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.GRADIENT_ACCUMULATION_STEPS", accumulation]
+    opts += ["DATALOADER.ASPECT_RATIO_GROUPING", False]
+    sizes, of = [(4, 6)] * 50, {"processes": 2, "rank": rank}
+    whole = batches_of(sizes, *opts, count=5 * accumulation, **of)
+    later = batches_of(sizes, *opts, start=3, count=2 * accumulation, **of)
+    assert later == whole[3 * accumulation :]
+    assert {len(batch) for batch in whole} == {4 // accumulation}
+    stream = [index for _, index in take(training_stream(50, 5), 40)]
+    assert sum(whole, []) == stream[rank::2]
