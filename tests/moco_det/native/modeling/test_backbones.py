@@ -162,6 +162,18 @@ def test_fpn_by_hand():
     assert fpn.size_divisibility == 8
 
 
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("GN", nn.GroupNorm), ("BN", nn.BatchNorm2d), ("", None)]
+)
+def test_every_convolution_of_an_fpn_has_its_norm(norm, kind):
+    bottom_up = ResNet(18, out_features=ALL, norm="BN", freeze_at=0, res2_channels=64)
+    fpn = FPN(bottom_up, ["res4", "res5"], 32, norm)
+    for name in ("fpn_lateral4", "fpn_output4", "fpn_lateral5", "fpn_output5"):
+        conv = getattr(fpn, name)
+        assert (conv.norm is None) if kind is None else isinstance(conv.norm, kind)
+        assert (conv.bias is None) == bool(norm)
+
+
 def test_fpn_levels_must_double_the_stride():
     bottom_up = ResNet(18, out_features=ALL, norm="BN", freeze_at=0, res2_channels=64)
     with pytest.raises(ValueError, match="do not double"):

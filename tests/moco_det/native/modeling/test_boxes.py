@@ -224,6 +224,19 @@ def test_ground_truth_is_proposed(append_gt, positives):
     assert len(samples.classes) == 16
 
 
+def test_ground_truth_comes_after_the_proposals_and_foreground_before_background():
+    """In Detectron2's order, with which a seed draws the same regions in both engines."""
+    proposals = torch.cat([GT_BOXES + 1, boxes_near(150, 20, 0)])
+    sampler = make_sampler(batch_size_per_image=8, positive_fraction=0.375)
+    torch.manual_seed(3)
+    samples = sampler([proposals], Targets([GT_BOXES], [GT_CLASSES]))
+    torch.manual_seed(3)
+    foreground, background = torch.tensor([0, 1, 22, 23]), torch.arange(2, 22)
+    drawn = [foreground[torch.randperm(4)[:3]], background[torch.randperm(20)[:5]]]
+    expected = torch.cat([proposals, GT_BOXES])[torch.cat(drawn)]
+    assert torch.equal(samples.boxes[0], expected)
+
+
 def test_image_without_objects_gives_background_only():
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     samples = make_sampler()(
