@@ -1,5 +1,8 @@
 """What a step costs: the arithmetic by hand, and that it is measured at all."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,3 +72,68 @@ def test_memory_errors_are_told_from_others():
 def test_impossible_settings(setting, message):
     with pytest.raises(UserError, match=message):
         measure(setting, steps=1)
+
+
+class Clock:
+    """Each second reading is so many seconds after the first."""
+
+    def __init__(self, *seconds):
+        self.readings = iter([time for second in seconds for time in (0.0, second)])
+
+    def perf_counter(self):
+        return next(self.readings)
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 8), (2, 16)])
+def test_what_is_timed_is_moco_v2_after_two_steps(monkeypatch, processes, batch):
+    """The median of the steps after the first two: 2 of 1, 2 and 9."""
+    built, inputs = [], []
+    build, encoder = cost.build_mechanism, cost.build_encoder
+
+    def mechanism(*args, **options):
+        built.append((args[0], options))
+        return build(*args, **options)
+
+    def head(*args, **options):
+        built.append((args, options))
+        return encoder(*args, **options)
+
+    def step(model, loss, optimizer, given, dtype):
+        inputs.append((given[0].shape, dtype, model.training))
+        assert (optimizer.lr, type(loss).__name__) == (1e-4, "InfoNCE")
+
+    for name, value in (
+        ("build_mechanism", mechanism), ("build_encoder", head), ("contrastive_step", step),
+        ("world_size", lambda: processes), ("rank", lambda: processes - 1),
+        ("time", Clock(100.0, 50.0, 1.0, 9.0, 2.0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(cost, name, value)
+    setting = Setting("moco", batch, processes=processes, amp="bf16", **TINY)
+    assert cost._time_steps(setting, 3, torch.device("cpu")) == 2.0
+    groups = cost.choose_bn_groups(batch, processes)
+    settings = {"samples": 1_281_167, "temperature": 0.2, "bn_groups": groups}
+    assert built == [((TINY["arch"],), {"mlp": True}), ("moco", settings)]
+    assert inputs == [((8, 32, 32, 3), torch.bfloat16, True)] * 5
+
+
+def test_processes_see_noise_of_their_own(monkeypatch):
+    images = []
+    for rank in (0, 1):
+        monkeypatch.setattr(cost, "rank", lambda rank=rank: rank)
+        images.append(cost._noise(Setting("moco", 4, **TINY), torch.device("cpu")))
+    assert not torch.equal(*images)
+
+
+def test_the_peak_is_in_bytes():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    kibibytes = int(line.split()[1])
+    found = cost.peak_memory_of_process(torch.device("cpu"))
+    assert found == pytest.approx(1024 * kibibytes, rel=0.005)
+
+
+def test_the_costs_are_the_largest_of_all_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "_time_steps", lambda *arguments: 2.0)
+    rows = torch.tensor([[10.0, 2.0], [30.0, 1.0], [20.0, 5.0]])
+    monkeypatch.setattr(cost, "gather_rows", lambda row: rows)
+    cost._run(SimpleNamespace(device="cpu"), 1, tmp_path / "cost")
+    assert torch.load(tmp_path / "cost") == [30.0, 5.0]

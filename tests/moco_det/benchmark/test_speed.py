@@ -1,9 +1,24 @@
 """The detector benchmark does the work it times; how long that takes is no test."""
 
+import copy
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
-from moco_det.benchmark.speed import DetectorTask, detector_memory, detector_steps
+from moco_det.benchmark import speed
+from moco_det.benchmark.speed import (
+    DetectorTask,
+    PlainMoCo,
+    alternate,
+    data_path,
+    detector_memory,
+    detector_steps,
+    official_transform,
+)
 from moco_det.engines import probe_class
 
 
@@ -39,3 +54,91 @@ def test_steps_train_and_infer_with_the_weights_given(task, monkeypatch):
 def test_memory_of_a_process_of_its_own(task):
     peak = detector_memory("native", task, task.weights(), "none")
     assert 2**27 < peak < 2**34  # torch alone takes more than the one, nothing here the other
+
+
+# -- clocks ---------------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns_after_a_round_that_is_not_timed(monkeypatch):
+    """Seconds of each turn, by hand; what runs on a device is waited for within its turn."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    lengths = iter([100.0, 90.0, 1.0, 10.0, 5.0, 30.0, 2.0, 20.0])
+
+    def candidate(name):
+        def run():
+            calls.append(name)
+            now[0] += next(lengths)
+
+        return run
+
+    def synchronize():
+        calls.append("wait")
+        now[0] += 0.25
+
+    found = alternate({"a": candidate("a"), "b": candidate("b")}, 3, synchronize)
+    assert found == {"a": 2.25, "b": 20.25}
+    assert calls == ["a", "wait", "b", "wait"] * 4
+
+
+def test_the_data_path_is_timed_for_each_image(monkeypatch, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(
+        speed, "alternate", lambda candidates, rounds: dict.fromkeys(candidates, 6.0)
+    )
+    assert data_path(tmp_path, 16, 2) == {"reference": 2.0, "ours": 2.0}
+
+
+# -- references -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Collectives of one process."""
+    monkeypatch.setattr(speed, "_all_gather", lambda tensor: tensor)
+    monkeypatch.setattr(speed.dist, "broadcast", lambda tensor, source: None)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_plain_program_is_algorithm_1():
+    """One step by hand, in evaluation mode, where shuffling changes nothing."""
+    torch.manual_seed(0)
+    model = PlainMoCo("resnet18w0.25x", dim=4, queue_size=12, m=0.9, tau=0.5).eval()
+    for p_q, p_k in zip(model.f_q.parameters(), model.f_k.parameters(), strict=True):
+        assert torch.equal(p_q, p_k)
+        p_k.data += 0.01
+    before, queue = copy.deepcopy(model), model.queue.clone()
+    x_q, x_k = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.SGD(model.f_q.parameters(), lr=0.0)
+    loss = model.step(optimizer, x_q, x_k)
+    followed = copy.deepcopy(before.f_k)
+    own, theirs = before.f_q.parameters(), before.f_k.parameters()
+    for target, p_q, p_k in zip(followed.parameters(), own, theirs, strict=True):
+        target.data = 0.9 * p_k.data + 0.1 * p_q.data
+    for found, wanted in zip(model.f_k.parameters(), followed.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        q, k = (f(x) for f, x in ((before.f_q, x_q), (followed, x_k)))
+        q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k))
+    terms = [torch.exp(torch.cat([(a * b).sum()[None], a @ queue]) / 0.5) for a, b in zip(q, k)]
+    expected = sum(-torch.log(t[0] / t.sum()) for t in terms) / 4
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(model.queue[:, :4], k.T)
+    assert torch.equal(model.queue[:, 4:], queue[:, 4:])
+    assert model.position == 4
+    for _ in range(2):
+        model.step(optimizer, x_q, x_k)
+    assert model.position == 0
+
+
+def test_the_reference_of_the_data_path_is_the_official_recipe():
+    crop, jitter, grey, blur, flip, _, normalise = official_transform(48).transforms
+    assert (crop.size, crop.scale, crop.ratio) == ((48, 48), (0.2, 1.0), (3 / 4, 4 / 3))
+    (colours,) = jitter.transforms
+    factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
+    assert factors == (*[(0.6, 1.4)] * 3, (-0.1, 0.1))
+    assert (jitter.p, grey.p, blur.p, flip.p) == (0.8, 0.2, 0.5, 0.5)
+    assert isinstance(grey, transforms.RandomGrayscale)
+    np.testing.assert_allclose(normalise.mean, [0.485, 0.456, 0.406])
+    np.testing.assert_allclose(normalise.std, [0.229, 0.224, 0.225])

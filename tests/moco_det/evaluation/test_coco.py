@@ -14,10 +14,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from recording import read
+from tiny_coco import tiny_coco, write_tiny_coco
 
 from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 from moco_det.evaluation import evaluate
+from moco_det.evaluation.coco import load_ground_truth, require_keypoints
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -287,3 +289,25 @@ def test_unknown_image_is_refused(dataset):
 def test_nothing_is_printed(dataset, capsys):
     evaluate(dataset, predict(([0, 0, 10, 10], 0.9, 1)))
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_file_lacks_is_made_up_by_hand(tmp_path):
+    """Areas of boxes and of polygons; how many keypoints are labelled, hidden ones included."""
+    content = tiny_coco()
+    first, second, third, fourth = content["annotations"]
+    for annotation in (first, second, third):
+        del annotation["area"]
+    del first["segmentation"]  # 30 x 40 by its box
+    second["segmentation"] = [[60, 20, 100, 20, 60, 80]]  # half of its box of 40 x 60
+    second["keypoints"], third["keypoints"] = [1, 1, 1, 2, 2, 1, 0, 0, 0], [0] * 9
+    del fourth["keypoints"]
+    fourth["area"] = 7.0
+    dataset = get_dataset(write_tiny_coco(tmp_path, content))
+    loaded = dataset.content()
+    require_keypoints(loaded, dataset)
+    found = load_ground_truth(dataset, loaded).anns
+    assert found[1]["area"] == 30 * 40
+    assert found[2]["area"] == pytest.approx(40 * 60 / 2, rel=0.03)  # in whole pixels
+    assert (found[3]["area"], found[4]["area"]) == (30 * 40, 7.0)
+    assert [found[number]["num_keypoints"] for number in (1, 2, 3, 4)] == [2, 2, 0, 0]
+    assert found[4]["keypoints"] == [0] * 9

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
-from moco_det.evaluation import evaluate, print_table
+from moco_det.evaluation import evaluate, print_table, verify_results
 from moco_det.evaluation.predictions import prediction_record
 
 
@@ -64,3 +65,22 @@ def test_the_table_of_several_tasks(capsys):
 def test_two_predictions_of_one_image_are_refused(semantic):
     with pytest.raises(ValueError, match="2 predictions for 1 images"):
         evaluate(semantic, [prediction("a", "000111")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("actual", "met"), [(40.0, True), (38.5, True), (41.5, True), (38.4, False), (41.6, False)]
+)
+def test_expected_results_are_met_within_their_tolerance_on_both_sides(actual, met, capsys):
+    expected, results = [["bbox", "AP", 40.0, 1.5]], {"bbox": {"AP": actual}}
+    if met:
+        verify_results(expected, results)
+        assert "TEST.EXPECTED_RESULTS met" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=rf"bbox/AP is {actual}, expected 40.0 \+- 1.5"):
+            verify_results(expected, results)
+
+
+@pytest.mark.parametrize("results", [{}, {"bbox": {}}, {"bbox": {"AP": float("nan")}}])
+def test_an_expected_result_that_is_absent_is_missed(results):
+    with pytest.raises(UserError, match="bbox/AP is nan"):
+        verify_results([["bbox", "AP", 40.0, 1.5]], results)
