@@ -84,9 +84,9 @@ def test_candidates_take_turns_after_a_round_that_is_not_timed(monkeypatch):
 def test_the_data_path_is_timed_for_each_image(monkeypatch, tmp_path):
     for i in range(3):
         Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(
-        speed, "alternate", lambda candidates, rounds: dict.fromkeys(candidates, 6.0)
-    )
+    monkeypatch.setattr(speed, "alternate", lambda steps, rounds: dict.fromkeys(steps, 6.0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(speed.cv2, "setNumThreads", lambda count: None)
     assert data_path(tmp_path, 16, 2) == {"reference": 2.0, "ours": 2.0}
 
 
@@ -98,6 +98,7 @@ def alone(monkeypatch):
     """Collectives of one process."""
     monkeypatch.setattr(speed, "_all_gather", lambda tensor: tensor)
     monkeypatch.setattr(speed.dist, "broadcast", lambda tensor, source: None)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n, device=device).roll(1))
 
 
 @pytest.mark.usefixtures("alone")
@@ -121,7 +122,8 @@ def test_the_plain_program_is_algorithm_1():
     with torch.no_grad():
         q, k = (f(x) for f, x in ((before.f_q, x_q), (followed, x_k)))
         q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k))
-    terms = [torch.exp(torch.cat([(a * b).sum()[None], a @ queue]) / 0.5) for a, b in zip(q, k)]
+    pairs = zip(q, k, strict=True)
+    terms = [torch.exp(torch.cat([(a * b).sum()[None], a @ queue]) / 0.5) for a, b in pairs]
     expected = sum(-torch.log(t[0] / t.sum()) for t in terms) / 4
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     torch.testing.assert_close(model.queue[:, :4], k.T)
