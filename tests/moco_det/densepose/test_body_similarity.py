@@ -1,10 +1,12 @@
 """Geodesic point similarity and overlaps by hand; `evaluation/test_densepose.py` has real cases."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from moco_det.densepose import body
 from moco_det.densepose.body import Geodesics, Points, pairwise_similarity, point_similarity
 from moco_det.densepose.points import encode_iuv
 
@@ -70,3 +72,28 @@ def test_no_detection_or_no_object(geodesics):
     left = {"bbox": [0, 0, 4, 4], "densepose": encode_iuv(surface(0)), "image_id": 1}
     found = pairwise_similarity([], [left], (10, 10), geodesics)
     assert [part.shape for part in found] == [(1, 0)] * 3
+
+
+def test_annotated_points_lie_on_the_image_where_the_official_code_puts_them():
+    """255 of the annotation's 256 steps are the box's width; points of background are left out."""
+    annotation = {
+        "bbox": [10.0, 20.0, 51.0, 102.0],
+        "dp_x": [0.0, 255.0, 51.0, 9.0],
+        "dp_y": [0.0, 255.0, 102.0, 9.0],
+        "dp_I": [1.0, 24.0, 7.0, 0.0],
+        "dp_U": [0.1, 0.2, 0.3, 0.4],
+        "dp_V": [0.5, 0.6, 0.7, 0.8],
+    }
+    asked = []
+    nearest = SimpleNamespace(nearest=lambda *fields: asked.append(fields) or fields[0])
+    found = body._points(annotation, nearest)
+    assert found.x.tolist() == pytest.approx([10.0, 61.0, 20.2])
+    assert found.y.tolist() == pytest.approx([20.0, 122.0, 60.8])
+    assert found.body.tolist() == [1, 24, 7]
+    ((charts, u, v),) = asked
+    assert (charts.tolist(), u.tolist(), v.tolist()) == (
+        [1, 24, 7],
+        [0.1, 0.2, 0.3],
+        [0.5, 0.6, 0.7],
+    )
+    assert found.kappa.tolist() == [0.351, 0.150, 0.237]
