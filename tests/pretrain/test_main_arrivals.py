@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pretrain.engine.optimization import LARS
 from pretrain.engine.trainer import RunSettings
 from pretrain.flags import loading, parse_pretraining, run_settings
 from pretrain.main import build_model, build_source, build_task
@@ -89,13 +90,13 @@ def test_the_flags_of_the_encoder(parse):
 
 def test_the_flags_of_the_data(parse):
     flags = ("--image-size", "40", "--aug-plus", "--color-strength", "0.8")
-    args = parse(*flags, "--max-unreadable", "0.3")
+    args = parse(*flags, "--max-unreadable", "0.3", "--crop-min", "0.4")
     source = build_source(args, CPU, seed=11)
     dataset = source.loader.dataset
     assert len(dataset.augmentations) == 2
     for augmentation in dataset.augmentations:
         assert (augmentation.size, augmentation.aug_plus) == (40, True)
-        assert augmentation.color_strength == 0.8
+        assert (augmentation.color_strength, augmentation.crop_min) == (0.8, 0.4)
     assert (dataset.seed, source.sampler.seed, source.sampler.batch_size) == (11, 11, 8)
     assert (source.samples, source.steps_per_epoch) == (20, 2)
     assert source.unreadable.tolerated == 0.3
@@ -169,6 +170,11 @@ def test_the_flags_of_the_optimizer(task_of):
 )
 def test_the_flags_of_the_schedule(task_of, flags, at, factor):
     assert task_of(*flags).optimizer.schedule(*at) == pytest.approx(factor)
+
+
+def test_the_flag_of_the_kind_of_optimizer(task_of):
+    assert type(task_of("--optimizer", "lars").optimizer.sgd) is LARS
+    assert type(task_of().optimizer.sgd) is torch.optim.SGD
 
 
 @pytest.mark.parametrize(
