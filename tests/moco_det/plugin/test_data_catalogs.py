@@ -308,6 +308,33 @@ def test_fields_of_detectron2_s_instances(plugin):
         assert all(output[name] is value for name, value in expected.items())
 
 
+def test_surfaces_are_those_of_each_detection_in_its_own_box(plugin, monkeypatch):
+    class Found:
+        """Two detections."""
+
+        pred_densepose, pred_boxes = ("first chart", "second chart"), ("first box", "second box")
+
+        def __len__(self):
+            return 2
+
+    converter = SimpleNamespace(convert=lambda chart, box: (chart, box))
+
+    def quantize(result):
+        return SimpleNamespace(labels_uv_uint8=("quantized", *result))
+
+    package = {
+        "densepose": SimpleNamespace(),
+        "densepose.converters": SimpleNamespace(ToChartResultConverter=converter),
+        "densepose.structures": SimpleNamespace(quantize_densepose_chart_result=quantize),
+    }
+    for name, module in package.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert plugin.data.surfaces(Found()) == [
+        ("quantized", "first chart", "first box"),
+        ("quantized", "second chart", "second box"),
+    ]
+
+
 @pytest.mark.parametrize("scored", [False, True])
 def test_predictions_are_saved_and_where_wanted_scored(plugin, coco, tmp_path, capsys, scored):
     records = plugin.data.PredictionRecords(str(tmp_path / "out"), coco, scored)
