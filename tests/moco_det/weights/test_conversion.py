@@ -1,5 +1,6 @@
 """Conversion: the official converter's rule is the oracle, every fault is named."""
 
+import copy
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.resnets import Architecture
 from moco_det.common.weight_sources import read_state_dict
 from moco_det.native.modeling.backbones import ResNet
+from moco_det.weights import conversion
 from moco_det.weights.conversion import convert_file, feature_difference
 from moco_det.weights.files import write_weights
 
@@ -277,3 +279,32 @@ def test_prefixes_that_occur_in_life(tmp_path, prefix, said):
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"layer4\.1\.conv2\.weight is missing"):
         convert(tmp_path / "a.ckpt", tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize(
+    ("difference", "same"), [(0.0, True), (1e-5, True), (1.1e-5, False), (float("nan"), False)]
+)
+def test_what_changes_the_features_is_not_written(
+    tmp_path, checkpoint, monkeypatch, difference, same
+):
+    monkeypatch.setattr(conversion, "feature_difference", lambda before, after: difference)
+    out = tmp_path / "w.pkl"
+    if same:
+        assert convert(checkpoint(moco_checkpoint()), out).difference == difference
+    else:
+        with pytest.raises(UserError, match="features differ by .*w.pkl was not written"):
+            convert(checkpoint(moco_checkpoint()), out)
+    assert out.exists() is same
+
+
+@pytest.mark.parametrize("name", ["bn1.running_mean", "layer2.0.bn1.running_var", "conv1.weight"])
+def test_features_are_compared_in_evaluation_mode(name):
+    """In training mode batch statistics would hide running ones that were mistaken."""
+    first = randomise(torchvision.models.resnet18()).train()
+    second = copy.deepcopy(first)
+    assert feature_difference(first, second) == 0
+    with torch.no_grad():
+        second.state_dict()[name].mul_(1.5)
+    assert feature_difference(first, second) > 1e-3
+    assert not first.training
+    assert not second.training
