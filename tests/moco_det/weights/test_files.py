@@ -104,3 +104,12 @@ def test_a_flipped_bit_in_what_we_wrote_is_noticed(tmp_path):
     (tmp_path / "w.pkl").write_bytes(data)
     with pytest.raises(UserError, match="its checksum is not that of its content"):
         read_state_dict(tmp_path / "w.pkl")
+
+
+def test_bfloat16_is_written_as_float32_without_loss(tmp_path):
+    """NumPy has no bfloat16, and float16 neither its range nor all of its small numbers."""
+    values = torch.tensor([1e30, -3e-20, 1.0], dtype=torch.bfloat16)
+    write_weights(tmp_path / "w.pkl", {"model": {"a": values}})
+    found = read_state_dict(tmp_path / "w.pkl")[0]["a"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, values.float())

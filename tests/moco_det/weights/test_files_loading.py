@@ -15,6 +15,7 @@ from moco_det.config.loading import get_cfg
 from moco_det.native.engine.trainer import load_initial_weights
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.native.modeling.meta_arch import build_model
+from moco_det.weights import files
 from moco_det.weights.files import load_backbone_weights, write_weights
 
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -305,3 +306,13 @@ def test_same_result_as_detectron2s_checkpointer(weight_file, kind):
     expected = theirs.state_dict()
     for name, value in ours.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_the_longest_end_of_a_name_is_taken():
+    """As Detectron2's heuristics do: a more special name in the file wins over a general one."""
+    wanted = ("backbone.stem.weight", "head.stem.weight", "other.weight")
+    found = files._match(wanted, ("stem.weight", "head.stem.weight", "unused.weight"))
+    assert found == {
+        "backbone.stem.weight": "stem.weight",
+        "head.stem.weight": "head.stem.weight",
+    }
