@@ -21,10 +21,10 @@ from moco_det.benchmark.jobs.quickstart import make_plan, run
 from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
 from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.files import make_folder
+from moco_det.common.installation import own_file
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPE = REPOSITORY / "configs/pretrain/quickstart_r18.yaml"
-CONFIG = REPOSITORY / "configs/quick/quickstart_R18_FPN.yaml"
+RECIPE = own_file("configs/pretrain/quickstart_r18.yaml")
+CONFIG = own_file("configs/quick/quickstart_R18_FPN.yaml")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly(), exit_on_signals(f"stopping; what is done so far is in {args.output}"):
-        plan = make_plan(REPOSITORY, **vars(args))
+        plan = make_plan(**vars(args))
         make_folder(args.output, "--output")
         try:
             page = run(plan)

@@ -36,7 +36,6 @@ from moco_det.common.files import make_folder
 from moco_det.config.loading import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_JOBS = 2
 MOST_TRIALS = 1000
 
@@ -102,7 +101,7 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         checkpoints=checkpoints,
         trials=range(1, args.trials + 1) if args.trials else None,
         options=args.opts,
-        settings=Settings(REPOSITORY, output, engine, args.gpus_per_run, args.retries),
+        settings=Settings(output, engine, args.gpus_per_run, args.retries),
         flags=flags,
     )
 
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         make_folder(output, "--output")
     if not args.report:
         if args.quick:
-            reproduction.prepare_quick(REPOSITORY, output, pretraining=not args.weights)
+            reproduction.prepare_quick(output, pretraining=not args.weights)
         if found_problems(args, plan):
             return 1
         make_folder(output, "--output")

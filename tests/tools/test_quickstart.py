@@ -72,7 +72,7 @@ def plan_for(repository, root, **changes):
         "seed": 3,
         "seeds": 2,
     }
-    return make_plan(repository, **arguments | changes)
+    return make_plan(**arguments | changes)
 
 
 def test_embedded_chain(repository, tmp_path):

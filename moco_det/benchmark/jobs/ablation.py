@@ -29,7 +29,6 @@ from typing import Any
 from moco_det.benchmark.jobs.job import (
     FINISHED,
     INTERRUPTED,
-    REPOSITORY,
     TO_DO,
     UNREADABLE,
     Command,
@@ -45,11 +44,12 @@ from moco_det.common.documents import (
     shown,
 )
 from moco_det.common.errors import UserError, one_line
+from moco_det.common.installation import own_file
 from pretrain import flags
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM
 
-FOLDER = REPOSITORY / "pretrain"
+FOLDER = own_file("pretrain")
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
 UNTRAINED = "untrained"
 MOST = 1000  # rows, and seeds of each

@@ -18,6 +18,7 @@ from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder
 from moco_det.common.documents import read_json_lines, shown
 from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
+from moco_det.common.installation import own_file
 from moco_det.datasets import data_root
 from pretrain import flags
 from pretrain.engine.checkpoints import LAST
@@ -108,9 +109,7 @@ def parsed(run: ClassifierRun) -> Namespace:
     return accepted(flags.parse_linear, words, run.name)
 
 
-def classifier_job(
-    folder: ClassifierFolder, repository: Path, gpus: int, launch: Sequence[str] = ()
-) -> Job:
+def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = ()) -> Job:
     """`launch`: torchrun and its arguments; without it the command starts a process for each GPU.
 
     Raises:
@@ -120,7 +119,7 @@ def classifier_job(
     hidden = ["env", "CUDA_VISIBLE_DEVICES="] if run.cpu else []
     spawned = ["--multiprocessing-distributed"] if gpus > 1 and not launch else []
     command = [
-        *hidden, *(launch or [sys.executable]), str(repository / "pretrain/linear.py"),
+        *hidden, *(launch or [sys.executable]), str(own_file("pretrain/linear.py")),
         str(data_folder(run)), *run_flags(run), *spawned,
         "--seed", str(run.trial), "--output", str(folder.path), "--resume", "auto",
     ]  # fmt: skip

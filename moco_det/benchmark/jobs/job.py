@@ -32,8 +32,8 @@ import torch
 from moco_det.common.documents import read_json, shown
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_json
+from moco_det.common.installation import PACKAGE
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 TO_DO, RUNNING, INTERRUPTED, FAILED, FINISHED = STATES = (
     "to do", "running", "interrupted", "failed", "finished",
 )  # fmt: skip
@@ -281,20 +281,20 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def provenance(repository: Path = REPOSITORY) -> dict[str, dict[str, str]]:
+def provenance() -> dict[str, dict[str, str]]:
     """{"code", "packages", "hardware"}: label -> text, for people and for run.json."""
     versions = {name: version(name) for name in PACKAGES}
     return {
-        "code": {"moco_det": version("moco_det") or "not installed", "commit": commit(repository)},
+        "code": {"moco_det": version("moco_det") or "not installed", "commit": commit()},
         "packages": {"python": platform.python_version()}
         | {name: found for name, found in versions.items() if found},
         "hardware": hardware(),
     }
 
 
-def environment(repository: Path = REPOSITORY) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """All of `provenance` as one list of label and text."""
-    return {k: text for group in provenance(repository).values() for k, text in group.items()}
+    return {k: text for group in provenance().values() for k, text in group.items()}
 
 
 def version(package: str) -> str | None:
@@ -320,9 +320,9 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def commit(repository: Path) -> str:
+def commit() -> str:
     """The commit, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
-    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

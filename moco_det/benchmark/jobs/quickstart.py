@@ -23,6 +23,7 @@ from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report.quickstart import collect, draw_pairs, write_report
 from moco_det.benchmark.synthetic.images import CLASSES
 from moco_det.common.errors import UserError
+from moco_det.common.installation import own_file
 from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 
@@ -35,7 +36,6 @@ MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
 class Quickstart:
     """What to run on what. `train` and `test` are data set names as `get_dataset` takes them."""
 
-    repository: Path
     output: Path
     images: Path
     train: str
@@ -61,7 +61,7 @@ class Quickstart:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.repository, self.output, "native", retries=0)
+        return Settings(self.output, "native", retries=0)
 
     def runs(self) -> list[Run]:
         """A detector for each start and seed; the start changes its first weights, nothing else."""
@@ -81,14 +81,13 @@ class Quickstart:
         )
         weights = {"moco": weight_file("moco", self.checkpoint, self.output)}
         return [
-            make_run(experiment, row, seed, weights, self.repository / "configs")
+            make_run(experiment, row, seed, weights, own_file("configs"))
             for seed in self.detector_seeds
             for row in ROWS
         ]
 
 
 def make_plan(
-    repository: Path,
     output: Path,
     recipe: Path,
     config_file: Path,
@@ -100,7 +99,6 @@ def make_plan(
     """Check what can be checked before minutes are spent. Raises UserError.
 
     Args:
-        repository: folder that holds pretrain/, tools/ and configs/.
         images, voc: the user's data, both or neither; neither: the embedded data set.
         seed: of drawing, pretraining and the first pair of detectors; later pairs count up.
     """
@@ -127,7 +125,7 @@ def make_plan(
         splits = voc_splits(voc)
         classes = get_dataset(f"voc:{voc}:{splits[1]}").classes
     train, test = (f"voc:{voc}:{split}" for split in splits)
-    where = {"repository": repository, "output": output, "recipe": recipe.resolve()}
+    where = {"output": output, "recipe": recipe.resolve()}
     return Quickstart(
         **where, images=images, train=train, test=test, classes=classes, embedded=embedded,
         config_file=config_file.resolve(), seed=seed, seeds=seeds,
@@ -179,7 +177,7 @@ def preparation(plan: Quickstart) -> list[Job]:
     """What comes before the detectors. The seconds are those of two CPU cores."""
     draw = ["-m", "moco_det.benchmark.synthetic.images", "--output", plan.images.parent]
     draw += ["--seed", plan.seed]
-    pretrain = [plan.repository / "pretrain/main.py", plan.images, "--recipe", plan.recipe]
+    pretrain = [own_file("pretrain/main.py"), plan.images, "--recipe", plan.recipe]
     pretrain += ["--output", plan.pretrain_folder, "--seed", plan.seed]
     drawing = script_job(JobFolder("draw", plan.images.parent), draw, seconds=15)
     pretraining = script_job(JobFolder("pretrain", plan.pretrain_folder), pretrain, seconds=210)
@@ -197,7 +195,7 @@ def run(plan: Quickstart) -> Path:
     prepare_output(plan.output)
     prepared = preparation(plan)
     run_in_order(prepared)
-    convert({"moco": plan.checkpoint}, plan.output, plan.repository)
+    convert({"moco": plan.checkpoint}, plan.output)
     detectors = [plan.settings.job(run) for run in plan.runs()]
     failed = run_side_by_side(detectors, gpu_slots(plan.settings.gpus, None))
     if failed:

@@ -31,6 +31,7 @@ from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report import reproduction as report
 from moco_det.benchmark.report.pages import sample_pictures
 from moco_det.common.errors import UserError
+from moco_det.common.installation import own_file
 
 QUICK_RECIPE = "configs/pretrain/reproduce_quick_r50.yaml"
 QUICK_ROW = "moco"  # of quick.yaml
@@ -51,7 +52,7 @@ class Reproduction:
 
     def runs(self) -> list[AnyRun]:
         """Raises UserError for a config that does not exist."""
-        output, configs = self.settings.output, self.settings.repository / "configs"
+        output, configs = self.settings.output, own_file("configs")
         files = {name: weight_file(name, at, output) for name, at in self.checkpoints.items()}
         runs = self.grid.runs(
             self.tables, files, self.trials, configs, self.options, self.checkpoints, self.flags
@@ -172,7 +173,7 @@ def _to_do(plan: Reproduction) -> list[AnyRun]:
     runs, settings = plan.runs(), plan.settings
     rows = {run.row for run in runs if isinstance(run, Run)}
     checkpoints = {row: file for row, file in plan.checkpoints.items() if row in rows}
-    convert(checkpoints, settings.output, settings.repository)
+    convert(checkpoints, settings.output)
     todo = {job.name for job in unfinished([settings.job(run) for run in runs])}
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
     return [run for run in runs if run.name in todo]
@@ -198,15 +199,15 @@ def quick_checkpoint(output: Path) -> dict[str, Path]:
     return {QUICK_ROW: output / "pretrain/checkpoint_last.pth.tar"}
 
 
-def prepare_quick(repository: Path, output: Path, pretraining: bool) -> None:
+def prepare_quick(output: Path, pretraining: bool) -> None:
     """Draw the images and, if `pretraining` is wanted, pretrain on them, each unless it is done.
 
     Raises:
         UserError: one of the two failed.
     """
     draw = ["-m", "moco_det.benchmark.synthetic.tasks", "--output", output / "data"]
-    pretrain = [repository / "pretrain/main.py", output / "data/images", "--resume", "auto"]
-    pretrain += ["--recipe", repository / QUICK_RECIPE, "--output", output / "pretrain"]
+    pretrain = [own_file("pretrain/main.py"), output / "data/images", "--resume", "auto"]
+    pretrain += ["--recipe", own_file(QUICK_RECIPE), "--output", output / "pretrain"]
     jobs = [script_job(_quick_folder("draw", output / "data"), draw, seconds=10)]
     if pretraining:
         folder = _quick_folder("pretrain", output / "pretrain")

@@ -29,6 +29,7 @@ from moco_det.common.documents import (
 )
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import file_hash
+from moco_det.common.installation import own_file
 from moco_det.common.weight_layouts import DETECTRON2, find_wrapped_layout
 from moco_det.common.weight_sources import is_remote, kept_file, local_file, read_state_dict
 from moco_det.config.loading import KEYS, get_cfg, load_config
@@ -145,7 +146,6 @@ class Settings:
     often a failed run is begun again.
     """
 
-    repository: Path
     output: Path
     engine: str
     gpus: int = 1
@@ -160,7 +160,7 @@ class Settings:
 
         `launch`: torchrun and its arguments; without it the script starts its processes itself.
         """
-        script = str(self.repository / "tools/train_net.py")
+        script = str(own_file("tools/train_net.py"))
         return [
             *(launch or [sys.executable]), script, "--resume", "--engine", self.engine,
             *([] if launch else ["--num-gpus", str(self.gpus)]),
@@ -172,7 +172,7 @@ class Settings:
         """Runs of one experiment are expected to take equally long."""
         folder = self.folder(run)
         if isinstance(run, ClassifierRun):
-            return classifier_job(folder, self.repository, self.gpus, launch)
+            return classifier_job(folder, self.gpus, launch)
         return Job(
             folder,
             [Command(run.experiment.name, self.command(run, launch))],
@@ -265,7 +265,7 @@ def weight_file(name: str, source: Path, output: Path) -> Path:
     return source if is_detectron2 else output / "weights" / f"{name}.pkl"
 
 
-def convert(checkpoints: Mapping[str, Path], output: Path, repository: Path) -> None:
+def convert(checkpoints: Mapping[str, Path], output: Path) -> None:
     """Make the files that `weight_file` names, but for those that are there already.
 
     Raises:
@@ -275,11 +275,11 @@ def convert(checkpoints: Mapping[str, Path], output: Path, repository: Path) -> 
     for name, source in checkpoints.items():
         target = weight_file(name, source, output)
         if target != source:
-            jobs.append(_conversion(name, source, target, repository))
+            jobs.append(_conversion(name, source, target))
     run_in_order(jobs)
 
 
-def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:
+def _conversion(name: str, source: Path, target: Path) -> Job:
     def earlier_note() -> dict[str, Any]:
         """weights/ROW.json of the first version: {hash, source}, once the file was there."""
         note = target.with_suffix(".json")
@@ -300,7 +300,7 @@ def _conversion(name: str, source: Path, target: Path, repository: Path) -> Job:
         )
     return script_job(
         folder,
-        [repository / "tools/convert_to_d2.py", source, target],
+        [own_file("tools/convert_to_d2.py"), source, target],
         seconds=15,
         identity=identity,
         about={"source": str(source)},

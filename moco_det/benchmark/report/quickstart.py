@@ -163,7 +163,7 @@ def collect(plan, prepared: Sequence[Job], seconds: float) -> Results:
             *(_step_taken(job.name, job.folder) for job in prepared),
             *(_step_taken(f"fine-tune from {d.run.row}, seed {d.run.trial}", d) for d in detectors),
         ],
-        environment=environment(plan.repository),
+        environment=environment(),
         settings={path.name: path.read_text() for path in (plan.recipe, plan.config_file)},
     )
 

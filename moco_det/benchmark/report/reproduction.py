@@ -98,7 +98,7 @@ def collect(
         title="Reproduction of MoCo's transfer tables",
         created=now(),
         checkpoints={row: str(path) for row, path in checkpoints.items()},
-        environment=provenance(settings.repository),
+        environment=provenance(),
         tables=[make_table(grid, table, outcomes, own_rows) for table in paper_tables],
         outcomes=outcomes,
     )

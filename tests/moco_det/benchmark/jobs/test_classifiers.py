@@ -2,9 +2,9 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 from moco_det.benchmark.jobs.classifiers import (
     ClassifierFolder,
@@ -51,8 +51,8 @@ def data(tmp_path, monkeypatch):
 def test_the_command_is_that_of_the_protocol(tmp_path, data):
     """Read back by the command's own parser: the flags of the run, and where it goes on."""
     folder = make(tmp_path, trial=3, lr=0.1, schedule=[4, 6], cache_features=True)
-    python, script, *words = classifier_job(folder, Path("/repository"), gpus=1).commands[0].argv
-    assert (python, script) == (sys.executable, "/repository/pretrain/linear.py")
+    python, script, *words = classifier_job(folder, gpus=1).commands[0].argv
+    assert (python, script) == (sys.executable, str(REPOSITORY / "pretrain/linear.py"))
     args = parse_linear(words)
     assert (args.data, args.output) == (str(data), str(tmp_path / "runs/linear/moco/trial3"))
     assert (args.seed, args.resume, args.pretrained) == (3, "auto", "random")
@@ -61,22 +61,22 @@ def test_the_command_is_that_of_the_protocol(tmp_path, data):
 
 
 def test_several_gpus_and_several_machines(tmp_path, data):
-    folder, repository = make(tmp_path), Path("/repository")
-    spawned = classifier_job(folder, repository, gpus=8).commands[0].argv
+    folder = make(tmp_path)
+    spawned = classifier_job(folder, gpus=8).commands[0].argv
     assert "--multiprocessing-distributed" in spawned
     launch = ["python", "-m", "torch.distributed.run"]
-    launched = classifier_job(folder, repository, gpus=8, launch=launch).commands[0].argv
-    assert launched[:4] == [*launch, "/repository/pretrain/linear.py"]
+    launched = classifier_job(folder, gpus=8, launch=launch).commands[0].argv
+    assert launched[:4] == [*launch, str(REPOSITORY / "pretrain/linear.py")]
     assert "--multiprocessing-distributed" not in launched
 
 
 def test_a_run_on_the_cpu_sees_no_gpu(tmp_path, data):
-    argv = classifier_job(make(tmp_path, cpu=True), Path("/r"), gpus=1).commands[0].argv
+    argv = classifier_job(make(tmp_path, cpu=True), gpus=1).commands[0].argv
     assert argv[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
 
 
 def test_settings_make_such_jobs_too(tmp_path, data):
-    settings, folder = Settings(tmp_path, tmp_path, "native", gpus=2), make(tmp_path)
+    settings, folder = Settings(tmp_path, "native", gpus=2), make(tmp_path)
     job = settings.job(folder.run)
     assert isinstance(settings.folder(folder.run), ClassifierFolder)
     assert job.about == {"engine": "pretrain", "seed": 1, "gpus": 2}

@@ -72,21 +72,22 @@ def test_an_earlier_version_s_record_is_read_where_there_is_no_other(tmp_path):
     assert folder.state() == "failed"
 
 
-def test_it_names_code_packages_and_machine(repository):
-    found = job.provenance(repository)
+def test_it_names_code_packages_and_machine():
+    found = job.provenance()
     assert set(found) == {"code", "packages", "hardware"}
     assert found["code"]["moco_det"] and found["code"]["commit"]
     assert {"python", "torch", "torchvision", "pycocotools"} <= set(found["packages"])
     assert "core" in found["hardware"]["processor"]
-    assert job.environment(repository)["torch"] == found["packages"]["torch"]
+    assert job.environment()["torch"] == found["packages"]["torch"]
 
 
 def test_what_is_not_installed_is_left_out():
     assert job.version("no-such-package") is None
 
 
-def test_a_folder_that_is_no_checkout_has_no_commit(repository):
-    assert job.commit(repository / "tests" / "nowhere") == "unknown"
+def test_a_folder_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "PACKAGE", tmp_path / "nowhere")
+    assert job.commit() == "unknown"
 
 
 DAMAGES = [

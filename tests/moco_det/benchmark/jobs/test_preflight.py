@@ -30,7 +30,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(tmp_path, tmp_path / "output", "native")
+    return Settings(tmp_path / "output", "native")
 
 
 @pytest.fixture

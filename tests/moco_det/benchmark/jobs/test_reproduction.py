@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from paths import REPOSITORY
 
 from moco_det.benchmark.jobs import reproduction
 from moco_det.benchmark.jobs.grid import load_grid
@@ -16,7 +15,7 @@ CHECKPOINTS = {name: Path("c.pth.tar") for name in ("moco_in1m", "moco_r50w2x", 
 @pytest.fixture
 def plan(tmp_path):
     """Function: tables, flags of classifiers -> a plan of one trial with three checkpoints."""
-    grid, settings = load_grid(), Settings(REPOSITORY, tmp_path, "native")
+    grid, settings = load_grid(), Settings(tmp_path, "native")
 
     def make(*tables, **flags):
         given = grid, grid.select(tables), CHECKPOINTS, [1], [], settings, flags

@@ -52,7 +52,7 @@ def run():
 
 
 def job_of(tmp_path, run, body) -> Job:
-    settings = Settings(Path(__file__).parents[4], tmp_path, "native")
+    settings = Settings(tmp_path, "native")
     argv = [sys.executable, "-c", FAKE.format(folder=str(settings.folder(run).path), body=body)]
     return dataclasses.replace(settings.job(run), commands=[Command("voc", argv)])
 

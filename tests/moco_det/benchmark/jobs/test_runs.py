@@ -81,7 +81,7 @@ def test_a_line_that_a_kill_has_cut_off_is_dropped(tmp_path):
 
 def test_a_run_of_other_settings_is_refused(tmp_path):
     def check(folder, engine):
-        Settings(tmp_path, tmp_path, engine).job(folder.run).check_identity()
+        Settings(tmp_path, engine).job(folder.run).check_identity()
 
     folder = make(tmp_path, options=["SOLVER.MAX_ITER", "10"])
     folder.write_record({"state": "finished", "identity": identity(folder.run, "native")})
@@ -139,49 +139,49 @@ def test_refusals(tmp_path, words, reason):
         named_checkpoints([word.format(tmp_path / "c.pth") for word in words])
 
 
-def test_conversion_is_done_once_and_for_one_checkpoint(checkpoint, repository, tmp_path, capfd):
+def test_conversion_is_done_once_and_for_one_checkpoint(checkpoint, tmp_path, capfd):
     weights = weight_file("mine", checkpoint, tmp_path)
     assert weights == tmp_path / "weights/mine.pkl"
-    convert({"mine": checkpoint}, tmp_path, repository)
+    convert({"mine": checkpoint}, tmp_path)
     names = read_state_dict(weights)[0]
     assert names["stem.conv1.weight"].shape == (16, 3, 7, 7)
     assert weight_file("mine", weights, tmp_path / "elsewhere") == weights  # Detectron2's already
     written = weights.stat().st_mtime_ns
-    convert({"mine": checkpoint}, tmp_path, repository)
+    convert({"mine": checkpoint}, tmp_path)
     assert weights.stat().st_mtime_ns == written
     other = tmp_path / "other.pth"
     other.write_bytes(checkpoint.read_bytes() + b" ")
     with pytest.raises(UserError, match="which was another checkpoint"):
-        convert({"mine": other}, tmp_path, repository)
+        convert({"mine": other}, tmp_path)
 
 
-def test_a_file_that_cannot_be_converted_is_named(tmp_path, repository):
+def test_a_file_that_cannot_be_converted_is_named(tmp_path):
     path = tmp_path / "bad.pth"
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="bad.pth"):
-        convert({"mine": path}, tmp_path, repository)
+        convert({"mine": path}, tmp_path)
 
 
-def test_a_conversion_of_the_first_version_is_not_repeated(checkpoint, repository, tmp_path, capfd):
+def test_a_conversion_of_the_first_version_is_not_repeated(checkpoint, tmp_path, capfd):
     """It kept the source and its hash in weights/ROW.json."""
     weights = weight_file("mine", checkpoint, tmp_path)
     weights.parent.mkdir()
     weights.write_bytes(b"converted")
     note = {"hash": file_hash(checkpoint), "source": str(checkpoint)}
     weights.with_suffix(".json").write_text(json.dumps(note))
-    convert({"mine": checkpoint}, tmp_path, repository)
+    convert({"mine": checkpoint}, tmp_path)
     assert weights.read_bytes() == b"converted"
     note["hash"] = "sha256:0"
     weights.with_suffix(".json").write_text(json.dumps(note))
     with pytest.raises(UserError, match="which was another checkpoint"):
-        convert({"mine": checkpoint}, tmp_path, repository)
+        convert({"mine": checkpoint}, tmp_path)
 
 
-def test_converted_weights_that_are_gone_are_made_again(checkpoint, repository, tmp_path, capfd):
-    convert({"mine": checkpoint}, tmp_path, repository)
+def test_converted_weights_that_are_gone_are_made_again(checkpoint, tmp_path, capfd):
+    convert({"mine": checkpoint}, tmp_path)
     weights = weight_file("mine", checkpoint, tmp_path)
     weights.unlink()
-    convert({"mine": checkpoint}, tmp_path, repository)
+    convert({"mine": checkpoint}, tmp_path)
     assert weights.is_file()
 
 

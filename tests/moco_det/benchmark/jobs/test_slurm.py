@@ -12,6 +12,7 @@ import pytest
 from moco_det.benchmark.jobs import slurm
 from moco_det.benchmark.jobs.grid import ClassifierExperiment, ClassifierRun, Experiment, Run
 from moco_det.benchmark.jobs.runs import RunFolder, Settings
+from moco_det.common import installation
 from moco_det.common.errors import UserError
 
 submitit = pytest.importorskip("submitit")
@@ -38,12 +39,13 @@ record = '{"step": 1, "epoch": 1, "val_acc1": 60.5, "val_acc5": 83.0}'
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "repository" / "moco_det")
     for path, text in (("tools/train_net.py", TRAIN_NET), ("pretrain/linear.py", LINEAR)):
         script = tmp_path / "repository" / path
         script.parent.mkdir(parents=True)
         script.write_text(text)
-    return Settings(tmp_path / "repository", tmp_path / "output", "native", gpus=2)
+    return Settings(tmp_path / "output", "native", gpus=2)
 
 
 def runs(*trials):

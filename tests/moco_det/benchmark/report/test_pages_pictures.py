@@ -57,7 +57,7 @@ def perfect(record):
 
 def finished(tmp_path, dataset_name, predictions, row="moco"):
     run = Run(EXPERIMENT, row, 1, Path("c.yaml"), ())
-    settings = Settings(Path("."), tmp_path, "native")
+    settings = Settings(tmp_path, "native")
     folder = settings.folder(run)
     folder.write_record({"state": "finished"})
     (folder.path / "config.yaml").write_text(json.dumps({"DATASETS": {"TEST": [dataset_name]}}))
@@ -111,7 +111,7 @@ def test_label_maps_under_the_experiments_own_names(root, tmp_path, monkeypatch)
 
 def test_nothing_is_shown_of_what_is_not_finished(tmp_path):
     run = Run(EXPERIMENT, "moco", 1, Path("c.yaml"), ())
-    assert pages.samples_of(EXPERIMENT, [run], Settings(Path("."), tmp_path, "native")) == []
+    assert pages.samples_of(EXPERIMENT, [run], Settings(tmp_path, "native")) == []
 
 
 def test_missing_predictions_are_a_warning(root, tmp_path, capsys):

@@ -49,7 +49,7 @@ GRID = Grid(ROWS, {"2b": TABLE})
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(Path("repository"), tmp_path, "native")
+    return Settings(tmp_path, "native")
 
 
 def planned(trials=(1, 2), options=()):
