@@ -32,7 +32,7 @@ def test_it_lists_its_commands():
     done = run("-m", "moco_det", "--help")
     listed = dict(re.findall(r"^  (\S+) +(\S.+)$", done.stdout, re.MULTILINE))
     assert listed.keys() == COMMANDS.keys()
-    assert listed["convert"].startswith("Turn a MoCo checkpoint")
+    assert listed["convert"].startswith("Turn the ResNet of any checkpoint")
 
 
 def test_an_unknown_command_is_told_in_a_line():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 from moco_det.benchmark.jobs import slurm
 from moco_det.benchmark.jobs.grid import ClassifierExperiment, ClassifierRun, Experiment, Run
@@ -40,7 +41,15 @@ record = '{"step": 1, "epoch": 1, "val_acc1": 60.5, "val_acc5": 83.0}'
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "repository" / "moco_det")
+    package = tmp_path / "repository" / "moco_det"
+    monkeypatch.setattr(installation, "PACKAGE", package)
+    # In the jobs' processes as well, as they begin.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from pathlib import Path\n"
+        "from moco_det.common import installation\n"
+        f"installation.PACKAGE = Path({str(package)!r})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
     for path, text in (("tools/train_net.py", TRAIN_NET), ("pretrain/linear.py", LINEAR)):
         script = tmp_path / "repository" / path
         script.parent.mkdir(parents=True)
