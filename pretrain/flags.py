@@ -27,6 +27,7 @@ from moco_det.common.processes import workers_per_process
 from moco_det.common.weight_sources import OFFICIAL
 from pretrain.data.images import Loading
 from pretrain.data.shards import is_shards
+from pretrain.engine.device import COMPILE
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.engine.trainer import RunSettings
 from pretrain.moco import MECHANISMS
@@ -54,6 +55,8 @@ def pretraining_parser() -> argparse.ArgumentParser:
     add_training_flags(parser)
     add_moco_flags(parser)
     add = parser.add_argument_group("beyond the official code").add_argument
+    add("--compile", default="auto", choices=COMPILE,
+        help="the encoders; auto: on a GPU, where it works and the run is long enough")  # fmt: skip
     add("--small-stem", action=SWITCH, default=False, help="3x3 stem for 32-pixel images")
     add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
     add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
@@ -110,6 +113,11 @@ def parse_pretraining(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: there are --epochs {args.epochs}")
     if args.cos and args.lr_decay_every:
         raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
+    if args.deterministic and args.compile == "on":
+        raise UserError(
+            "--deterministic wants the same kernels each time, and --compile on whatever it finds "
+            "the fastest: pass one of them"
+        )
     if args.color_strength != 0.5 and not args.aug_plus:
         raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
     _check_shards(args)
@@ -297,8 +305,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--restart-epoch", action="store_true",
         help="resume at the beginning of the epoch, on whatever images")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run that --output holds")
-    add("--seed", default=None, type=int, help="also selects deterministic cuDNN algorithms")
-    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--seed", default=None, type=int, help="of all draws; kernels of a GPU still round freely")
+    add("--deterministic", action=SWITCH, default=False,
+        help="on a GPU the same bits each time; steps take about half as long again")  # fmt: skip
+    add("--amp", default="auto", choices=["auto", *AMP_DTYPES],
+        help="mixed precision of the encoder; auto: a resumed run's own, else bf16 on GPUs that "
+        "have it")  # fmt: skip
     add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
     add("--max-unreadable", default=0.01, type=float, help="fraction that may be unreadable")
 

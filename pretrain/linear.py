@@ -37,8 +37,9 @@ from pretrain.data.images import Loading
 from pretrain.data.labelled import LabelledBatches, LabelledSplit, find_splits
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.device import seed_run, settle_precision
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
-from pretrain.engine.trainer import Trainer, seed_run
+from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.classification import (
     Classification,
     FeatureBatches,
@@ -65,7 +66,8 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
             checkpoint = checkpoints.restart_epoch(checkpoint)
         if args.evaluate and checkpoint is None:
             raise UserError("--evaluate needs the classifier of a run: pass --resume PATH")
-        seed = seed_run(args.seed, checkpoint)
+        seed = seed_run(args.seed, checkpoint, args.deterministic)
+        args.amp = settle_precision(args.amp, device, checkpoint)
         batching = loading(args, device, seed)
         classes, train, val = find_splits(Path(args.data))
         if checkpoint:

@@ -25,10 +25,11 @@ from pretrain.data.images import FolderSource, training_folder
 from pretrain.data.shards import ShardSource, find_shards, is_shards
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.device import seed_run, settle_precision
 from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
-from pretrain.engine.trainer import Trainer, seed_run
+from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.features import KnnMonitor
 from pretrain.flags import launch, loading, parse_pretraining, run_settings
 from pretrain.moco import MECHANISMS, build_mechanism
@@ -47,7 +48,8 @@ def pretrain(args: argparse.Namespace, device: torch.device) -> None:
         checkpoint = checkpoints.find(args.resume, output)
         if checkpoint and args.restart_epoch:
             checkpoint = checkpoints.restart_epoch(checkpoint)
-        seed = seed_run(args.seed, checkpoint)
+        seed = seed_run(args.seed, checkpoint, args.deterministic)
+        args.amp = settle_precision(args.amp, device, checkpoint)
         source = build_source(args, device, seed)
         model = build_model(args, source.samples)
         model = model.to(device, memory_format=torch.channels_last)
@@ -132,6 +134,7 @@ def build_task(
         knn_every=args.knn_every,
         keep=args.keep,
         save_every=args.save_every,
+        compilation=args.compile,
     )
 
 

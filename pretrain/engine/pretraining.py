@@ -12,6 +12,7 @@ from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
+from pretrain.engine.device import compile_encoders, settle_compilation
 from pretrain.engine.optimization import ScheduledSGD, parallelize
 from pretrain.engine.trainer import Task, Trainer
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
@@ -32,6 +33,7 @@ class MoCoPretraining(Task):
         knn_every: epochs between two of them; the first is before the first step.
         keep: so many of the newest epochs keep their checkpoints.
         save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
+        compilation: whether the encoders are compiled, one of `device.COMPILE`.
     """
 
     model: InstanceDiscrimination
@@ -44,7 +46,9 @@ class MoCoPretraining(Task):
     knn_every: int = 1
     keep: int = 2
     save_every: int = 0
+    compilation: str = "off"
 
+    to_compile = False  # in the first step
     numbered_from = 0  # the number of the first epoch's checkpoint
     ended = None  # what the run goes on from: a file, and its epochs
 
@@ -57,6 +61,9 @@ class MoCoPretraining(Task):
     def step(self, batch, step: int) -> torch.Tensor:
         views = [view.to(self.device, non_blocking=True) for view in batch.views]
         inputs = self.model.inputs(views, batch.indices, self.seed, step)
+        if self.to_compile:
+            compile_encoders(self.model, views[0], self.dtype, self.compilation == "on")
+            self.to_compile = False
         loss, logits, queries = contrastive_step(
             self.parallel, self.loss, self.optimizer, inputs, self.dtype
         )
@@ -67,6 +74,8 @@ class MoCoPretraining(Task):
         return {"chance_loss": self.loss.chance(self.negatives)} | self.model.memory_fill(seen)
 
     def before_training(self, trainer: Trainer) -> None:
+        steps = trainer.last_step - trainer.step
+        self.to_compile = settle_compilation(self.compilation, self.device, steps)
         if self.monitor and trainer.step == 0:
             self.record_knn(trainer)
         if self.ended == (trainer.output / checkpoints.LAST, trainer.epoch):

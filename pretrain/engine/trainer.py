@@ -7,12 +7,11 @@ import datetime
 import json
 import math
 import os
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,7 +22,6 @@ from moco_det.common.files import write_text
 from moco_det.common.processes import (
     StopRequest,
     end_run,
-    from_main,
     is_main,
     print_on_main,
     world_size,
@@ -137,6 +135,7 @@ class Trainer:
         self._find_end(settings.epochs, iterations)
         self.log = RunLog(self.output, self.step)
         self.meter = MetricMeter(next(task.model.parameters()).device, task.measures)
+        self.begun_report: Report | None = None
         if doctor:
             for record in self.log.kept:
                 doctor.hear(record)
@@ -173,37 +172,55 @@ class Trainer:
         reporting = ends or self.step_in_epoch % self.settings.print_freq == 0
         save_steps = self.settings.save_steps
         saving = save_steps and self.step % save_steps == 0
-        if reporting or saving or self.step == 1:  # first: a NaN must not reach a checkpoint
-            self.report()
+        if self.begun_report:
+            self.end_report()  # of the step before: the device has ended that one meanwhile
+        if reporting or saving or self.step == 1:
+            self.begin_report()
+        # At once where there is nothing to wait for, or before what follows: a NaN must not reach a
+        # checkpoint, and the last lines of an epoch stand in their order.
+        if self.begun_report and (self.meter.sent_at_once or ends or saving or self.step == 1):
+            self.end_report()
         if saving:
             self.save()
         # Several processes must agree on the step to stop at, which costs a message: seldom.
         if (reporting or world_size() == 1) and self.stop.agreed():
             if self.meter.steps:
-                self.report()
+                self.begin_report()
+            if self.begun_report:
+                self.end_report()
             self.save()
             end_run(self.stop.received, f"{self.output / checkpoints.LAST} at step {self.step}")
 
-    def report(self) -> None:
-        """Log the means since the last report. Raises UserError when the loss is NaN."""
-        values = {"epoch": self.epochs_done} | self.meter.means(self.settings.batch_size)
-        values |= {"lr": self.task.optimizer.rate}
-        values |= self.task.log_values(self.step * self.settings.batch_size)
-        self.meter.reset()
-        epoch = f"{self.epoch + 1}/{self.epochs} [{self.step_in_epoch}/{self.steps_per_epoch}]"
-        self.record(values, progress_line(epoch, self.last_step - self.step, values))
+    def begin_report(self) -> None:
+        """Have the means since the last report sent from the device. Collective."""
+        self.meter.send()
+        others = {"lr": self.task.optimizer.rate}
+        others |= self.task.log_values(self.step * self.settings.batch_size)
+        place = f"{self.epoch + 1}/{self.epochs} [{self.step_in_epoch}/{self.steps_per_epoch}]"
+        self.begun_report = Report(self.step, self.epochs_done, place, others)
 
-    def record(self, values: dict, line: str = "") -> None:
+    def end_report(self) -> None:
+        """Log them. Raises UserError when the loss is NaN."""
+        step, epoch, place, others = self.begun_report
+        values = {"epoch": epoch} | self.meter.means(self.settings.batch_size) | others
+        self.begun_report = None
+        self.record(values, progress_line(place, self.last_step - step, values), step)
+
+    def record(self, values: dict, line: str = "", step: int | None = None) -> None:
         """Write `values` to the log; print `line`, and what the doctor newly says of them.
+
+        Args:
+            step: that they are of; by default the last one.
 
         Raises:
             UserError: "loss" is among them and is NaN or infinite.
         """
-        self.log.write(self.step, values)
-        findings = self.doctor.hear({"step": self.step, **values}) if self.doctor else []
+        step = self.step if step is None else step
+        self.log.write(step, values)
+        findings = self.doctor.hear({"step": step, **values}) if self.doctor else []
         loss = values.get("loss", 0.0)
         if not math.isfinite(loss):
-            unheard = f"the loss is {loss} at step {self.step}: lower --lr"
+            unheard = f"the loss is {loss} at step {step}: lower --lr"
             raise UserError(findings[0].text if findings else unheard)
         for text in ([line] if line else []) + findings:
             print_on_main(str(text))
@@ -267,36 +284,68 @@ class Trainer:
 # -- what a person watches ------------------------------------------------------------------------
 
 
+class Report(NamedTuple):
+    """What a report says beside the meter's means, as it was when these were sent."""
+
+    step: int
+    epoch: float
+    place: str
+    others: dict[str, float]
+
+
 class MetricMeter:
-    """Means of the named values over the steps since the last report, and where the time went."""
+    """Means of the named values over the steps since the last report, and where the time went.
+
+    `send` takes the sums so far from the device, without waiting for it, and `means` waits for
+    them: between the two there may be further steps, which count for the report after.
+    """
 
     def __init__(self, device: torch.device, names: tuple[str, ...]):
         self.device = device
         self.names = names
+        self.sent_at_once = device.type != "cuda"
         self.reset()
 
     def reset(self) -> None:
+        self._begin_sums()
+        self.begun = time.perf_counter()
+
+    def _begin_sums(self) -> None:
         self.sums = torch.zeros(len(self.names), device=self.device)
         self.steps = 0
         self.waiting = 0.0
-        self.begun = time.perf_counter()
 
     def add(self, values: torch.Tensor, waited: float) -> None:
         self.sums += values
         self.steps += 1
         self.waiting += waited
 
-    def means(self, batch_size: int) -> dict:
-        """Averages over steps and processes, images/s of the whole run, share of time waiting."""
+    def send(self) -> None:
+        """Have the sums sent to the host, and begin new ones. Collective."""
         sums = self.sums / world_size()
         if world_size() > 1:
             dist.all_reduce(sums)
-        values = [v / self.steps for v in sums.tolist()]  # waits for the device
-        seconds = time.perf_counter() - self.begun
-        return dict(zip(self.names, values, strict=True)) | {
-            "images_per_second": self.steps * batch_size / seconds,
-            "data_wait": self.waiting / seconds,
-            "seconds_per_step": seconds / self.steps,
+        arrived = None
+        if not self.sent_at_once:
+            on_host = torch.empty(sums.shape, pin_memory=True)
+            sums = on_host.copy_(sums, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.sent = sums, arrived, self.steps, self.waiting
+        self._begin_sums()
+
+    def means(self, batch_size: int) -> dict:
+        """Of what was sent: averages over steps and processes, images/s of the whole run, share of
+        time waiting. Waits for the device."""
+        sums, arrived, steps, waiting = self.sent
+        if arrived:
+            arrived.synchronize()
+        now = time.perf_counter()
+        seconds, self.begun = now - self.begun, now
+        return dict(zip(self.names, (v / steps for v in sums.tolist()), strict=True)) | {
+            "images_per_second": steps * batch_size / seconds,
+            "data_wait": waiting / seconds,
+            "seconds_per_step": seconds / steps,
         }
 
 
@@ -357,25 +406,3 @@ def progress_line(epoch: str, left: int, values: dict) -> str:
         f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  {fill}"
         f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  ETA {eta}"
     )
-
-
-# -- the start of a run ---------------------------------------------------------------------------
-
-
-def seed_run(wanted: int | None, checkpoint: Checkpoint | None) -> int:
-    """Seed this process's generators; the seed, which all processes agree on. Collective.
-
-    It is the one `wanted`, else that of the run to be resumed, else a random one. Who wants one
-    also gets deterministic cuDNN algorithms.
-    """
-    seed = wanted
-    if seed is None and checkpoint:
-        seed = checkpoint.state.get("config", {}).get("seed")
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
-    seed = from_main(seed)
-    for seed_generator in (torch.manual_seed, random.seed, np.random.seed):
-        seed_generator(seed)
-    torch.backends.cudnn.benchmark = wanted is None
-    torch.backends.cudnn.deterministic = wanted is not None
-    return seed

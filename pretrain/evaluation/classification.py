@@ -27,6 +27,7 @@ from pretrain.engine.optimization import ScheduledSGD, parallelize
 from pretrain.engine.trainer import Task, Trainer
 from pretrain.evaluation.features import SplitFeatures, encode, extract, pooled
 from pretrain.moco.grouped_batchnorm import group_batchnorm
+from pretrain.moco.instance_discrimination import send
 
 BEST = "checkpoint_best.pth.tar"
 
@@ -187,7 +188,7 @@ class FeatureBatches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for keys in self.sampler:
-            indices = torch.tensor([index for _, index in keys], device=self.labels.device)
+            indices = send(torch.tensor([index for _, index in keys]), self.labels.device)
             yield self.features[indices], self.labels[indices]
 
 

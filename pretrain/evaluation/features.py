@@ -6,7 +6,7 @@ Shape legend:
 
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -114,11 +114,17 @@ def encode(
     network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """uint8 N x H x W x 3 -> outputs N x D, fp32; `dtype` is that of mixed precision, if any."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
+    mean, std = pixel_statistics(images.device, torch.get_default_dtype())
     pixels = images.permute(0, 3, 1, 2).float()
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return network((pixels - mean) / std).float()
+
+
+@cache
+def pixel_statistics(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, 3 x 1 x 1. Sent to a GPU once: it would be waited for in every step."""
+    mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], dtype=dtype, device=device).view(2, 3, 1, 1)
+    return mean, std
 
 
 extract = torch.no_grad()(encode)  # of a frozen backbone

@@ -48,6 +48,7 @@ class InstanceDiscrimination(nn.Module):
         self.bn_groups = bn_groups
         self.shuffle_bn = shuffle_bn
         self.encoder_q = group_batchnorm(encoder, bn_groups)
+        self.use_plain_encoders()
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)
 
@@ -63,7 +64,7 @@ class InstanceDiscrimination(nn.Module):
         order = torch.arange(len(indices))
         if self.shuffle_bn:
             order = shuffle_index(seed, step, len(indices))
-        return *views, order.to(views[0].device)
+        return *views, send(order, views[0].device)
 
     def enqueue(self, keys: torch.Tensor) -> None:
         """Keep the keys of this step (B x C) for later ones, where the mechanism has a queue."""
@@ -75,9 +76,51 @@ class InstanceDiscrimination(nn.Module):
 
     def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """uint8 N x H x W x 3 -> L2-normalised features N x C."""
-        pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
-        pixels = (pixels - self.pixel_mean.view(3, 1, 1)) / self.pixel_std.view(3, 1, 1)
-        return F.normalize(encoder(pixels).float(), dim=1)
+        features = self.embed(encoder, images, self.pixel_mean, self.pixel_std)
+        return features.clone() if self.replayed else features
+
+    def compile_encoders(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
+        """From now on `encode` runs compiled code; the first call for each encoder compiles it.
+
+        From pixels to features it is one graph for each encoder, in which nothing waits for the
+        device. Evaluation does not go through it. Parameters keep their names.
+
+        Args:
+            cuda_graphs: replay all kernels of a pass by one launch.
+        """
+        # DistributedDataParallel would have the graph split at its buckets, which PyTorch cannot
+        # where a graph has an autograd.Function.
+        torch._dynamo.config.optimize_ddp = False
+        mode = "reduce-overhead" if cuda_graphs else None
+        self.embed = torch.compile(embed, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        self.replayed = cuda_graphs
+
+    def use_plain_encoders(self) -> None:
+        """Undo `compile_encoders`."""
+        self.embed = embed
+        self.replayed = False  # whether a later call writes over what this one returns
+
+    def rehearse(self, images: torch.Tensor) -> None:
+        """Encode as in a step, forward and backward, and leave everything as it was: what is to be
+        compiled is compiled now, or fails now. Not collective.
+
+        Args:
+            images: a view of this process's images, uint8, N x H x W x 3.
+        """
+        before = {name: value.clone() for name, value in self.named_buffers()}
+        gradients = {name: value.grad for name, value in self.named_parameters()}
+        try:
+            for encoder in self.children():
+                trained = any(p.requires_grad for p in encoder.parameters())
+                with torch.set_grad_enabled(trained):
+                    features = self.encode(encoder, images)
+                if trained:
+                    features.sum().backward()
+        finally:
+            for name, value in self.named_parameters():
+                value.grad = gradients[name]
+            for name, value in self.named_buffers():
+                value.copy_(before[name])
 
     def encode_shuffled(
         self, encoder: nn.Module, im_k: torch.Tensor, order: torch.Tensor
@@ -101,6 +144,23 @@ class InstanceDiscrimination(nn.Module):
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
         return keys
+
+
+def embed(
+    encoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """uint8 N x H x W x 3 -> L2-normalised features N x C, fp32; `mean` and `std`: of pixels, 3."""
+    pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
+    pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return F.normalize(encoder(pixels).float(), dim=1)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small CPU tensor on `device`. A GPU copies it in its own time: from memory that is not
+    pinned the host would wait until it has done so, and before that all else it was given."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def shuffle_index(seed: int, step: int, batch_size: int) -> torch.Tensor:

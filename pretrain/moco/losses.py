@@ -36,11 +36,16 @@ class NCE(nn.Module):
         super().__init__()
         # log mean(exp(l)) of the first batch; NaN before it.
         self.register_buffer("log_mean", torch.tensor(math.nan))
+        # Whether it is there, without asking the device: after a state is loaded, that is asked.
+        self.estimated = False
+        self.register_load_state_dict_post_hook(_forget_estimated)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         negatives = logits.shape[1] - 1
-        if self.log_mean.isnan():
-            self._estimate(logits.detach()[:, 1:])
+        if not self.estimated:
+            if self.log_mean.isnan():
+                self._estimate(logits.detach()[:, 1:])
+            self.estimated = True
         log_odds = logits - self.log_mean - math.log(negatives)
         data, noise = F.logsigmoid(log_odds[:, 0]), F.logsigmoid(-log_odds[:, 1:])
         return -(data + noise.sum(dim=1)).mean()
@@ -55,6 +60,10 @@ class NCE(nn.Module):
     def chance(negatives: int) -> float:
         """The loss where all logits are equal, h = 1 / (1 + K)."""
         return math.log(negatives + 1) + negatives * math.log1p(1 / negatives)
+
+
+def _forget_estimated(loss: NCE, incompatible_keys) -> None:
+    loss.estimated = False
 
 
 LOSSES = {"infonce": InfoNCE, "nce": NCE}

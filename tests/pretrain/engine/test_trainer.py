@@ -16,6 +16,7 @@ from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.files import make_folder
 from moco_det.common.processes import StopRequest
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
+from pretrain.engine.device import seed_run
 from pretrain.engine.optimization import ScheduledSGD
 from pretrain.engine.trainer import (
     MetricMeter,
@@ -24,7 +25,6 @@ from pretrain.engine.trainer import (
     Task,
     Trainer,
     progress_line,
-    seed_run,
 )
 
 
@@ -200,6 +200,8 @@ def test_means_are_over_the_steps_since_the_last_report(monkeypatch):
     meter.reset()
     meter.add(torch.tensor([1.0, 10.0]), 0.5)
     meter.add(torch.tensor([2.0, 30.0]), 0.5)
+    meter.send()
+    meter.add(torch.tensor([7.0, 70.0]), 5.0)  # is of the next report
     assert meter.means(batch_size=16) == {
         "loss": 1.5, "acc1": 20.0, "images_per_second": 8.0, "data_wait": 0.25,
         "seconds_per_step": 2.0,
