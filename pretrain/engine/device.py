@@ -105,11 +105,7 @@ def compile_encoders(
     Raises:
         UserError: it is required and does not work.
     """
-    from torch._inductor.codecache import cache_dir  # takes seconds, which others need not wait
-
-    print_on_main(
-        f"compiling the encoders: about a minute, less where {cache_dir()} has them already"
-    )
+    print_on_main("compiling the encoders: about a minute, less where PyTorch's cache has them")
     begun, problem = time.perf_counter(), None
     model.compile_encoders(backend, CUDA_GRAPHS)
     try:
@@ -121,7 +117,9 @@ def compile_encoders(
         problem = one_line(getattr(error, "inner_exception", error), 160)
     problems = [text for text in all_objects(problem) if text]  # what one cannot do, none does
     if not problems:
-        print_on_main(f"compiled in {time.perf_counter() - begun:.0f} s")
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # the compiler sets it to its default
+        kept = f", kept in {kept}" if kept else ""
+        print_on_main(f"compiled in {time.perf_counter() - begun:.0f} s{kept}")
         return
     if required:
         raise UserError(f"--compile on: {problems[0]}")

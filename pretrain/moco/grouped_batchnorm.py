@@ -72,28 +72,32 @@ class _NormalizeGroups(torch.autograd.Function):
         origin = pixels[:, :1, :, :1, :1]
         offset = pixels - origin
         mean = offset.mean(PIXELS, keepdim=True)
-        var = offset.square().mean(PIXELS, keepdim=True) - mean.square()
-        mean, var = mean + origin, var.clamp(min=0)
+        var = (offset.square().mean(PIXELS, keepdim=True) - mean.square()).clamp(min=0)
+        mean = mean + origin
         inverse_std = torch.rsqrt(var + eps)
-        out = (pixels - mean) * (inverse_std * weight.view(-1, 1, 1)) + bias.view(-1, 1, 1)
+        scale = _of_images(inverse_std * weight.view(-1, 1, 1), x)
+        out = (x - _of_images(mean, x)) * scale + bias.view(-1, 1, 1)
         ctx.save_for_backward(x, weight, mean, inverse_std)
         ctx.groups = groups
-        return out.to(x.dtype).flatten(0, 1), mean, var
+        return out.to(x.dtype), mean, var
 
     @staticmethod
     def backward(ctx, grad, _mean, _var):
         """With x^ = (x - mean) / std over the m pixels of a group: the gradient of x is
         weight / std * (grad - sum(grad) / m - x^ * sum(grad * x^) / m)."""
         x, weight, mean, inverse_std = ctx.saved_tensors
-        centred = _by_group(x, ctx.groups) - mean
-        grad = _by_group(grad, ctx.groups)
         count = x.numel() // ctx.groups // x.shape[1]
-        grad_sum = grad.sum(PIXELS, keepdim=True)
-        product_sum = (grad * centred).sum(PIXELS, keepdim=True) * inverse_std
-        along = centred * (inverse_std * product_sum / count)
-        grad_x = (inverse_std * weight.view(-1, 1, 1)) * (grad - grad_sum / count - along)
+        grads = _by_group(grad, ctx.groups)
+        grad_sum = grads.sum(PIXELS, keepdim=True)
+        product_sum = (grads * (_by_group(x, ctx.groups) - mean)).sum(PIXELS, keepdim=True)
+        product_sum = product_sum * inverse_std
+        scale = _of_images(inverse_std * weight.view(-1, 1, 1), x)
+        slope = _of_images(inverse_std * product_sum / count, x)
+        grad_x = scale * (
+            grad - _of_images(grad_sum / count, x) - (x - _of_images(mean, x)) * slope
+        )
         return (
-            grad_x.to(x.dtype).flatten(0, 1),
+            grad_x.to(x.dtype),
             product_sum.sum(0).flatten(),
             grad_sum.sum(0).flatten(),
             None,
@@ -104,6 +108,11 @@ class _NormalizeGroups(torch.autograd.Function):
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
     """(N, C, H, W) -> (G, N/G, C, H, W) in float32 at least; of any memory format a view."""
     return x.unflatten(0, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _of_images(statistic: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(G, 1, C, 1, 1) -> (N, C, 1, 1): of the group of each image of x."""
+    return statistic.expand(-1, len(x) // len(statistic), -1, -1, -1).flatten(0, 1)
 
 
 def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
