@@ -189,6 +189,7 @@ def load_resumable(path: Path) -> dict:
         for name, largest in (("batch_size", 2**31), ("seed", 2**63)):
             if config.get(name) is not None:
                 check_count(f"config.{name}", config[name], largest)
+        check_text("config.amp", config.get("amp", "none"))
         check_dict("loss", state.get("loss", {}))
         check_scaler(state.get("scaler", {}))
         check_number("best_acc1", state.get("best_acc1", 0.0), -1, 100)

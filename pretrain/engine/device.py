@@ -49,9 +49,10 @@ def use_deterministic_kernels(wanted: bool) -> None:
     """
     torch.backends.cudnn.benchmark = not wanted
     torch.backends.cudnn.deterministic = wanted
-    if wanted and torch.cuda.is_available():
+    wanted &= torch.cuda.is_available()
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
-        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no bit
 
 

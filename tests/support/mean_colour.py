@@ -27,6 +27,24 @@ class NormalisedColour(nn.Module):
         return self.fc(self.bn(pixels).mean(dim=(2, 3)))
 
 
+class Residual(nn.Module):
+    """A block of a ResNet, with a ReLU in place as theirs: (N, 3, H, W) -> (N, dim)."""
+
+    def __init__(self, dim: int = 4, width: int = 8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, dim)
+
+    def forward(self, pixels):
+        before = self.relu(self.bn1(self.conv1(pixels)))
+        after = self.relu(self.bn2(self.conv2(before)) + before)
+        return self.fc(after.mean(dim=(2, 3)))
+
+
 def views(n: int, seed: int = 0, size: int = 8) -> torch.Tensor:
     """Square images of noise, uint8 N x H x W x 3."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,19 +1,25 @@
 """A contrastive step and what it reports, against both written out."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from devices import DEVICES
+from float64 import in_float64
 from fork_server import run_in_two_processes
-from mean_colour import MeanColour, NormalisedColour, views
+from host_reads import HostReads
+from mean_colour import MeanColour, NormalisedColour, Residual, views
 
 from pretrain.engine import checkpoints, pretraining
-from pretrain.engine.optimization import ScheduledSGD
+from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
 from pretrain.engine.pretraining import MoCoPretraining, contrastive_step, pretext_metrics
+from pretrain.engine.trainer import MetricMeter
+from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.instance_discrimination import shuffle_index
-from pretrain.moco.losses import InfoNCE
+from pretrain.moco.losses import LOSSES, InfoNCE
 from pretrain.moco.momentum_contrast import MoCo
 
 
@@ -153,3 +159,75 @@ def test_all_processes_monitor_the_model_of_the_first(tmp_path):
     assert float(second) == pytest.approx(float(first) + 0.9, abs=0.02)  # a tenth is of the images
     assert seen == also
     assert float(seen.strip("[]")) == pytest.approx(3 * float(first), abs=0.03)
+
+
+def task(mechanism: str, loss: str, amp: str, device: str) -> MoCoPretraining:
+    torch.manual_seed(0)
+    model = build_mechanism(
+        mechanism, Residual(), dim=4, negatives=12, samples=30, key_momentum=0.9, bn_groups=2
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = ScheduledSGD(model, 0.1, 0.9, 1e-4, scale_gradients=amp == "fp16")
+    loss = LOSSES[loss]().to(device)
+    return MoCoPretraining(model, loss, optimizer, None, seed=0, dtype=AMP_DTYPES[amp])
+
+
+def batch(model, number: int) -> SimpleNamespace:
+    seen = [views(8, 10 * number + i, size=16) for i in range(model.num_views)]
+    if torch.cuda.is_available():
+        seen = [view.pin_memory() for view in seen]
+    return SimpleNamespace(views=seen, indices=torch.arange(8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("mechanism", "loss"), [*((name, "infonce") for name in MECHANISMS), ("moco", "nce")]
+)
+def test_a_step_does_not_wait_for_its_device(mechanism, loss, amp, device):
+    pretraining = task(mechanism, loss, amp, device)
+    meter = MetricMeter(torch.device(device), pretraining.measures)
+    pretraining.step(batch(pretraining.model, 0), 0)  # NCE's constant is of the first one
+    with HostReads(device) as reads:
+        for step in (1, 2):
+            pretraining.optimizer.set_rate(0, step)
+            meter.add(pretraining.step(batch(pretraining.model, step), step), 0.0)
+        meter.send()
+    assert reads.names == []
+    assert meter.means(batch_size=8)["loss"] > 0
+
+
+def test_what_waits_is_noticed():
+    x = torch.ones(3, requires_grad=True)
+    with HostReads() as reads:
+        float(x.sum().detach())
+        bool(x[0] > 0)
+        x[x > 0].sum().backward()
+        x.detach()[torch.tensor([0, 2])].tolist()
+    assert {"_local_scalar_dense", "index"} <= set(reads.names)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("amp", "tolerance"), [("none", 1e-4), ("bf16", 0.1), ("fp16", 0.02)])
+def test_a_step_is_that_of_float64(amp, tolerance, device, monkeypatch):
+    """The gradient of the loss, and what is left in the running statistics and the queue."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    pretraining = task("moco", "infonce", amp, device)
+    model, inputs = pretraining.model, batch(pretraining.model, 0)
+    exact = copy.deepcopy(model).double().cpu()
+    values = pretraining.step(inputs, 0)
+    with in_float64():
+        order = exact.inputs(inputs.views, inputs.indices, 0, 0)
+        logits, keys, _ = exact(*order)
+        loss = InfoNCE()(logits)
+        loss.backward()
+        exact.enqueue(keys)
+    torch.testing.assert_close(float(values[0]), float(loss.detach()), rtol=tolerance, atol=0)
+    for (name, parameter), other in zip(
+        model.encoder_q.named_parameters(), exact.encoder_q.parameters(), strict=True
+    ):
+        found = parameter.grad.double().cpu()  # the fused optimizer leaves fp16's unscaled
+        assert (found - other.grad).norm() <= tolerance * other.grad.norm(), name
+    for (name, buffer), other in zip(model.named_buffers(), exact.buffers(), strict=True):
+        found = buffer.double().cpu()
+        assert (found - other).norm() <= tolerance * other.double().norm(), name
