@@ -293,6 +293,20 @@ class Report(NamedTuple):
     others: dict[str, float]
 
 
+class Arrival:
+    """A GPU's tensor on its way to the host, which goes on meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.copy.copy_(tensor, non_blocking=True)
+        self.done = torch.cuda.Event()
+        self.done.record()
+
+    def wait(self) -> torch.Tensor:
+        self.done.synchronize()
+        return self.copy
+
+
 class MetricMeter:
     """Means of the named values over the steps since the last report, and where the time went.
 
@@ -325,21 +339,16 @@ class MetricMeter:
         sums = self.sums / world_size()
         if world_size() > 1:
             dist.all_reduce(sums)
-        arrived = None
-        if not self.sent_at_once:
-            on_host = torch.empty(sums.shape, pin_memory=True)
-            sums = on_host.copy_(sums, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.sent = sums, arrived, self.steps, self.waiting
+        arrival = None if self.sent_at_once else Arrival(sums)
+        self.sent = sums, arrival, self.steps, self.waiting
         self._begin_sums()
 
     def means(self, batch_size: int) -> dict:
         """Of what was sent: averages over steps and processes, images/s of the whole run, share of
         time waiting. Waits for the device."""
-        sums, arrived, steps, waiting = self.sent
-        if arrived:
-            arrived.synchronize()
+        sums, arrival, steps, waiting = self.sent
+        if arrival:
+            sums = arrival.wait()
         now = time.perf_counter()
         seconds, self.begun = now - self.begun, now
         return dict(zip(self.names, (v / steps for v in sums.tolist()), strict=True)) | {

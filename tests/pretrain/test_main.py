@@ -8,12 +8,14 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from commands import IN_FLOAT64, Command, python, run, run_as_torchrun
+from devices import DEVICES
 from float64 import ROUNDING, assert_equal_but_for_rounding
 from paths import REPOSITORY
 from pretraining_runs import checkpoint, records, values
@@ -22,8 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.launch import free_local_url
-from pretrain.engine import checkpoints
+from pretrain.engine import checkpoints, pretraining
 from pretrain.engine.checkpoints import LAST
+from pretrain.engine.device import compile_encoders
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
 
@@ -163,6 +166,48 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(images, tmp_path, whole_run)
     done = run(*command(images, tmp_path, "--knn-every", "2", "--resume", "auto"))
     assert done.returncode == 0, done.stderr
     assert_same_bits(checkpoint(tmp_path), checkpoint(whole_run))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["auto", "fp16"])
+def test_a_deterministic_run_resumes_to_the_same_bits_on_any_device(images, tmp_path, amp, device):
+    flags = ["--deterministic", "--amp", amp, "--lr", "0.002", "--knn-every", "0", "-j", "0"]
+
+    def train(name, *more):
+        argv = [str(images), *FLAGS, *flags, "--output", str(tmp_path / name), *more]
+        pretrain(parse_pretraining(argv), torch.device(device))
+
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    try:
+        train("whole")
+        half = tmp_path / "whole" / "checkpoint_0001.pth.tar"
+        train("resumed", "--resume", str(half))
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+        torch.use_deterministic_algorithms(False)
+    assert torch.load(half, weights_only=True)["step"] == 6
+    states = [checkpoint(tmp_path / name) for name in ("resumed", "whole")]
+    configs = [state.pop("config") for state in states]
+    assert_same_bits(*states)
+    precision = {"fp16": "fp16", "auto": "bf16" if device == "cuda" else "none"}[amp]
+    assert [config["amp"] for config in configs] == [precision, precision]
+
+
+def test_a_run_with_compiled_encoders_is_one_without(images, tmp_path, monkeypatch, capsys):
+    """Its numbers to rounding, its files to their names; with the program of a CPU's compiler,
+    which itself would take minutes."""
+    monkeypatch.setattr(pretraining, "compile_encoders", partial(compile_encoders, backend="eager"))
+    for choice in ("on", "off"):
+        argv = [str(images), *FLAGS, "--epochs", "1", "-j", "0", "--compile", choice]
+        argv += ["--output", str(tmp_path / choice), "--knn-every", "1"]
+        pretrain(parse_pretraining(argv), torch.device("cpu"))
+        printed = capsys.readouterr().out
+        assert ("compiling the encoders" in printed) == (choice == "on")
+    on, off = (checkpoint(tmp_path / choice)["state_dict"] for choice in ("on", "off"))
+    assert on.keys() == off.keys()
+    found, wanted = (values(tmp_path / choice, "loss") for choice in ("on", "off"))
+    np.testing.assert_allclose(found[:2], wanted[:2], rtol=0.02)
+    assert len(values(tmp_path / "on", "knn_top1")) == 2
 
 
 def limit_file_size():

@@ -10,10 +10,11 @@ import torch
 from devices import DEVICES
 from mean_colour import Residual, views
 from same_bits import assert_same_bits
+from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
-from moco_det.common.launch import launch
-from moco_det.common.processes import rank, world_size
+from moco_det.common.launch import free_local_url, launch, process_group
+from moco_det.common.processes import _Gather, rank, world_size
 from pretrain.engine import device as module
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import (
@@ -23,7 +24,7 @@ from pretrain.engine.device import (
     settle_compilation,
     settle_precision,
 )
-from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, parallelize
+from pretrain.engine.optimization import AMP_DTYPES, OWN_BUFFERS, ScheduledSGD, parallelize
 from pretrain.engine.pretraining import contrastive_step
 from pretrain.moco import build_mechanism
 from pretrain.moco.grouped_batchnorm import GroupedBatchNorm2d
@@ -143,10 +144,10 @@ def build(mechanism="moco", device=CPU, groups=2):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def train(model, dtype=None, steps=2, local=slice(None)):
+def train(model, dtype=None, steps=2, local=slice(None), parallel=None):
     """Losses and gradients of steps on 8 images, of which this process has `local`."""
     device, batch = model.pixel_mean.device, torch.arange(8)
-    optimizer, parallel = ScheduledSGD(model, 0.1, 0.9, 1e-4), parallelize(model)
+    optimizer, parallel = ScheduledSGD(model, 0.1, 0.9, 1e-4), parallel or parallelize(model)
     found = []
     for step in range(steps):
         seen = [views(8, 2 * step + i, size=16)[local].to(device) for i in range(model.num_views)]
@@ -273,3 +274,19 @@ def test_two_processes_with_compiled_encoders_train_as_one_without(tmp_path):
         assert found["gradients"].keys() == one["gradients"].keys()
         for name, gradient in one["gradients"].items():
             close([torch.tensor(found["gradients"][name])], [torch.tensor(gradient)], 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_process_group_of_one_trains_as_none(device):
+    """Through NCCL on a GPU: what several processes exchange goes through it, too."""
+    wanted, gradients = train(build(device=device))
+    model = build(device=device)
+    backend = "nccl" if device == "cuda" else None
+    with process_group(free_local_url(), 0, 1, local_rank=0, backend=backend):
+        parallel = DistributedDataParallel(model, **OWN_BUFFERS, gradient_as_bucket_view=True)
+        found, same = train(model, parallel=parallel)
+        rows = torch.ones(3, 2, device=device, requires_grad=True)
+        _Gather.apply(rows).square().sum().backward()
+        assert torch.equal(rows.grad, 2 * rows)
+    close(found, wanted, 1e-5)
+    close(same.values(), gradients.values(), 1e-4)

@@ -1,10 +1,8 @@
 """The loop on a task that one can follow by hand: positions, hooks, stops, resumes, reports."""
 
 import math
-import random
 import signal
 
-import numpy as np
 import pytest
 import torch
 from pretraining_runs import records, values
@@ -15,8 +13,8 @@ from torch import nn
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.files import make_folder
 from moco_det.common.processes import StopRequest
+from pretrain.engine import trainer as trainer_module
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
-from pretrain.engine.device import seed_run
 from pretrain.engine.optimization import ScheduledSGD
 from pretrain.engine.trainer import (
     MetricMeter,
@@ -163,19 +161,59 @@ def test_a_nan_ends_the_run_before_it_is_saved(tmp_path):
     assert load(tmp_path / LAST)["step"] == 2
 
 
-def test_a_seed_is_wanted_else_resumed_else_drawn():
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    checkpoint = Checkpoint(None, {"config": {"seed": 3}})
-    assert seed_run(5, checkpoint) == 5
-    # Who wants a seed wants the same run again, which cuDNN's fastest algorithms are not.
-    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
-    first = [torch.rand(1).item(), random.random(), np.random.rand()]
-    assert seed_run(5, None) == 5
-    assert [torch.rand(1).item(), random.random(), np.random.rand()] == first
-    assert seed_run(None, checkpoint) == 3
-    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, False)
-    assert seed_run(None, None) != seed_run(None, Checkpoint(None, {}))  # in all but 2^-31 of runs
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+class Late:
+    """A number that arrives later than the step that it is of."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.clone()
+        tensor.fill_(-1.0)  # what is not waited for is wrong
+
+    def wait(self):
+        return self.tensor
+
+
+@pytest.fixture
+def reports_arrive_late(monkeypatch):
+    """As on a GPU."""
+    send = MetricMeter.send
+
+    def sent_late(meter):
+        meter.sent_at_once = False
+        send(meter)
+
+    monkeypatch.setattr(trainer_module, "Arrival", Late)
+    monkeypatch.setattr(MetricMeter, "send", sent_late)
+
+
+@pytest.mark.usefixtures("reports_arrive_late")
+def test_reports_that_arrive_late_are_the_same(tmp_path, monkeypatch):
+    recorded, record = [], Trainer.record
+    monkeypatch.setattr(
+        Trainer,
+        "record",
+        lambda self, values, line="", step=None: (
+            recorded.append((step, self.step)) or record(self, values, line, step)
+        ),
+    )
+    run(tmp_path / "late", Line())
+    assert recorded == [(1, 1), (2, 3), (3, 3), (5, 6), (6, 6)]  # one step later, if there is one
+    monkeypatch.undo()
+    run(tmp_path / "at once", Line())
+    timed = {"images_per_second", "data_wait", "seconds_per_step"}
+    late, at_once = (
+        [{k: v for k, v in r.items() if k not in timed} for r in records(tmp_path / name)]
+        for name in ("late", "at once")
+    )
+    assert late == at_once
+
+
+@pytest.mark.usefixtures("reports_arrive_late")
+def test_a_nan_that_arrives_late_is_not_saved_either(tmp_path):
+    task = Line()
+    task.nan_at = 1
+    with pytest.raises(UserError, match="the loss is nan at step 2: lower --lr"):
+        run(tmp_path, task, save_steps=3)
+    assert not (tmp_path / LAST).exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
