@@ -98,8 +98,19 @@ class ScheduledSGD:
         """One step down the gradient of `loss`."""
         self.sgd.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled() and not self.sgd.state:
+            self._begin_momentum()
         self.scaler.step(self.sgd)
         self.scaler.update()
+
+    def _begin_momentum(self) -> None:
+        """With zeros, to which the first gradient is added. Where the scaler leaves out the first
+        step, PyTorch's fused SGD would begin with whatever the memory held."""
+        for group in self.sgd.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and parameter.grad is not None:
+                    zeros = torch.zeros_like(parameter)
+                    self.sgd.state[parameter]["momentum_buffer"] = zeros
 
     def state(self) -> dict:
         """Two entries of a checkpoint."""

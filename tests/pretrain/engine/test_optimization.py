@@ -1,10 +1,11 @@
-"""Schedules against the papers' sentences; LARS against its formula, step by step."""
+"""Schedules against the papers' sentences; LARS against its formula; steps that fp16 leaves out."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from torch import nn
 
 from moco_det.common.errors import UserError
@@ -146,3 +147,23 @@ def test_the_scaler_of_gradients_goes_on_where_it_was():
     assert second.scaler.get_scale() == 64.0
     momenta = [x.sgd.state_dict()["state"][0]["momentum_buffer"] for x in (first, second)]
     assert torch.equal(*momenta)
+
+
+# -- fp16 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_first_step_that_fp16_leaves_out_is_no_step(device):
+    """PyTorch's fused SGD took what its momentum's memory held before."""
+    size = 10_000
+    junk = [torch.full((size,), 7.0, device=device) for _ in range(8)]
+    layer = nn.Linear(size, 1, bias=False).to(device)
+    before = layer.weight.detach().clone()
+    optimizer = ScheduledSGD(layer, 0.5, 0.9, 0.0, scale_gradients=True)
+    del junk
+    optimizer.minimize((layer.weight * 1e36).sum())  # overflows when scaled
+    assert torch.equal(layer.weight, before)
+    for step, moved in ((1, 1.0), (2, 1.9), (3, 2.71)):  # 0.9 of the last, and the gradient of 1
+        optimizer.minimize(layer.weight.sum())
+        before -= 0.5 * moved
+        torch.testing.assert_close(layer.weight.detach(), before, msg=f"step {step}")
