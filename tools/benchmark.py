@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Measure speed beside a reference that is timed in the same run.
+r"""Measure speed beside a reference that is timed in the same run.
 
 python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
+python tools/benchmark.py pretrain-step --batch-size 256 --amp none fp16 bf16 --bn-groups 1 2 8 \
+    --compile off graphs on --deterministic
 python tools/benchmark.py data-path --images DIR
 python tools/benchmark.py pretrain-cost
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
@@ -18,9 +20,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark import speed
+from moco_det.benchmark import pretrain_step, speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
+from moco_det.benchmark.pretrain_step import NAMES
 from moco_det.common.errors import CommandParser, at_least, exit_cleanly
 from moco_det.config.loading import add_config_arguments
 from moco_det.engines import ENGINES, require_detectron2
@@ -28,7 +31,6 @@ from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.moco import MECHANISMS
 
 COUNT = at_least(1, 10**6)
-NAMES = {"none": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def main() -> None:
@@ -44,12 +46,17 @@ def parse_args() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    step = commands.add_parser("pretrain-step", help="one MoCo v2 step against plain Algorithm 1")
+    step = commands.add_parser("pretrain-step", help="one MoCo v2 step against the official code's")
     step.add_argument("--arch", default="resnet50")
     step.add_argument("--batch-size", type=COUNT, default=16)
     step.add_argument("--image-size", type=COUNT, default=224)
     step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    step.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=AMP_DTYPES)
+    step.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=AMP_DTYPES,
+        help="a row each; the last is that of other rows, here and below")  # fmt: skip
+    step.add_argument("--bn-groups", nargs="+", type=COUNT, default=[], help="default: main.py's")
+    step.add_argument("--compile", nargs="+", default=["off"], choices=pretrain_step.COMPILED,
+        help="of the encoders; graphs: as CUDA graphs")  # fmt: skip
+    step.add_argument("--deterministic", action="store_true", help="a row with such kernels, too")
     step.add_argument("--rounds", type=COUNT, default=5)
     step.set_defaults(report=report_step)
 
@@ -87,14 +94,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def report_step(args: argparse.Namespace) -> None:
-    seconds = speed.pretrain_step(
-        args.arch, args.batch_size, args.image_size, args.device, args.amp, args.rounds
+    """Every form of the official code, and of ours."""
+    setting = pretrain_step.Setting(args.arch, args.batch_size, args.image_size, args.device)
+    forms = pretrain_step.candidates(
+        setting, args.amp, args.bn_groups, args.compile, args.deterministic
     )
-    reference = seconds.pop("reference")
-    print(f"{'plain Algorithm 1, fp32':28s} {reference:8.4f} s/step")
-    for amp, value in seconds.items():
-        name = f"ours, {NAMES[amp]}"
-        print(f"{name:28s} {value:8.4f} s/step   ratio {reference / value:.2f}")
+    timings = pretrain_step.time_steps(setting, forms, args.rounds)
+    print(f"MoCo v2, {args.arch}, batch {args.batch_size}, {args.image_size} px")
+    rows = pretrain_step.table_rows(setting, timings)
+    print(tabulate(rows, pretrain_step.COLUMNS, tablefmt="pipe", disable_numparse=True))
 
 
 def report_data(args: argparse.Namespace) -> None:

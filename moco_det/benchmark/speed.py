@@ -1,7 +1,7 @@
-"""How fast training and the data path are, each beside a reference that is timed in the same run.
+"""How fast the data path and a detector are, each beside a reference that is timed in the same run.
 
-The references are the ones that users come from: the paper's Algorithm 1 as a plain PyTorch program
-on NCHW float images, the torchvision + PIL pipeline, and, for a detector, the other engine.
+The references are the ones that users come from: the torchvision + PIL pipeline, and, for a
+detector, the other engine. A pretraining step's is in `pretrain_step.py`.
 """
 
 import multiprocessing
@@ -15,29 +15,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import transforms
 
 from moco_det.benchmark.cost import peak_memory_of_process
 from moco_det.common.errors import UserError
 from moco_det.common.images import UnreadableImage, read_image
-from moco_det.common.launch import free_local_url, process_group
 from moco_det.config.loading import load_config
 from moco_det.engines import probe_class
 from moco_det.parity import comparison as parity
 from moco_det.parity.probe import EngineProbe
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import find_images
-from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
-from pretrain.engine.pretraining import contrastive_step
-from pretrain.moco.encoders import build_encoder
-from pretrain.moco.grouped_batchnorm import choose_bn_groups
-from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD, shuffle_index
-from pretrain.moco.losses import InfoNCE
-from pretrain.moco.momentum_contrast import MoCo
+from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
 
 def alternate(
@@ -57,97 +48,6 @@ def alternate(
             if round_number:
                 times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-# -- a pretraining step ---------------------------------------------------------------------------
-
-
-class PlainMoCo(nn.Module):
-    """Algorithm 1 with shuffled BN over processes, written down plainly: the reference.
-
-    NCHW fp32, one loop over parameters for the momentum update, `all_gather` of the images, of the
-    keys for the unshuffle and of the keys for the queue, and a copy of the queue in every step.
-    """
-
-    def __init__(self, arch: str, dim: int = 128, queue_size: int = 65536, m=0.999, tau=0.2):
-        super().__init__()
-        self.m, self.tau = m, tau
-        self.f_q = build_encoder(arch, dim, mlp=True)
-        self.f_k = build_encoder(arch, dim, mlp=True).requires_grad_(False)
-        self.f_k.load_state_dict(self.f_q.state_dict())
-        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
-        self.position = 0
-
-    def step(self, optimizer: torch.optim.Optimizer, x_q: Tensor, x_k: Tensor) -> float:
-        """One iteration on float views N x 3 x H x W."""
-        q = F.normalize(self.f_q(x_q), dim=1)
-        with torch.no_grad():
-            for p_q, p_k in zip(self.f_q.parameters(), self.f_k.parameters(), strict=True):
-                p_k.data = p_k.data * self.m + p_q.data * (1.0 - self.m)
-            order = torch.randperm(len(x_k), device=x_k.device)
-            dist.broadcast(order, 0)
-            k = F.normalize(self.f_k(_all_gather(x_k)[order]), dim=1)
-            k = _all_gather(k)[torch.argsort(order)]
-        l_pos = torch.einsum("nc,nc->n", q, k)[:, None]
-        l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
-        logits = torch.cat([l_pos, l_neg], dim=1) / self.tau
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        keys = _all_gather(k)
-        self.queue[:, self.position : self.position + len(keys)] = keys.T
-        self.position = (self.position + len(keys)) % self.queue.shape[1]
-        return loss.item()
-
-
-def _all_gather(tensor: Tensor) -> Tensor:
-    gathered = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.cat(gathered)
-
-
-def pretrain_step(
-    arch: str, batch_size: int, image_size: int, device: str, precisions: list[str], rounds: int
-) -> dict[str, float]:
-    """Median seconds per step of the reference and of ours in each precision, alternated.
-
-    Args:
-        precisions: keys of AMP_DTYPES, e.g. ["none", "bf16"].
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is available here; pass --device cpu")
-    torch.manual_seed(0)
-    shape = (batch_size, image_size, image_size, 3)
-    im_q, im_k = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in "qk")
-    backend = "nccl" if device == "cuda" else None
-    with process_group(free_local_url(), 0, 1, local_rank=0, backend=backend):
-        steps = {"reference": _plain_step(arch, im_q, im_k)}
-        for precision in precisions:
-            steps[precision] = _our_step(arch, im_q, im_k, precision)
-        return alternate(steps, rounds, torch.cuda.synchronize if device == "cuda" else None)
-
-
-def _plain_step(arch: str, im_q: Tensor, im_k: Tensor) -> Callable:
-    device = im_q.device
-    model = PlainMoCo(arch).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
-    mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
-    # The reference's workers normalise; it receives NCHW floats, and that is not timed.
-    x_q, x_k = (((x.permute(0, 3, 1, 2) - mean) / std).contiguous() for x in (im_q, im_k))
-    return lambda: model.step(optimizer, x_q, x_k)
-
-
-def _our_step(arch: str, im_q: Tensor, im_k: Tensor, precision: str) -> Callable:
-    device = im_q.device
-    groups = choose_bn_groups(len(im_q), 1)
-    model = MoCo(build_encoder(arch, mlp=True), temperature=0.2, bn_groups=groups)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = ScheduledSGD(model, 0.03, 0.9, 1e-4, scale_gradients=precision == "fp16")
-    inputs, loss = (im_q, im_k, shuffle_index(0, 0, len(im_q)).to(device)), InfoNCE()
-    return lambda: contrastive_step(model, loss, optimizer, inputs, AMP_DTYPES[precision])
 
 
 # -- the data path --------------------------------------------------------------------------------

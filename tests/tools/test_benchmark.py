@@ -5,6 +5,7 @@ import sys
 import pytest
 from commands import load_command
 
+from moco_det.benchmark import pretrain_step
 from moco_det.benchmark.cost import Cost
 
 
@@ -52,3 +53,20 @@ def test_pretrain_cost_prints_table_3(tool, run, monkeypatch):
         ("moco", 512, 2),
         ("end-to-end", 512, 2),
     ]
+
+
+def test_pretrain_step_prints_a_row_for_each_form(run, monkeypatch):
+    monkeypatch.setattr(pretrain_step, "_memory_of_process", lambda setting, form: 2**30)
+    tiny = "--arch resnet18w0.25x --batch-size 8 --image-size 32 --device cpu --rounds 1"
+    lines = run("pretrain-step", *tiny.split(), "--amp", "none", "--bn-groups", "1", "2")
+    assert lines[1] == "MoCo v2, resnet18w0.25x, batch 8, 32 px"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0][0] == "step"
+    assert [row[0] for row in rows[2:]] == [
+        "official, fp32",
+        "official, fp32, channels_last",
+        "ours, fp32, 2 BN groups",
+        "ours, fp32, 1 BN group",
+    ]
+    assert rows[2][3] == "1.00"
+    assert {row[5] for row in rows[2:]} == {"1.00 GiB"}
