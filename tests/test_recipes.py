@@ -11,12 +11,13 @@ from paths import CONFIGS, EXPERIMENTS
 
 from pretrain.flags import parse_linear, parse_pretraining
 
-# Sections 3 and 4 of MoCo v1, the official code for what they leave open.
+# Sections 3 and 4 of MoCo v1, the official code for what they leave open. They have float32, "auto"
+# takes bf16 on GPUs.
 V1 = {
     "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256,
     "epochs": 200, "start_epoch": 0, "iterations": None, "samples_per_epoch": None,
     "lr": 0.03, "schedule": [120, 160], "cos": False, "lr_decay": 0.9, "lr_decay_every": None,
-    "momentum": 0.9, "weight_decay": 1e-4, "amp": "none",
+    "momentum": 0.9, "weight_decay": 1e-4, "amp": "auto",
     "mechanism": "moco", "loss": "infonce", "shuffle_bn": True, "bn_groups": None,
     "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "bank_momentum": 0.5,
     "mlp": False, "aug_plus": False, "color_strength": 0.5, "crop_min": 0.2,
@@ -36,7 +37,7 @@ IG1B = V1 | {
 FINETUNING = {
     "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256, "epochs": 100,
     "start_epoch": 0, "lr": 0.03, "schedule": [70, 90], "momentum": 0.9, "weight_decay": 1e-4,
-    "amp": "none", "finetune": True, "bn_groups": None, "cache_features": False,
+    "amp": "auto", "finetune": True, "bn_groups": None, "cache_features": False,
 }  # fmt: skip
 LINEAR = FINETUNING | {"lr": 30.0, "schedule": [60, 80], "weight_decay": 0.0, "finetune": False}
 
@@ -77,7 +78,7 @@ EXPECTED = PAPERS | {name: V2 | changes for name, changes in SMALL.items()}
 # Flags of where a run reads and writes and of how fast it is, which its numbers do not depend on.
 NO_NUMBER = {
     "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
-    "seed", "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
+    "seed", "deterministic", "compile", "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
 }  # fmt: skip
