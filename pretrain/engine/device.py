@@ -110,8 +110,7 @@ def compile_encoders(
     begun, problem = time.perf_counter(), None
     model.compile_encoders(backend, CUDA_GRAPHS)
     try:
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            model.rehearse(images)
+        model.rehearse(images, dtype)
     except torch.OutOfMemoryError:
         raise  # not for want of a compiler
     except Exception as error:  # what a compiler and its drivers may raise is without end

@@ -100,19 +100,24 @@ class InstanceDiscrimination(nn.Module):
         self.embed = embed
         self.replayed = False  # whether a later call writes over what this one returns
 
-    def rehearse(self, images: torch.Tensor) -> None:
+    def rehearse(self, images: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         """Encode as in a step, forward and backward, and leave everything as it was: what is to be
         compiled is compiled now, or fails now. Not collective.
 
         Args:
             images: a view of this process's images, uint8, N x H x W x 3.
+            dtype: of mixed precision; None for float32.
         """
+        kind = images.device.type
         before = {name: value.clone() for name, value in self.named_buffers()}
         gradients = {name: value.grad for name, value in self.named_parameters()}
         try:
             for encoder in self.children():
                 trained = any(p.requires_grad for p in encoder.parameters())
-                with torch.set_grad_enabled(trained):
+                with (
+                    torch.set_grad_enabled(trained),
+                    torch.autocast(kind, dtype, enabled=dtype is not None),
+                ):
                     features = self.encode(encoder, images)
                 if trained:
                     features.sum().backward()
