@@ -290,3 +290,16 @@ def test_a_process_group_of_one_trains_as_none(device):
         assert torch.equal(rows.grad, 2 * rows)
     close(found, wanted, 1e-5)
     close(same.values(), gradients.values(), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mechanism", ["moco", "end-to-end"])
+def test_replayed_steps_are_steps(mechanism, monkeypatch):
+    """The first of them records, the others replay."""
+    monkeypatch.setattr(module, "CUDA_GRAPHS", True)
+    plain, replayed = (build(mechanism, "cuda") for _ in range(2))
+    compile_for("cuda")(replayed, views(8, size=16).to("cuda"), None)
+    wanted, gradients = train(plain, steps=5)
+    found, same = train(replayed, steps=5)
+    close(found, wanted, 1e-3)
+    close(same.values(), [gradients[name] for name in same], 1e-2)
