@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from foreign_checkpoints import RECORDED, arrays_of, write_foreign
+from host_reads import HostReads
+from mean_colour import Residual, views
 from noisy_colours import slow_features, write_checkpoint, write_images
 from torch import nn
 
@@ -18,6 +21,7 @@ from pretrain.evaluation.features import (
     encode,
     extract_all,
     load_encoder,
+    pixel_statistics,
     pooled,
 )
 from pretrain.moco.encoders import build_encoder
@@ -166,3 +170,14 @@ def test_shares_of_processes_come_back_in_the_order_of_the_data(monkeypatch, pro
         parts = iter(zip(*shares, strict=True))
         features, labels = of_process(rank, lambda x, parts=parts: torch.cat(next(parts)))
         assert labels.tolist() == features[:, 0].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_fine_tuning_sends_nothing_that_is_waited_for(device):
+    network, images = Residual().to(device), views(4).to(device)
+    encode(network, images)  # the pixels' mean and deviation are sent once
+    with HostReads(device) as reads:
+        encode(network, images).sum().backward()
+    assert reads.names == []
+    mean, _ = pixel_statistics(torch.device(device), torch.float32)
+    assert mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
