@@ -109,8 +109,9 @@ class InstanceDiscrimination(nn.Module):
             dtype: of mixed precision; None for float32.
         """
         kind = images.device.type
-        before = {name: value.clone() for name, value in self.named_buffers()}
-        gradients = {name: value.grad for name, value in self.named_parameters()}
+        buffers = [value for encoder in self.children() for value in encoder.buffers()]
+        before = [value.clone() for value in buffers]
+        gradients = [value.grad for value in self.parameters()]
         try:
             for encoder in self.children():
                 trained = any(p.requires_grad for p in encoder.parameters())
@@ -122,10 +123,10 @@ class InstanceDiscrimination(nn.Module):
                 if trained:
                     features.sum().backward()
         finally:
-            for name, value in self.named_parameters():
-                value.grad = gradients[name]
-            for name, value in self.named_buffers():
-                value.copy_(before[name])
+            for value, gradient in zip(self.parameters(), gradients, strict=True):
+                value.grad = gradient
+            for value, earlier in zip(buffers, before, strict=True):
+                value.copy_(earlier)
 
     def encode_shuffled(
         self, encoder: nn.Module, im_k: torch.Tensor, order: torch.Tensor
