@@ -264,7 +264,7 @@ def test_what_simclr_has_beyond_v2_arrives(images, monkeypatch):
     """LARS with its own weight decay, which leaves SGD's at 0; two views of smaller crops."""
     drawn = []
     monkeypatch.setattr(main, "MoCoAugmentation", lambda *given: drawn.append(given))
-    args = parse_pretraining([str(images), *FLAGS, *METHODS["simclr"]])
+    args = parse_pretraining([str(images), *FLAGS, *METHODS["simclr"], "--amp", "none"])
     source = main.build_source(args, torch.device("cpu"), seed=0)
     assert drawn == [(32, True, 1.0, 0.08)]
     sgd = main.build_task(args, main.build_model(args, source.samples), source, 0).optimizer.sgd
