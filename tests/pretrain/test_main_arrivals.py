@@ -16,7 +16,8 @@ from pretrain.moco.memory_bank import MemoryBank
 from pretrain.moco.momentum_contrast import MoCo
 
 CPU = torch.device("cpu")
-FLAGS = ["-a", "resnet18w0.25x", "-b", "8", "-j", "0", "--moco-dim", "12", "--moco-k", "30"]
+FLAGS = ["-a", "resnet18w0.25x", "-b", "8", "-j", "0", "--moco-dim", "12", "--moco-k", "30",
+         "--amp", "none"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

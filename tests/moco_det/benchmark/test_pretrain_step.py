@@ -1,5 +1,6 @@
 """The benchmark of a pretraining step does the work that it times; how long it takes is no test."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -105,3 +106,44 @@ def test_the_reference_is_algorithm_1(amp, channels_last):
     assert not torch.equal(model.f_q.conv1.weight, before)
     torch.testing.assert_close(model.queue[:, :8].T, k, rtol=0, atol=of_keys)
     assert torch.equal(model.queue[:, 8:], queue[:, 8:])
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Collectives of one process."""
+    monkeypatch.setattr(pretrain_step, "_all_gather", lambda tensor: tensor)
+    monkeypatch.setattr(pretrain_step.dist, "broadcast", lambda tensor, source: None)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n, device=device).roll(1))
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_plain_program_is_algorithm_1():
+    """One step by hand, in evaluation mode, where shuffling changes nothing."""
+    torch.manual_seed(0)
+    model = PlainMoCo("resnet18w0.25x", dim=4, queue_size=12, m=0.9, tau=0.5).eval()
+    for p_q, p_k in zip(model.f_q.parameters(), model.f_k.parameters(), strict=True):
+        assert torch.equal(p_q, p_k)
+        p_k.data += 0.01
+    before, queue = copy.deepcopy(model), model.queue.clone()
+    x_q, x_k = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.SGD(model.f_q.parameters(), lr=0.0)
+    loss = model.step(optimizer, x_q, x_k)
+    followed = copy.deepcopy(before.f_k)
+    own, theirs = before.f_q.parameters(), before.f_k.parameters()
+    for target, p_q, p_k in zip(followed.parameters(), own, theirs, strict=True):
+        target.data = 0.9 * p_k.data + 0.1 * p_q.data
+    for found, wanted in zip(model.f_k.parameters(), followed.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        q, k = (f(x) for f, x in ((before.f_q, x_q), (followed, x_k)))
+        q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k))
+    pairs = zip(q, k, strict=True)
+    terms = [torch.exp(torch.cat([(a * b).sum()[None], a @ queue]) / 0.5) for a, b in pairs]
+    expected = sum(-torch.log(t[0] / t.sum()) for t in terms) / 4
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(model.queue[:, :4], k.T)
+    assert torch.equal(model.queue[:, 4:], queue[:, 4:])
+    assert model.position == 4
+    for _ in range(2):
+        model.step(optimizer, x_q, x_k)
+    assert model.position == 0

@@ -111,7 +111,8 @@ def test_a_process_goes_on_with_its_own_generators(monkeypatch, rank):
 def a_trainer(**position) -> SimpleNamespace:
     """Of a run of three epochs, with what a task asks of it."""
     found = []
-    given = {"step": 0, "epoch": 0, "epochs": 3, "step_in_epoch": 1, "epochs_done": 0}
+    given = {"step": 0, "epoch": 0, "epochs": 3, "step_in_epoch": 1, "epochs_done": 0,
+             "last_step": 9}  # fmt: skip
     return SimpleNamespace(
         **given | position,
         output=Path("out"),
