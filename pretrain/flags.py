@@ -58,6 +58,9 @@ def pretraining_parser() -> argparse.ArgumentParser:
     add("--compile", default="auto", choices=COMPILE,
         help="the encoders; auto: on a GPU, where it works and the run is long enough")  # fmt: skip
     add("--small-stem", action=SWITCH, default=False, help="3x3 stem for 32-pixel images")
+    add("--augment-on", default="auto", choices=("auto", "cpu", "device"),
+        help="where views get colours, blur and flips: in the loading processes or on the device, "
+        "which auto takes where it is a GPU")  # fmt: skip
     add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
     add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
     add("--keep", default=2, type=int, help="epoch checkpoints to keep")

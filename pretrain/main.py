@@ -20,7 +20,7 @@ import torch
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
-from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
 from pretrain.data.shards import ShardSource, find_shards, is_shards
 from pretrain.engine import checkpoints
@@ -66,7 +66,9 @@ def build_source(
     args: argparse.Namespace, device: torch.device, seed: int
 ) -> FolderSource | ShardSource:
     """Where views come from. Raises UserError for data that cannot fill a batch."""
-    augmentation = MoCoAugmentation(
+    on_device = args.augment_on == "device" or (args.augment_on == "auto" and device.type != "cpu")
+    made_by_workers = MoCoCrop if on_device else MoCoAugmentation
+    augmentation = made_by_workers(
         args.image_size, args.aug_plus, args.color_strength, args.crop_min
     )
     augmentations = [augmentation] * MECHANISMS[args.mechanism].num_views

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark import pretrain_step, speed
+from moco_det.benchmark import data_speed, pretrain_step, speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
 from moco_det.benchmark.pretrain_step import NAMES
@@ -63,6 +63,8 @@ def parse_args() -> argparse.Namespace:
     data = commands.add_parser("data-path", help="two v2 views of a file against torchvision + PIL")
     data.add_argument("--images", type=Path, required=True, metavar="DIR")
     data.add_argument("--image-size", type=COUNT, default=224)
+    data.add_argument("--batch-size", type=COUNT, default=256, help="of the device's part")
+    data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     data.add_argument("--rounds", type=COUNT, default=5)
     data.set_defaults(report=report_data)
 
@@ -106,10 +108,21 @@ def report_step(args: argparse.Namespace) -> None:
 
 
 def report_data(args: argparse.Namespace) -> None:
-    seconds = speed.data_path(args.images, args.image_size, args.rounds)
-    for name, label in (("reference", "torchvision + PIL"), ("ours", "ours")):
-        print(f"{label:20s} {1 / seconds[name]:8.1f} images/s and core")
-    print(f"ratio {seconds['reference'] / seconds['ours']:.2f}")
+    """Two views of an image: by torchvision, by ours in the workers, by ours with the device."""
+    seconds = data_speed.data_path(args.images, args.image_size, args.rounds)
+    labels = {
+        "reference": "torchvision + PIL",
+        "cpu": "ours, --augment-on cpu",
+        "device": "ours, --augment-on device: the workers",
+    }
+    for name, label in labels.items():
+        ratio = seconds["reference"] / seconds[name]
+        print(f"{label:40s} {1 / seconds[name]:8.1f} images/s and core   ratio {ratio:.2f}")
+    whole = data_speed.looks(args.image_size, args.batch_size, args.device, args.rounds)
+    print(
+        f"{'the device (' + args.device + ')':40s} {args.batch_size / whole:8.1f} images/s   "
+        f"{whole * 1e3:.1f} ms a batch of {args.batch_size}"
+    )
 
 
 def report_cost(args: argparse.Namespace) -> None:

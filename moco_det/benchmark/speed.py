@@ -1,34 +1,22 @@
-"""How fast the data path and a detector are, each beside a reference that is timed in the same run.
+"""How fast a detector is, beside the other engine that is timed in the same run.
 
-The references are the ones that users come from: the torchvision + PIL pipeline, and, for a
-detector, the other engine. A pretraining step's is in `pretrain_step.py`.
+A pretraining step's speed is in `pretrain_step.py`, that of data in `data_speed.py`.
 """
 
 import multiprocessing
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision import transforms
 
 from moco_det.benchmark.cost import peak_memory_of_process
-from moco_det.common.errors import UserError
-from moco_det.common.images import UnreadableImage, read_image
 from moco_det.config.loading import load_config
 from moco_det.engines import probe_class
 from moco_det.parity import comparison as parity
 from moco_det.parity.probe import EngineProbe
-from pretrain.data.augmentations import MoCoAugmentation
-from pretrain.data.images import find_images
-from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
 
 def alternate(
@@ -50,54 +38,6 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# -- the data path --------------------------------------------------------------------------------
-
-
-def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds per image on one core, decoding and two MoCo v2 views, alternated."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    random.seed(0)
-    torch.manual_seed(0)
-    paths = [str(images / p.decode()) for p in rng.permutation(find_images(images))[:200]]
-    augment, transform = MoCoAugmentation(image_size, aug_plus=True), official_transform(image_size)
-
-    def ours():
-        for path in paths:
-            image = read_image(path)
-            augment(image, rng), augment(image, rng)
-
-    def reference():
-        for path in paths:
-            with open(path, "rb") as file:
-                image = Image.open(file).convert("RGB")
-            transform(image), transform(image)
-
-    try:
-        seconds = alternate({"reference": reference, "ours": ours}, rounds)
-    except UnreadableImage as error:
-        raise UserError(f"unreadable image in --images: {error}") from error
-    return {name: value / len(paths) for name, value in seconds.items()}
-
-
-def official_transform(image_size: int) -> transforms.Compose:
-    """MoCo v2's augmentation as torchvision on PIL images does it, to a normalised tensor."""
-
-    def blur(image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
-
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(image_size, scale=(0.2, 1.0)),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([blur], p=0.5),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize([m / 255 for m in PIXEL_MEAN], [s / 255 for s in PIXEL_STD]),
-        ]
-    )
 
 
 # -- a detector, engine by engine: same weights, same images --------------------------------------

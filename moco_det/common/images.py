@@ -2,6 +2,7 @@
 
     read_image     pixels as they are stored, which is what the papers' pretraining saw; by OpenCV
     decode_image   the same, of bytes that are read already
+    EncodedImage   the same in two steps: a JPEG's size, then its pixels, if need be at a half of it
     read_upright   the image as a viewer shows it, on which boxes are drawn; by Pillow
     image_size     its height and width, from the header
 
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +37,13 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+# 1/r of a JPEG's width and height: what its decoder can leave out of each block of 8x8 pixels.
+REDUCTIONS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 MAX_PIXELS = 178_956_970  # of an image, unless more are allowed; Pillow's limit
 _ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
@@ -99,16 +108,39 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """The content of an image file, as `read_image` gives it; `name` is for the message."""
-    _check(data, name)
-    image = None
-    # In other formats OpenCV passes over a PGM's maximum and a float's missing one.
-    if data.startswith((_JPEG, _PNG)):
-        coded = np.frombuffer(data, dtype=np.uint8)
-        with contextlib.suppress(cv2.error):
-            image = cv2.imdecode(coded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:  # for OpenCV; Pillow may do without its limits, and says what is wrong
-        return np.array(_decode(data, name))
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return check_image(data, name).decode()
+
+
+def check_image(data: bytes, name: str) -> "EncodedImage":
+    """The content of an image file, not decoded yet. Raises UnreadableImage."""
+    return EncodedImage(data, name, _check(data, name))
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """Of `check_image`.
+
+    `jpeg_size`: (height, width) of a JPEG, which can be decoded smaller than that; else None.
+    """
+
+    data: bytes
+    name: str
+    jpeg_size: tuple[int, int] | None
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """RGB uint8 (H, W, 3), as `read_image` gives it; of a JPEG 1/`reduction` of its sides,
+        rounded up, where REDUCTIONS has it. Raises UnreadableImage."""
+        image = None
+        # In other formats OpenCV passes over a PGM's maximum and a float's missing one.
+        if self.data.startswith((_JPEG, _PNG)):
+            coded = np.frombuffer(self.data, dtype=np.uint8)
+            flags = REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+            with contextlib.suppress(cv2.error):
+                image = cv2.imdecode(coded, flags)
+        if image is None:  # for OpenCV; Pillow may do without its limits, and says what is wrong
+            decoded = _decode(self.data, self.name)
+            return np.array(decoded if reduction == 1 else decoded.reduce(reduction))
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def read_upright(path: str | Path) -> Image.Image:
@@ -158,8 +190,11 @@ def _open_file(path: str | Path) -> BinaryIO:
 # -- checks ---------------------------------------------------------------------------------------
 
 
-def _check(data: bytes, name: str) -> None:
-    """UnreadableImage for an empty file, a JPEG or PNG cut short, or one beyond the limit."""
+def _check(data: bytes, name: str) -> tuple[int, int] | None:
+    """UnreadableImage for an empty file, a JPEG or PNG cut short, or one beyond the limit.
+
+    Returns (height, width) of a JPEG whose header tells them.
+    """
     if not data:
         raise UnreadableImage(name, "empty file")
     if data.startswith(_JPEG):
@@ -167,12 +202,13 @@ def _check(data: bytes, name: str) -> None:
     elif data.startswith(_PNG):
         size = _walk_png(data)
     else:
-        return
+        return None
     if size is None:
         raise UnreadableImage(name, "truncated file")
     height, width = size
     if height * width > max_pixels():
         raise UnreadableImage(name, _too_large(f"{width}x{height}"))
+    return size if data.startswith(_JPEG) and height * width > 0 else None
 
 
 def _walk_jpeg(data: bytes) -> tuple[int, int] | None:

@@ -1,7 +1,8 @@
 """Images to batches: files, tar shards and labelled folders, augmented and sampled.
 
-Start with `images.py`; `listing.py` says which images there are. A source of batches, whichever it
-is, has
+Start with `images.py`, then `augmentations.py`, and `batched_augmentations.py` for what can be left
+to the device that trains; `listing.py` says which images there are. A source of batches, whichever
+it is, has
     steps_per_epoch
     start(epoch, step)  the next iteration begins at batch `step` of `epoch`
     iteration           this process's share of each global batch; unreadable images are dealt with
@@ -12,5 +13,6 @@ and those of pretraining, `FolderSource` and `ShardSource`, which give a ViewBat
     describe()          the data, for the first line of a run
 
 Batches are functions of the seed alone: they depend neither on the number of processes nor on the
-speed of workers. What is computed on a batch is no business of this folder.
+speed of workers, and on where views get their looks to rounding only. What else is computed on a
+batch is no business of this folder.
 """

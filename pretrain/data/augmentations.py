@@ -3,20 +3,43 @@
 Each operation takes its parameters explicitly and follows torchvision's PIL operation of the same
 name, which is what the papers' code ran, to within 2/255 in the mean (see test_augmentations.py).
 
+A view is drawn first, all of it, and then made: `MoCoAugmentation.draw` knows the size of the image
+alone, so that a JPEG can be decoded no larger than its views need it, and so that a batch of crops
+can get its colours, blur and flips on another device (`batched_augmentations.py`).
+
 Images are RGB arrays of shape (H, W, 3), uint8, throughout.
 """
 
 import math
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+# A crop of a JPEG that is decoded smaller has so many times the pixels of its view's side: the
+# mean difference to a whole decoding is then 1/255 to 1.5/255, and would be 2/255 without.
+OVERSAMPLING = 1.25
 
 
 def resized_crop(image, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
     """The window `height` x `width` at (`top`, `left`), resized to `size` x `size`, bilinear."""
     return resize(image[top : top + height, left : left + width], size, size)
+
+
+def resized_crop_of_reduced(
+    image: np.ndarray, window: tuple[int, int, int, int], size: int, reduction: int
+) -> np.ndarray:
+    """`resized_crop` of an image that was decoded at 1/`reduction`; the window is the whole one's.
+
+    Its edges fall between two pixels here, which Pillow's filter can do.
+    """
+    top, left, height, width = (side / reduction for side in window)
+    bottom, right = min(top + height, image.shape[0]), min(left + width, image.shape[1])
+    whole = Image.fromarray(image)
+    return np.asarray(whole.resize((size, size), Image.BILINEAR, (left, top, right, bottom)))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -27,6 +50,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[0] <= height and image.shape[1] <= width:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    image = np.ascontiguousarray(image)  # the kernel takes twice as long on a window of rows
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
@@ -82,6 +106,62 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
+class Look(NamedTuple):
+    """All that is drawn of a view beside its crop; each a number, or N numbers of N views.
+
+    Args:
+        gray_first, gray_last: whether it becomes gray, before the colour jitter or after it.
+        jitter: whether the colour jitter is applied at all.
+        brightness, contrast, saturation: factors.
+        hue: a share of a full circle, in [-0.5, 0.5].
+        first, second, third, fourth: which of these four is applied when, by its number from 0 on.
+        sigma: of the blur, in pixels; 0 for none.
+        flip: whether left and right are exchanged.
+    """
+
+    gray_first: float = False
+    jitter: float = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    first: float = 0
+    second: float = 1
+    third: float = 2
+    fourth: float = 3
+    gray_last: float = False
+    sigma: float = 0.0
+    flip: float = False
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Of brightness 0, contrast 1, saturation 2 and hue 3."""
+        return self.first, self.second, self.third, self.fourth
+
+
+class View(NamedTuple):
+    """One view as it is drawn, before there are pixels.
+
+    Args:
+        window: top, left, height and width of the crop.
+    """
+
+    window: tuple[int, int, int, int]
+    look: Look
+
+
+class CroppedView(NamedTuple):
+    """A crop that still lacks its look, or a batch of them.
+
+    Args:
+        pixels: (S, S, 3) or (N, S, S, 3), uint8.
+        look: float32, the numbers of a `Look`, (13,) or (N, 13).
+    """
+
+    pixels: np.ndarray | torch.Tensor
+    look: np.ndarray | torch.Tensor
+
+
 class MoCoAugmentation:
     """One random view of an image: MoCo v2's augmentation with `aug_plus`, else MoCo v1's.
 
@@ -103,22 +183,46 @@ class MoCoAugmentation:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) -> (size, size, 3); every draw comes from `rng`."""
-        window = draw_crop(image.shape[0], image.shape[1], rng, self.crop_min)
-        image = resized_crop(image, *window, self.size)
+        return self.view(image, self.draw(image.shape[0], image.shape[1], rng))
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> View:
+        """A view of an image of that size."""
+        window = draw_crop(height, width, rng, self.crop_min)
         if self.aug_plus:
-            if rng.random() < 0.8:
-                image = color_jitter(
-                    image, 0.8 * self.color_strength, 0.2 * self.color_strength, rng
-                )
-            if rng.random() < 0.2:
-                image = to_grayscale(image)
+            strengths = 0.8 * self.color_strength, 0.2 * self.color_strength
+            look = draw_jitter(*strengths, rng) if rng.random() < 0.8 else Look()
+            look = look._replace(gray_last=rng.random() < 0.2)
             if rng.random() < 0.5:
-                image = gaussian_blur(image, rng.uniform(0.1, 2.0))
+                look = look._replace(sigma=rng.uniform(0.1, 2.0))
         else:
-            if rng.random() < 0.2:
-                image = to_grayscale(image)
-            image = color_jitter(image, 0.4, 0.4, rng)
-        return horizontal_flip(image) if rng.random() < 0.5 else image
+            gray = rng.random() < 0.2
+            look = draw_jitter(0.4, 0.4, rng)._replace(gray_first=gray)
+        return View(window, look._replace(flip=rng.random() < 0.5))
+
+    def surplus(self, drawn: View) -> float:
+        """How much smaller the image may be decoded for the view to be as good."""
+        return min(drawn.window[2:]) / (self.size * OVERSAMPLING)
+
+    def view(self, image: np.ndarray, drawn: View, reduction: int = 1) -> np.ndarray:
+        """The view (size, size, 3) that was drawn of an image, decoded at 1/`reduction`."""
+        return apply_look(self.crop(image, drawn, reduction), drawn.look)
+
+    def crop(self, image: np.ndarray, drawn: View, reduction: int) -> np.ndarray:
+        if reduction == 1:
+            return resized_crop(image, *drawn.window, self.size)
+        return resized_crop_of_reduced(image, drawn.window, self.size, reduction)
+
+
+class MoCoCrop(MoCoAugmentation):
+    """The same views without their looks, which `batched_augmentations.finished` gives them."""
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> CroppedView:
+        return self.view(image, self.draw(image.shape[0], image.shape[1], rng))
+
+    def view(self, image: np.ndarray, drawn: View, reduction: int = 1) -> CroppedView:
+        """Pixels (size, size, 3) and look (13,)."""
+        look = np.array(drawn.look, dtype=np.float32)
+        return CroppedView(self.crop(image, drawn, reduction), look)
 
 
 def draw_crop(
@@ -145,23 +249,42 @@ def draw_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def color_jitter(
-    image: np.ndarray, strength: float, hue: float, rng: np.random.Generator
-) -> np.ndarray:
-    """torchvision's ColorJitter: four factors drawn uniformly, applied in random order.
+def draw_jitter(strength: float, hue: float, rng: np.random.Generator) -> Look:
+    """torchvision's ColorJitter: four factors drawn uniformly, and the order of their use.
 
     Args:
         strength: of brightness, contrast and saturation, which all the papers' settings vary alike.
         hue: strength of the hue.
     """
+    brightness, contrast, saturation = (rng.uniform(1 - strength, 1 + strength) for _ in range(3))
+    shift = rng.uniform(-hue, hue)
+    order = rng.permutation(4).tolist()
+    return Look(False, True, brightness, contrast, saturation, shift, *order)
+
+
+def apply_look(image: np.ndarray, look: Look) -> np.ndarray:
+    """Colours, blur and flip of a crop (S, S, 3), as they were drawn."""
+    if look.gray_first:
+        image = to_grayscale(image)
+    if look.jitter:
+        image = color_jitter(image, look)
+    if look.gray_last:
+        image = to_grayscale(image)
+    if look.sigma:
+        image = gaussian_blur(image, look.sigma)
+    return horizontal_flip(image) if look.flip else image
+
+
+def color_jitter(image: np.ndarray, look: Look) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, in the order of `look`."""
     steps = [
-        (adjust_brightness, rng.uniform(1 - strength, 1 + strength)),
-        (adjust_contrast, rng.uniform(1 - strength, 1 + strength)),
-        (adjust_saturation, rng.uniform(1 - strength, 1 + strength)),
-        (adjust_hue, rng.uniform(-hue, hue)),
+        (adjust_brightness, look.brightness),
+        (adjust_contrast, look.contrast),
+        (adjust_saturation, look.saturation),
+        (adjust_hue, look.hue),
     ]
-    for i in rng.permutation(4):
-        adjust, amount = steps[i]
+    for number in look.order:
+        adjust, amount = steps[number]
         image = adjust(image, amount)
     return image
 

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.images import UnreadableImage, allow_pixels, max_pixels, read_image
+from moco_det.common.images import (
+    REDUCTIONS,
+    EncodedImage,
+    UnreadableImage,
+    allow_pixels,
+    check_image,
+    max_pixels,
+    read_bytes,
+)
 from moco_det.common.processes import ignore_stop_signals, rank, world_size
+from pretrain.data.augmentations import CroppedView, MoCoAugmentation
 from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
 
-Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Views = list[np.ndarray] | list[CroppedView]  # of one image
+ViewTensors = list[torch.Tensor] | list[CroppedView]  # of a batch of images
 
 # So many unreadable images one after another are no accident: the run ends.
 UNREADABLE_IN_A_ROW = 100
@@ -60,6 +70,29 @@ class UnreadableImages:
             )
 
 
+def make_views(
+    encoded: EncodedImage, augmentations: list[MoCoAugmentation], rng: np.random.Generator
+) -> Views:
+    """A view of each augmentation; the image is decoded once, no larger than they need it.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    image, reduction = None, 1
+    if encoded.jpeg_size is None:
+        image = encoded.decode()
+    height, width = image.shape[:2] if encoded.jpeg_size is None else encoded.jpeg_size
+    drawn = [augment.draw(height, width, rng) for augment in augmentations]
+    if image is None:
+        surplus = min(map(MoCoAugmentation.surplus, augmentations, drawn))
+        reduction = max(r for r in REDUCTIONS if r <= max(1, surplus))
+        image = encoded.decode(reduction)
+    return [
+        augment.view(image, view, reduction)
+        for augment, view in zip(augmentations, drawn, strict=True)
+    ]
+
+
 class ImageViews(Dataset):
     """(epoch, index) -> views of image `index`, one of each augmentation; it is decoded once.
 
@@ -68,11 +101,11 @@ class ImageViews(Dataset):
 
     Args:
         paths: of `find_images`, relative to `folder`.
-        augmentations: (image, generator) -> view (S, S, 3), uint8; S may differ between them.
+        augmentations: one for each view; their sizes may differ.
     """
 
     def __init__(
-        self, folder: Path, paths: np.ndarray, augmentations: list[Augmentation], seed: int
+        self, folder: Path, paths: np.ndarray, augmentations: list[MoCoAugmentation], seed: int
     ):
         self.folder = os.fsencode(folder)
         self.paths = paths
@@ -82,28 +115,27 @@ class ImageViews(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[np.ndarray], list[str]]:
-        """Views (S, S, 3), uint8, one of each augmentation, and messages on unreadable files; no
-        views where nothing is readable."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Views, list[str]]:
+        """Views, one of each augmentation, and messages on unreadable files; no views where
+        nothing is readable."""
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
         unreadable = []
         for offset in range(len(self.paths)):
-            path = self.paths[(index + offset) % len(self.paths)]
+            place = (index + offset) % len(self.paths)
+            path = os.fsdecode(os.path.join(self.folder, self.paths[place]))
+            rng = np.random.default_rng((self.seed, epoch, index))
             try:
-                image = read_image(os.fsdecode(os.path.join(self.folder, path)))
+                views = make_views(check_image(read_bytes(path), path), self.augmentations, rng)
             except UnreadableImage as error:
                 unreadable.append(f"{error.name}: {error.reason}")
                 if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue
-            return [augment(image, rng) for augment in self.augmentations], unreadable
+            return views, unreadable
         return [], unreadable
 
 
-def collate_views(
-    samples: list[tuple[list[np.ndarray], list[str]]],
-) -> tuple[list[torch.Tensor], list[str]]:
+def collate_views(samples: list[tuple[Views, list[str]]]) -> tuple[ViewTensors, list[str]]:
     """Stack N samples of V views to V tensors (N, S, S, 3), and join their messages.
 
     No tensors if a sample has no views. NHWC uint8 is a quarter of the floats' traffic, and its
@@ -113,7 +145,13 @@ def collate_views(
     if not all(views for views, _ in samples):
         return [], unreadable
     by_view = zip(*(views for views, _ in samples), strict=True)
-    return [torch.from_numpy(np.stack(view)) for view in by_view], unreadable
+    return [_stack(view) for view in by_view], unreadable
+
+
+def _stack(views: Sequence[np.ndarray] | Sequence[CroppedView]) -> torch.Tensor | CroppedView:
+    if isinstance(views[0], CroppedView):
+        return CroppedView(*map(_stack, zip(*views, strict=True)))
+    return torch.from_numpy(np.stack(views))
 
 
 class DistributedBatchSampler(Sampler):
@@ -154,11 +192,12 @@ class ViewBatch(NamedTuple):
     """What pretraining trains on in a step.
 
     Args:
-        views: of this process's images, uint8 RGB, N x S x S x 3 each.
+        views: of this process's images, uint8 RGB, N x S x S x 3 each; crops without their looks,
+            which `batched_augmentations.finished` gives them, where the augmentations are MoCoCrop.
         indices: where the images of the global batch are in the data set, B.
     """
 
-    views: list[torch.Tensor]
+    views: ViewTensors
     indices: torch.Tensor
 
 
@@ -211,7 +250,7 @@ class FolderSource(SampledBatches):
         augmentations: one for each view.
     """
 
-    def __init__(self, folder: Path, augmentations: list[Augmentation], loading: Loading):
+    def __init__(self, folder: Path, augmentations: list[MoCoAugmentation], loading: Loading):
         paths = seen_alike(lambda: find_images(folder), fingerprint)
         self.fingerprint = fingerprint(paths)
         dataset = ImageViews(folder, paths, augmentations, loading.seed)
@@ -226,7 +265,7 @@ class FolderSource(SampledBatches):
     def __iter__(self) -> Iterator[ViewBatch]:
         return map(self._batch, self.loader, itertools.count(self.sampler.first_step))
 
-    def _batch(self, loaded: tuple[list[torch.Tensor], list[str]], step: int) -> ViewBatch:
+    def _batch(self, loaded: tuple[ViewTensors, list[str]], step: int) -> ViewBatch:
         views, unreadable = loaded
         self.unreadable.add(unreadable, fatal=not views)
         return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))

@@ -43,16 +43,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from moco_det.common.errors import UserError, import_optional, one_line
-from moco_det.common.images import UnreadableImage, decode_image
+from moco_det.common.images import UnreadableImage, check_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
+from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     UNREADABLE_IN_A_ROW,
-    Augmentation,
     Loading,
     UnreadableImages,
     ViewBatch,
+    Views,
+    ViewTensors,
     build_loader,
     collate_views,
+    make_views,
 )
 from pretrain.data.listing import fingerprint, seen_alike
 
@@ -71,13 +74,13 @@ class Position(NamedTuple):
 
 
 class ShardBatch(NamedTuple):
-    """What a stream gives: views (N, S, S, 3) uint8, messages, and where it stands after them.
+    """What a stream gives: views as in ViewBatch, messages, and where it stands after them.
 
     `broken` is the reason why it can give nothing: an exception would lose it on its way out of a
     worker process.
     """
 
-    views: list[torch.Tensor]
+    views: ViewTensors
     unreadable: list[str]
     position: Position
     broken: str | None = None
@@ -99,7 +102,7 @@ class Stream:
     shards: list[str]
     streams: int
     number: int
-    augmentations: list[Augmentation]
+    augmentations: list[MoCoAugmentation]
     seed: int
     buffer: int
     position: Position
@@ -116,8 +119,8 @@ class Stream:
         except BrokenShard as error:
             yield ShardBatch([], [], self.position, str(error))
 
-    def next_views(self, samples: Iterator[dict]) -> tuple[list[np.ndarray], list[str]]:
-        """Views (S, S, 3) uint8 of the next readable image; messages on those before it."""
+    def next_views(self, samples: Iterator[dict]) -> tuple[Views, list[str]]:
+        """Views of the next readable image; messages on those before it."""
         unreadable = []
         while len(unreadable) < UNREADABLE_IN_A_ROW:
             sample = next(samples)
@@ -125,11 +128,10 @@ class Stream:
             extension = next(name for name in sample if not name.startswith("__"))
             place = f"{sample['__url__']}: {sample['__key__']}.{extension}"
             try:
-                image = decode_image(sample[extension], place)
+                encoded = check_image(sample[extension], place)
+                return make_views(encoded, self.augmentations, rng), unreadable
             except UnreadableImage as error:
                 unreadable.append(f"{error.name}: {error.reason}")
-                continue
-            return [augment(image, rng) for augment in self.augmentations], unreadable
         return [], unreadable
 
     def samples(self) -> Iterator[dict]:
@@ -238,7 +240,7 @@ class ShardSource:
     def __init__(
         self,
         shards: list[str],
-        augmentations: list[Augmentation],
+        augmentations: list[MoCoAugmentation],
         loading: Loading,
         samples_per_epoch: int,
         buffer: int,

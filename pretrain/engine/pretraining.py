@@ -8,6 +8,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import broadcast_buffers, from_main, is_main, print_on_main, rank
+from pretrain.data.batched_augmentations import finished
 from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
@@ -59,7 +60,7 @@ class MoCoPretraining(Task):
         self.device = self.model.pixel_mean.device
 
     def step(self, batch, step: int) -> torch.Tensor:
-        views = [view.to(self.device, non_blocking=True) for view in batch.views]
+        views = [finished(view, self.device) for view in batch.views]
         inputs = self.model.inputs(views, batch.indices, self.seed, step)
         if self.to_compile:
             compile_encoders(self.model, views[0], self.dtype, self.compilation == "on")

@@ -111,7 +111,8 @@ def distinct(path: Path) -> Run:
             seen.update(view.numpy().tobytes() for view in batch.views[0])
             return train_step(self, batch, number)
 
-        MoCoPretraining.step, MoCoAugmentation.__call__ = step, lambda self, image, rng: image
+        MoCoPretraining.step = step
+        MoCoAugmentation.view = lambda self, image, drawn, reduction: image
         found = pretrain(path, *MOCO, "--epochs", 1, "--samples-per-epoch", 32)(corpus, folder)
         found.out += f"\n{len(seen)} distinct images\n"
         return found

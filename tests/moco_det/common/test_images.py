@@ -15,6 +15,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.images import (
     UnreadableImage,
     allow_pixels,
+    check_image,
     decode_image,
     image_size,
     orientation,
@@ -65,6 +66,19 @@ def test_decoding_equals_pillow(tmp_path, mode):
     oracle = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB"), dtype=int)
     for ours in both_read(tmp_path / "image.jpg"):
         assert np.abs(ours - oracle).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_jpeg_decoded_smaller_equals_pillows_draft(mode, reduction):
+    data = encoded(photograph().resize((83, 57)).convert(mode), "JPEG")
+    image = check_image(data, "it")
+    assert image.jpeg_size == (57, 83)
+    draft = Image.open(io.BytesIO(data))
+    draft.draft(None, (83 // reduction, 57 // reduction))
+    ours = image.decode(reduction)
+    assert ours.shape == (-(-57 // reduction), -(-83 // reduction), 3)
+    assert np.abs(ours - np.asarray(draft.convert("RGB"), dtype=int)).mean() < 2
 
 
 @pytest.mark.parametrize(

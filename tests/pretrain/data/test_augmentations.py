@@ -1,9 +1,9 @@
 """The OpenCV views against torchvision's PIL operations, with the same parameters."""
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from photographs import synthetic_photograph
 from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -11,15 +11,6 @@ from torchvision.transforms import functional as TF
 from pretrain.data import augmentations as views
 
 TOLERANCE = 2.0  # grey levels of 255, mean absolute difference
-
-
-def synthetic_photograph() -> np.ndarray:
-    """Smooth shading, edges and fine texture: 300 x 400."""
-    rng = np.random.default_rng(0)
-    coarse = cv2.resize(rng.uniform(0, 255, (6, 8, 3)), (400, 300), interpolation=cv2.INTER_CUBIC)
-    image = np.clip(coarse + rng.normal(0, 8, coarse.shape), 0, 255).astype(np.uint8)
-    cv2.circle(image, (150, 120), 70, (200, 40, 90), -1)
-    return image
 
 
 @pytest.fixture(params=["synthetic", "photographs"])
@@ -146,11 +137,11 @@ def test_color_strength_is_simclrs(monkeypatch, strength, hue):
     """SimCLR's jitter is (0.8 s, 0.8 s, 0.8 s, 0.2 s), MoCo v2's that of s = 1/2."""
     seen = set()
 
-    def jitter(image, *amounts):
+    def jitter(*amounts):
         seen.add(amounts[:-1])  # the last argument is the generator
-        return image
+        return views.Look()
 
-    monkeypatch.setattr(views, "color_jitter", jitter)
+    monkeypatch.setattr(views, "draw_jitter", jitter)
     view = views.MoCoAugmentation(8, aug_plus=True, color_strength=strength)
     for seed in range(5):
         view(synthetic_photograph(), np.random.default_rng(seed))

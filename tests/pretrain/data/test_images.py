@@ -1,9 +1,21 @@
+import io
+
+import cv2
 import numpy as np
 import pytest
+import torch
+from photographs import synthetic_photograph
 from PIL import Image
 
 from moco_det.common.errors import LONGEST, UserError
-from pretrain.data.augmentations import MoCoAugmentation
+from moco_det.common.images import EncodedImage, check_image
+from pretrain.data.augmentations import (
+    OVERSAMPLING,
+    Look,
+    MoCoAugmentation,
+    MoCoCrop,
+    apply_look,
+)
 from pretrain.data.images import (
     DistributedBatchSampler,
     FolderSource,
@@ -11,15 +23,18 @@ from pretrain.data.images import (
     Loading,
     UnreadableImages,
     collate_views,
+    make_views,
     training_folder,
 )
 from pretrain.data.listing import find_images
+
+ORDER = ("first", "second", "third", "fourth")  # of a look, which are used to index
 
 
 def photograph(seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    return small.resize((80, 60), Image.BICUBIC)
+    return small.resize((40, 30), Image.BICUBIC)  # too small for any crop to be decoded smaller
 
 
 @pytest.fixture
@@ -139,11 +154,15 @@ def test_an_epoch_can_be_entered_in_its_middle():
     assert [i for _, i in next(iter(batches))] != [i for _, i in whole[0]]
 
 
+class FirstPixel(MoCoAugmentation):
+    def view(self, image, drawn, reduction=1):
+        return image[:1, :1]
+
+
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_batch_says_which_images_it_is_of(folder, step):
     """Also where an epoch is gone on with: a memory bank finds its rows by these."""
-    pixel = [lambda image, rng: image[:1, :1]]
-    source = FolderSource(folder, pixel, Loading(2, 5, 0, False, 0.0))
+    source = FolderSource(folder, [FirstPixel(16, True)], Loading(2, 5, 0, False, 0.0))
     source.start(3, step)
     order = np.random.default_rng((5, 3)).permutation(6)
     found = list(source)
@@ -153,3 +172,96 @@ def test_a_batch_says_which_images_it_is_of(folder, step):
         for pixels, index in zip(batch.views[0], batch.indices, strict=True):
             image = np.array(Image.open(folder / paths[index].decode()))
             assert np.array_equal(pixels.numpy(), image[:1, :1])
+
+
+# -- JPEGs decoded smaller ------------------------------------------------------------------------
+
+
+def encoded_photograph(kind: str = "JPEG") -> EncodedImage:
+    """600 x 800."""
+    buffer = io.BytesIO()
+    photo = Image.fromarray(synthetic_photograph())
+    photo.resize((800, 600), Image.BICUBIC).save(buffer, kind, quality=95)
+    return check_image(buffer.getvalue(), "photograph")
+
+
+def decoded(monkeypatch) -> list[int]:
+    """The reductions of the images that are decoded from here on."""
+    reductions, decode = [], EncodedImage.decode
+
+    def noting(self, reduction=1):
+        reductions.append(reduction)
+        return decode(self, reduction)
+
+    monkeypatch.setattr(EncodedImage, "decode", noting)
+    return reductions
+
+
+@pytest.mark.parametrize(("size", "most"), [(16, 8), (64, 4), (128, 2), (480, 1)])
+def test_an_image_is_decoded_once_no_larger_than_its_views_need(monkeypatch, size, most):
+    encoded, reductions = encoded_photograph(), decoded(monkeypatch)
+    augment = MoCoAugmentation(size, True)
+    for seed in range(20):
+        make_views(encoded, [augment] * 2, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        sides = [side for _ in range(2) for side in augment.draw(600, 800, rng).window[2:]]
+        assert min(sides) / reductions[-1] >= size or reductions[-1] == 1
+        if reductions[-1] < 8:  # twice as small would leave too little
+            assert min(sides) / (2 * reductions[-1]) < OVERSAMPLING * size
+    assert len(reductions) == 20
+    assert max(reductions) == most
+
+
+def test_a_png_is_decoded_whole(monkeypatch):
+    encoded, reductions = encoded_photograph("PNG"), decoded(monkeypatch)
+    make_views(encoded, [MoCoAugmentation(16, True)], np.random.default_rng(0))
+    assert reductions == [1]
+
+
+def test_views_of_a_smaller_decoding_are_near_those_of_the_whole(monkeypatch, shared_data):
+    """On photographs: the mean difference in grey levels that the documents state."""
+    reductions, differences = decoded(monkeypatch), []
+    crop = MoCoCrop(112, True)
+    for path in sorted(shared_data("coco_mini").rglob("*.jpg"))[:30]:
+        encoded = check_image(path.read_bytes(), str(path))
+        whole = encoded.decode()
+        for seed in range(4):
+            reductions.clear()
+            (view,) = make_views(encoded, [crop], np.random.default_rng(seed))
+            expected = crop(whole, np.random.default_rng(seed))
+            difference = np.abs(view.pixels.astype(float) - expected.pixels).mean()
+            if reductions == [1]:
+                assert difference == 0
+            else:
+                differences.append(difference)
+    assert len(differences) > 30
+    assert np.mean(differences) < 1.5
+    assert np.max(differences) < 4.0
+
+
+def test_an_image_whose_jpeg_opencv_refuses_is_reduced_by_pillow(monkeypatch):
+    encoded = encoded_photograph()
+    expected = encoded.decode(4)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    ours = encoded.decode(4)
+    assert ours.shape == expected.shape == (150, 200, 3)
+    assert np.abs(ours.astype(float) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_crops_carry_their_looks_in_order(folder, num_views):
+    whole = views_of(folder, num_views)
+    cropped = ImageViews(folder, find_images(folder), [MoCoCrop(16, True)] * num_views, seed=3)
+    samples = [cropped[(0, i)] for i in range(4)]
+    views, _ = collate_views(samples)
+    expected, _ = collate_views([whole[(0, i)] for i in range(4)])
+    assert len(views) == num_views
+    for number, (view, made) in enumerate(zip(views, expected, strict=True)):
+        assert view.pixels.shape == (4, 16, 16, 3)
+        assert view.look.shape == (4, len(Look._fields))
+        assert view.look.dtype == torch.float32
+        for i, (sample, _) in enumerate(samples):
+            look = Look(*sample[number].look.tolist())
+            orders = look._replace(**{name: int(getattr(look, name)) for name in ORDER})
+            crop = apply_look(sample[number].pixels, orders)
+            assert np.abs(crop.astype(float) - made[i].numpy()).mean() < 0.5
