@@ -80,7 +80,7 @@ NO_NUMBER = {
     "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
     "seed", "deterministic", "compile",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
-    "overwrite", "restart_epoch", "max_image_pixels",
+    "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
 }  # fmt: skip
 

@@ -14,11 +14,14 @@ Shape legend:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco_det.common.errors import one_line
+from moco_det.common.processes import print_on_main
 from pretrain.data.augmentations import CroppedView, Look
 
 CHUNK = 64  # crops at a time, which bounds the memory: about 0.4 GiB at 224 pixels
@@ -28,15 +31,42 @@ REACH = math.ceil(3 * LARGEST_SIGMA)  # of the blur to either side, in pixels
 
 
 @torch.no_grad()
-def finished(view: Tensor | CroppedView, device: torch.device) -> Tensor:
-    """uint8 N x S x S x 3 on `device`: a batch of views as it is, crops with their looks."""
+def finished(
+    view: Tensor | CroppedView, device: torch.device, apply: Callable | None = None
+) -> Tensor:
+    """uint8 N x S x S x 3 on `device`: a batch of views as it is, crops with their looks.
+
+    Args:
+        apply: `apply_looks`, or what `compiled_looks` has given.
+    """
     if not isinstance(view, CroppedView):
         return view.to(device, non_blocking=True)
     pixels = view.pixels.to(device, non_blocking=True)
     looks = view.look.to(device, non_blocking=True)
     with torch.autocast(device.type, enabled=False):
         chunks = zip(pixels.split(CHUNK), looks.split(CHUNK), strict=True)
-        return torch.cat([apply_looks(some, their) for some, their in chunks])
+        return torch.cat([(apply or apply_looks)(some, their) for some, their in chunks])
+
+
+def compiled_looks() -> Callable[[Tensor, Tensor], Tensor]:
+    """`apply_looks` in far fewer kernels; where there is no compiler a line, and as it is."""
+    apply = torch.compile(apply_looks, dynamic=False)
+
+    def attempt(pixels: Tensor, looks: Tensor) -> Tensor:
+        nonlocal apply
+        try:
+            return apply(pixels, looks)
+        except torch.OutOfMemoryError:
+            raise  # not for want of a compiler
+        except Exception as error:  # what a compiler and its drivers may raise is without end
+            if apply is apply_looks:
+                raise
+            apply = apply_looks
+            reason = one_line(getattr(error, "inner_exception", error), 160)
+            print_on_main(f"the views' looks are not compiled: {reason}")
+            return apply(pixels, looks)
+
+    return attempt
 
 
 def apply_looks(pixels: Tensor, looks: Tensor) -> Tensor:
@@ -58,22 +88,39 @@ def luma(x: Tensor) -> Tensor:
 
 
 def jittered(x: Tensor, look: Look) -> Tensor:
-    """In each of four turns every crop gets its own operation.
+    """Each crop's four operations in its own order.
 
-    Brightness, contrast and saturation blend it with black, with its mean grey level and with its
-    gray version: one formula. The first two round down, as a table of bytes does.
+    The hue costs as much as the others together, and is computed once: crops whose other operations
+    are to come first have them in the three turns before it, the others in the three after it.
     """
-    for turn in look.order:
-        gray = luma(x)
-        mean = (gray.mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
-        other = torch.where(turn == CONTRAST, mean, 0.0)
-        other = torch.where(turn == SATURATION, gray, other)  # N x 1 x S x S
-        factor = torch.where(turn == CONTRAST, look.contrast, look.brightness)
-        factor = torch.where(turn == SATURATION, look.saturation, factor)
-        rounding = torch.where(turn == SATURATION, 0.5, 0.0)
-        blended = (factor * x + ((1 - factor) * other + rounding)).clamp(0, 255).floor()
-        x = torch.where(turn == HUE, hue_turned(x, look.hue), blended)
+    turns = look.order
+    passed = torch.zeros_like(turns[0], dtype=torch.bool)  # whether the hue has had its turn
+    for turn in turns[:3]:
+        passed = passed | (turn == HUE)
+        x = blended(x, torch.where(passed, HUE, turn), look)
+    x = hue_turned(x, look.hue)
+    passed = torch.zeros_like(passed)
+    for turn, earlier in zip(turns[1:], turns[:3], strict=True):
+        passed = passed | (earlier == HUE)
+        x = blended(x, torch.where(passed, turn, HUE), look)
     return x
+
+
+def blended(x: Tensor, turn: Tensor, look: Look) -> Tensor:
+    """Brightness, contrast or saturation, whichever `turn` says of each crop; its hue is left.
+
+    They blend a crop with black, with its mean grey level and with its gray version: one formula.
+    The first two round down, as a table of bytes does.
+    """
+    gray = luma(x)
+    mean = (gray.mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
+    saturation = turn == SATURATION
+    factor = torch.where(turn == BRIGHTNESS, look.brightness, 1.0)
+    factor = torch.where(turn == CONTRAST, look.contrast, factor)
+    factor = torch.where(saturation, look.saturation, factor)  # N x 1 x 1 x 1
+    other = torch.where(saturation, gray, torch.where(turn == CONTRAST, mean, 0.0))
+    offset = (1 - factor) * other + torch.where(saturation, 0.5, 0.0)  # N x 1 x S x S
+    return torch.addcmul(offset, factor, x).clamp_(0, 255).floor_()
 
 
 def hue_turned(x: Tensor, shift: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from pretrain.engine.checkpoints import LAST
 from pretrain.engine.device import compile_encoders
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
+from pretrain.moco.instance_discrimination import InstanceDiscrimination
 
 FLAGS = [
     "-a", "resnet18w0.25x", "--image-size", "32", "-b", "16", "--moco-k", "40", "--moco-dim", "16",
@@ -105,6 +106,37 @@ def test_the_official_launch_flags_run_on_a_cpu(images, tmp_path, whole_run):
     assert_same_bits(
         checkpoint(tmp_path)["state_dict"], checkpoint(whole_run)["state_dict"], "state_dict"
     )
+
+
+def test_views_finished_on_the_device_are_those_of_the_loading_processes(
+    images, tmp_path, monkeypatch
+):
+    """To rounding, with any number of workers, also where a resumed run changes the way."""
+    seen, inputs = [], InstanceDiscrimination.inputs
+
+    def recorded(self, views, indices, seed, step):
+        seen.extend(views)
+        return inputs(self, views, indices, seed, step)
+
+    monkeypatch.setattr(InstanceDiscrimination, "inputs", recorded)
+
+    def views(name: str, workers: str, *ways: str) -> torch.Tensor:
+        """Of a run whose epochs get their looks in these ways."""
+        seen.clear()
+        flags = [*FLAGS, "--output", str(tmp_path / name), "--knn-every", "0", "-j", workers]
+        for epochs, way in enumerate(ways, start=1):
+            flags += ["--epochs", str(epochs), "--augment-on", way]
+            resume = ["--resume", "auto"] if epochs > 1 else []
+            pretrain(parse_pretraining([str(images), *flags, *resume]), torch.device("cpu"))
+        return torch.cat(seen).float()
+
+    expected = views("cpu", "0", "cpu", "auto")  # on a CPU auto is cpu
+    on_device = views("device", "1", "device", "device")
+    assert 0 < (on_device - expected).abs().mean() < 0.2
+    both = views("both", "0", "device", "cpu")
+    half = len(both) // 2
+    assert torch.equal(both[:half], on_device[:half])
+    assert torch.equal(both[half:], expected[half:])
 
 
 def wait_for_steps(process, count: int) -> None:
