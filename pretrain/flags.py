@@ -34,6 +34,12 @@ from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
 
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
+KNN_BANK = {
+    "default": None,
+    "type": int,
+    "metavar": "N",
+    "help": "neighbours are looked for among N images of train, drawn by the seed; default: all",
+}
 LONGEST_VALUE = 200  # characters
 PRETRAINED = (
     "checkpoint of any known layout: a file, https://..., hf://ORGANISATION/REPOSITORY/FILE, "
@@ -62,6 +68,7 @@ def pretraining_parser() -> argparse.ArgumentParser:
         help="where views get colours, blur and flips: in the loading processes or on the device, "
         "which auto takes where it is a GPU")  # fmt: skip
     add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
+    add("--knn-bank", **KNN_BANK)
     add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
     add("--keep", default=2, type=int, help="epoch checkpoints to keep")
     add("--samples-per-epoch", default=None, type=int,
@@ -105,7 +112,7 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
 def parse_pretraining(argv: list[str]) -> argparse.Namespace:
     """Flags over recipe over defaults, checked. Raises UserError."""
     args = _parse(pretraining_parser(), argv)
-    counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer"]
+    counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer", "knn_bank"]
     counts += ["iterations", "lr_decay_every", "samples_per_epoch"]
     _check_training(args)
     _check(args, counts, lambda count: count >= 1, "at least 1")
@@ -209,8 +216,9 @@ def knn_parser() -> argparse.ArgumentParser:
     add("-k", "--neighbours", default=200, type=int, dest="k", help="how many neighbours vote")
     add("-t", "--temperature", "--sigma", default=0.07, type=float,
         help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
+    add("--knn-bank", **KNN_BANK)
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--seed", default=0, type=int, help="of the weights of --pretrained random")
+    add("--seed", default=0, type=int, help="of --pretrained random's weights, and of --knn-bank")
     add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
     return parser
 
@@ -220,7 +228,7 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
     args = knn_parser().parse_args(argv)
     if args.k < 1 or args.image_size < 1:
         raise UserError("--neighbours and --image-size must be at least 1")
-    _check(args, ["max_image_pixels"], lambda count: count >= 1, "at least 1")
+    _check(args, ["max_image_pixels", "knn_bank"], lambda count: count >= 1, "at least 1")
     _check(args, ["temperature"], lambda value: value > 0, "above 0")
     check_ranges(args)
     return args
@@ -379,7 +387,7 @@ RANGES = {
     "crop_min": (0, 1), "warmup_epochs": (0, 10**6),
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
-    "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
+    "knn_bank": (1, 10**9), "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
     "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip

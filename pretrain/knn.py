@@ -20,7 +20,8 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import check_output_file, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
-from pretrain.evaluation.features import KnnMonitor, load_encoder
+from pretrain.evaluation.features import load_encoder
+from pretrain.evaluation.knn import KnnMonitor
 from pretrain.flags import launch, parse_knn
 
 
@@ -36,7 +37,8 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     workers = workers_per_process(args.workers)
-    knn = KnnMonitor(data, args.image_size, workers, device, args.k, args.temperature)
+    votes = args.k, args.temperature, args.knn_bank, args.seed
+    knn = KnnMonitor(data, args.image_size, workers, device, *votes)
     top1 = knn.top1(encoder)
     print_on_main(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
     if args.output and is_main():

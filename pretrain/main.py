@@ -30,7 +30,7 @@ from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
 from pretrain.engine.trainer import Trainer
-from pretrain.evaluation.features import KnnMonitor
+from pretrain.evaluation.knn import KnnMonitor
 from pretrain.flags import launch, loading, parse_pretraining, run_settings
 from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.encoders import build_encoder
@@ -122,7 +122,9 @@ def build_task(
     if args.knn_every and KnnMonitor.applies_to(data):
         workers = workers_per_process(args.workers)
         try:
-            monitor = KnnMonitor(data, args.image_size, workers, device).top1
+            monitor = KnnMonitor(
+                data, args.image_size, workers, device, bank_size=args.knn_bank, seed=seed
+            ).top1
         except UserError as error:  # on every process alike; it must not stop a run
             print_on_main(f"warning: no kNN monitor: {error}")
     return MoCoPretraining(

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, is_out_of_memory
 from moco_det.common.launch import free_local_url, spawn
 from moco_det.common.processes import gather_rows, is_main, rank, world_size
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, parallelize
@@ -151,11 +151,6 @@ def peak_memory_of_process(device: torch.device) -> int:
         (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's error has a class of its own, the CPU allocator's only its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def hours(cost: Cost, batch_size: int) -> float:

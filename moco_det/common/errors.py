@@ -108,6 +108,14 @@ def explained(error: BaseException) -> str | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU or of the machine: CUDA's error has a class of its own, the CPU allocator's only its
+    words."""
+    text = str(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether the error only tells that another process of the run has ended."""
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")

@@ -1,6 +1,6 @@
 """What a pretrained encoder is worth without a detector: kNN, the linear protocol, fine-tuning.
 
-Start with `features.py`, from a checkpoint to features, and kNN, which classifies them without
+Start with `features.py`, from a checkpoint to features, and `knn.py`, which classifies them without
 training; `classification.py` has the two protocols that train. The loop that they train in is
 `engine.trainer`, their data are in `data.labelled`.
 """

@@ -23,7 +23,7 @@ from pretraining_runs import checkpoint, values
 from moco_det.common import ending
 from pretrain.engine import checkpoints, trainer
 from pretrain.engine.checkpoints import LAST
-from pretrain.evaluation import features
+from pretrain.evaluation import knn
 
 ARCH = "resnet18w0.25x"
 FLAGS = [
@@ -126,7 +126,7 @@ def wait_in_features():
         while True:
             time.sleep(1)
 
-    features.KnnMonitor.top1 = hang
+    knn.KnnMonitor.top1 = hang
 
 
 def test_ctrl_c_where_there_is_nothing_to_save(images, narrow, tmp_path):

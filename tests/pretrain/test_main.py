@@ -27,6 +27,7 @@ from moco_det.common.launch import free_local_url
 from pretrain.engine import checkpoints, pretraining
 from pretrain.engine.checkpoints import LAST
 from pretrain.engine.device import compile_encoders
+from pretrain.evaluation import knn
 from pretrain.flags import parse_pretraining
 from pretrain.main import pretrain
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
@@ -137,6 +138,20 @@ def test_views_finished_on_the_device_are_those_of_the_loading_processes(
     half = len(both) // 2
     assert torch.equal(both[:half], on_device[:half])
     assert torch.equal(both[half:], expected[half:])
+
+
+def test_a_monitor_without_memory_does_not_end_a_run(images, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.50 GiB")
+
+    monkeypatch.setattr(knn, "nearest", fail)
+    flags = [*FLAGS, "--output", str(tmp_path), "--epochs", "1", "--knn-every", "1", "-j", "0"]
+    pretrain(parse_pretraining([str(images), *flags, "--knn-bank", "30"]), torch.device("cpu"))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "kNN monitor is switched off: out of memory" in warnings[0]
+    assert "--knn-bank N" in warnings[0]
+    assert checkpoint(tmp_path)["epoch"] == 1
 
 
 def wait_for_steps(process, count: int) -> None:
