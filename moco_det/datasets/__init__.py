@@ -23,18 +23,24 @@ A folder of your own, named in the YAML or on the command line, without registra
     also says where voc_2012_sem_seg_SPLIT and cityscapes_fine_sem_seg_SPLIT are looked for
 """
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.common.errors import UserError
+from moco_det.common.processes import world_size
+from moco_det.common.sharing import PackedList, shared_list
 from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import (
     CocoDataset,
     DensePoseDataset,
     LvisDataset,
+    known_categories,
     refuse_other_versions,
+    remember_categories,
 )
 from moco_det.datasets.dataset import BUILT_IN, NOTHING, BuiltIn, Dataset, Record, Wanted
 from moco_det.datasets.problems import Problem, Problems, shown
@@ -69,6 +75,7 @@ __all__ = [
     "data_root",
     "get_dataset",
     "locate",
+    "read_categories_together",
     "read_labels",
 ]
 
@@ -112,6 +119,24 @@ def get_dataset(name: str, problems: Problems | None = None) -> Dataset:
     """
     found = locate(name)
     return KINDS[found.kind].open(name, found.first, found.second, found.data_root, problems)
+
+
+def read_categories_together(names: Iterable[str]) -> None:
+    """Let the first process of each machine read what `get_dataset` needs of COCO's files, which
+    takes a large one's whole length, and the others hear of it. Collective.
+
+    A process that cannot use the files itself says so when it opens them.
+    """
+    if world_size() == 1:
+        return
+
+    def read() -> PackedList:
+        for name in names:
+            with contextlib.suppress(UserError):
+                get_dataset(name)
+        return PackedList.of(known_categories().items())
+
+    remember_categories(dict(shared_list(read)))
 
 
 def locate(name: str) -> Location:

@@ -3,7 +3,6 @@
 The files are read and checked by `coco_file`; here their content becomes records.
 """
 
-import functools
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -143,20 +142,31 @@ class CocoDataset(Dataset):
         return self.image_dir / image["file_name"]
 
 
+# By file and its state, because all of a file must be read to get them.
+_CATEGORIES: dict[tuple[Path, int, int], tuple[Any, ...]] = {}
+
+
 def _category_entries(json_file: Path) -> tuple[Any, ...]:
     """The section "categories" of a file, unchecked; `UserError` if it is none of COCO's."""
     try:
         state = json_file.stat()
     except OSError as error:
         raise UserError(f"cannot read COCO annotations {json_file}: {error}") from error
-    return _entries(json_file, (state.st_mtime_ns, state.st_size))
+    key = json_file, state.st_mtime_ns, state.st_size
+    if key not in _CATEGORIES:
+        sections, _ = load_coco(json_file)
+        _CATEGORIES[key] = tuple(sections["categories"])
+    return _CATEGORIES[key]
 
 
-@functools.cache
-def _entries(json_file: Path, state: tuple[int, int]) -> tuple[Any, ...]:
-    """Kept for each state of a file, because all of it must be read to get them."""
-    sections, _ = load_coco(json_file)
-    return tuple(sections["categories"])
+def known_categories() -> dict[tuple, tuple]:
+    """The sections "categories" that were read so far; for `remember_categories` elsewhere."""
+    return dict(_CATEGORIES)
+
+
+def remember_categories(found: dict[tuple, tuple]) -> None:
+    """Spare this process the files of which another one has `found` the categories."""
+    _CATEGORIES.update(found)
 
 
 # -- LVIS v0.5 -------------------------------------------------------------------------------------

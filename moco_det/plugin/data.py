@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
+from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.checks import check_class_count, is_semantic
 from moco_det.datasets import (
     BUILT_IN,
@@ -142,6 +143,29 @@ def _records(dataset: Dataset, wanted: Wanted | None) -> list[dict]:
         for annotation in record.get("annotations", ()):
             annotation["bbox_mode"] = BoxMode.XYXY_ABS
     return records
+
+
+def shared_records(cfg, keep: Callable[[dict], bool] = bool) -> PackedList:
+    """Detectron2's training records, read by one process of each machine. Collective.
+
+    It warns, prints and leaves out as its own loader does.
+
+    Args:
+        keep: the records to train on.
+    """
+
+    def read() -> PackedList:
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+        found = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=proposals,
+        )
+        return PackedList.of(filter(keep, found))
+
+    return shared_list(read)
 
 
 def _metadata(dataset: Dataset) -> dict[str, Any]:
@@ -343,10 +367,7 @@ def build_dense_pose_loader(cfg, images: int):
     from densepose.data import DatasetMapper as DensePoseMapper
 
     body.require([body.SYMMETRIES], "the DensePose project's mapper")
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    posed = [record for record in records if any(map(has_points, record["annotations"]))]
+    posed = shared_records(cfg, lambda record: any(map(has_points, record["annotations"])))
     if not posed:
         raise UserError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no object with {', '.join(KEYS)}"

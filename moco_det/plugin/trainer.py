@@ -38,6 +38,7 @@ from moco_det.common.resume_state import (
     newest_whole,
 )
 from moco_det.common.weight_sources import read_state_dict
+from moco_det.common.sharing import once_per_machine
 from moco_det.config.checks import (
     BatchPlan,
     check_input,
@@ -48,6 +49,7 @@ from moco_det.config.checks import (
     plan_batch,
     wanted_of,
 )
+from moco_det.datasets import read_categories_together
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn, sync_on_cpu
 from moco_det.plugin.data import (
     build_dense_pose_loader,
@@ -58,6 +60,7 @@ from moco_det.plugin.data import (
     check_voc_scoring,
     is_ours,
     register_datasets,
+    shared_records,
 )
 from moco_det.plugin.extensions import load_config
 from moco_det.weights.files import load_backbone_weights
@@ -119,12 +122,14 @@ def prepare(cfg, eval_only: bool) -> None:
     if comm.get_world_size() > 1:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     check_input(cfg, crops_objects=True)
-    register_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), wanted_of(cfg))
+    names = *cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST
+    read_categories_together(filter(is_ours, names))
+    register_datasets(names, wanted_of(cfg))
     for name in cfg.DATASETS.TEST:
         check_voc_scoring(name)
     check_classes(cfg)
     check_metric_files(cfg)
-    check_scoring(cfg, [name for name in cfg.DATASETS.TEST if is_ours(name)])
+    once_per_machine(check_scoring, cfg, [n for n in cfg.DATASETS.TEST if is_ours(n)])
     try:
         default_setup(cfg, Namespace(eval_only=eval_only))
         if comm.is_main_process():
@@ -210,7 +215,10 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.DENSEPOSE_ON:
             return build_dense_pose_loader(cfg, images)
         mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
-        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=images)
+        records = shared_records(cfg)
+        return build_detection_train_loader(
+            cfg, mapper=mapper, dataset=records, total_batch_size=images
+        )
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):

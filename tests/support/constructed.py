@@ -77,6 +77,7 @@ def construct(cfg, monkeypatch) -> dict:
     monkeypatch.setattr(loader, "all_records", lambda names: names)
     monkeypatch.setattr(mapper, "mirrored_keypoints", lambda names: names)
     monkeypatch.setattr(trainer, "evaluate_model", lambda *_: None)
+    monkeypatch.setattr(trainer, "shared_training_records", lambda cfg: RECORDS)
     monkeypatch.setattr(trainer, "print_on_main", lambda _: None)
     plan = plan_batch(cfg, 1)
     state = trainer.build_state(cfg)

@@ -8,11 +8,11 @@ number of loading workers.
 """
 
 import math
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import ignore_stop_signals, print_on_main, rank, world_size
+from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.checks import BatchPlan, is_semantic, wanted_of
 from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
 from moco_det.datasets.dataset import check_images, learnable
@@ -102,6 +103,39 @@ def build_training_records(cfg) -> list[dict]:
     )
 
 
+def shared_training_records(cfg) -> PackedList:
+    """`build_training_records`, made once on each machine. Collective.
+
+    COCO's take 3 GB as Python objects, and a seventh of it packed.
+    """
+    return shared_list(lambda: packed(cfg, build_training_records(cfg)))
+
+
+def packed(cfg, records: Sequence[dict]) -> PackedList:
+    """With what must be known of all records before the first is loaded; see `Notes`."""
+    if isinstance(records, PackedList):
+        return records
+    wide = factors = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [record["width"] > record["height"] for record in records]
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        loader = cfg.DATALOADER
+        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
+    return PackedList.of(records, Notes(wide, factors))
+
+
+class Notes(NamedTuple):
+    """Of training records, where the config asks for it.
+
+    Args:
+        wide: per record, whether it is wider than tall.
+        factors: of `repeat_factors`.
+    """
+
+    wide: list[bool] | None
+    factors: torch.Tensor | None
+
+
 # -- streams of samples ---------------------------------------------------------------------------
 
 
@@ -146,11 +180,10 @@ def repeat_factors(records: list[dict], threshold: float, sqrt: bool) -> torch.T
     return torch.tensor(factors, dtype=torch.float32)
 
 
-def build_stream(cfg, records: list[dict], seed: int) -> Iterator[Key]:
+def build_stream(cfg, records: Sequence[dict], seed: int) -> Iterator[Key]:
     """The endless stream of samples that DATALOADER.SAMPLER_TRAIN names."""
-    loader = cfg.DATALOADER
-    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        factors = repeat_factors(records, loader.REPEAT_THRESHOLD, loader.REPEAT_SQRT)
+    factors = packed(cfg, records).notes.factors
+    if factors is not None:
         return repeating_stream(factors, seed)
     return training_stream(len(records), seed)
 
@@ -202,29 +235,25 @@ def training_batches(
 class MappedRecords(Dataset):
     """Records through a `DatasetMapper`; the draws of a sample come from (seed, position) alone.
 
-    The records are held as bytes: worker processes share those with their parent, whereas touching
-    a Python object writes its reference count, and so copies its memory to every worker in time.
+    The records are packed: worker processes share them with their parent.
 
     A `UserError` is handed over as an item, because a `DataLoader` would bury it in a traceback.
     """
 
     def __init__(
-        self, records: list[dict], mapper: DatasetMapper | SemanticDatasetMapper, seed: int = 0
+        self, records: Sequence[dict], mapper: DatasetMapper | SemanticDatasetMapper, seed: int = 0
     ):
-        pickled = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
-        self.ends = np.cumsum([0] + [len(record) for record in pickled])
-        self.pickled = b"".join(pickled)
+        self.records = records if isinstance(records, PackedList) else PackedList.of(records)
         self.mapper = mapper
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.records)
 
     def __getitem__(self, key: Key) -> dict | UserError:
         position, index = key
-        record = pickle.loads(self.pickled[self.ends[index] : self.ends[index + 1]])
         try:
-            return self.mapper(record, np.random.default_rng((self.seed, position)))
+            return self.mapper(self.records[index], np.random.default_rng((self.seed, position)))
         except UserError as error:
             return error
 
@@ -263,7 +292,7 @@ def _prepare_worker(worker: int, pixels: float) -> None:
 def build_train_loader(
     cfg,
     plan: BatchPlan,
-    records: list[dict],
+    records: Sequence[dict],
     seed: int,
     start: int = 0,
     num_workers: int | None = None,
@@ -272,13 +301,11 @@ def build_train_loader(
 
     `num_workers`: other than DATALOADER.NUM_WORKERS.
     """
-    wide = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = [record["width"] > record["height"] for record in records]
+    records = packed(cfg, records)
     batches = training_batches(
         build_stream(cfg, records, seed),
         plan.images_per_forward,
-        wide,
+        records.notes.wide,
         start * plan.accumulation,
         rank(),
         plan.processes,
@@ -288,15 +315,18 @@ def build_train_loader(
     return load(mapped, batches, workers, pin_memory=cfg.MODEL.DEVICE != "cpu")
 
 
-def build_test_loader(cfg, records: list[dict]) -> Iterator[list[dict]]:
+def build_test_loader(cfg, records: Sequence[dict]) -> Iterator[list[dict]]:
     """This process's share of the records, in order, one image a batch.
 
     One at a time as Detectron2 does: padding to a neighbour's size would change the numbers.
     """
     bounds = np.linspace(0, len(records), world_size() + 1).astype(int)
     share = range(*bounds[rank() : rank() + 2])
-    # Without the annotations, which may be far larger than the rest and are of no use here.
-    bare = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
-    mapped = MappedRecords(bare, build_test_mapper(cfg))
+    mapped = MappedRecords(list(map(without_annotations, records)), build_test_mapper(cfg))
     batches = [[(index, index)] for index in share]
     return load(mapped, batches, cfg.DATALOADER.NUM_WORKERS, pin_memory=cfg.MODEL.DEVICE != "cpu")
+
+
+def without_annotations(record: dict) -> dict:
+    """What inference needs: they may be far larger than the rest."""
+    return {name: value for name, value in record.items() if name != "annotations"}

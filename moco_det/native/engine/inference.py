@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from moco_det.common.processes import (
     synchronize,
     world_size,
 )
+from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.loading import load_config, on_available_device
-from moco_det.datasets import get_dataset
+from moco_det.datasets import Dataset, get_dataset
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
-from moco_det.native.data.loader import build_test_loader
+from moco_det.native.data.loader import build_test_loader, without_annotations
 from moco_det.native.engine.solver import build_optimizer
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.parity.probe import EngineProbe
@@ -49,7 +51,7 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
     results = {}
     for name in cfg.DATASETS.TEST:
         dataset = get_dataset(name)
-        records = dataset.records()
+        records = shared_list(partial(_test_records, dataset))
         print_on_main(f"evaluating on {name}: {len(records)} images")
         share = math.ceil(len(records) / world_size())
         with closing(build_test_loader(cfg, records)) as batches:
@@ -61,6 +63,10 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
         synchronize()
     model.train(training)
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _test_records(dataset: Dataset) -> PackedList:
+    return PackedList.of(map(without_annotations, dataset.records()))
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from moco_det.common.processes import (
     world_size,
 )
 from moco_det.common.resume_state import check_optimizer, checked_schedule, entries_of
+from moco_det.common.sharing import once_per_machine
 from moco_det.common.weight_checks import shorten
 from moco_det.common.weight_sources import read_state_dict
 from moco_det.config.checks import (
@@ -49,7 +50,8 @@ from moco_det.config.checks import (
     scaled_to_processes,
 )
 from moco_det.config.loading import load_config, on_available_device
-from moco_det.native.data.loader import build_train_loader, build_training_records
+from moco_det.datasets import read_categories_together
+from moco_det.native.data.loader import build_train_loader, shared_training_records
 from moco_det.native.engine.inference import evaluate_model
 from moco_det.native.engine.output_dir import Checkpoints, MetricLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
@@ -129,9 +131,10 @@ def prepare(cfg):
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_input(cfg, crops_objects=False)
+    read_categories_together((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     check_datasets(cfg)
     check_metric_files(cfg)
-    check_scoring(cfg, cfg.DATASETS.TEST)
+    once_per_machine(check_scoring, cfg, cfg.DATASETS.TEST)
     if is_main():
         make_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         try:
@@ -253,7 +256,7 @@ def build_trainer(
     cfg, plan: BatchPlan, state: TrainingState, checkpoints: Checkpoints, log: MetricLog | None
 ) -> "Trainer":
     """UserError where there is nothing to train on."""
-    bn, records = cfg.TEST.PRECISE_BN, build_training_records(cfg)
+    bn, records = cfg.TEST.PRECISE_BN, shared_training_records(cfg)
     return Trainer(
         state=state,
         batches_from=partial(build_train_loader, cfg, plan, records, state.seed),
