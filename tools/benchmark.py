@@ -6,6 +6,8 @@ python tools/benchmark.py pretrain-step --batch-size 256 --amp none fp16 bf16 --
     --compile off graphs on --deterministic
 python tools/benchmark.py data-path --images DIR
 python tools/benchmark.py pretrain-cost
+python tools/benchmark.py knn-bank --images 1281167
+python tools/benchmark.py annotation-memory --images 118000 --objects 828000
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
 """
 
@@ -68,6 +70,21 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--rounds", type=COUNT, default=5)
     data.set_defaults(report=report_data)
 
+    bank = commands.add_parser("knn-bank", help="the kNN monitor on a bank of drawn features")
+    bank.add_argument("--images", type=COUNT, default=100_000)
+    bank.add_argument("--dim", type=COUNT, default=2048)
+    bank.add_argument("--queries", type=COUNT, default=256)
+    bank.add_argument("--classes", type=COUNT, default=1000)
+    bank.add_argument("--neighbours", type=COUNT, default=200)
+    bank.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    bank.set_defaults(report=report_bank)
+
+    file = commands.add_parser("annotation-memory", help="a drawn COCO file in several processes")
+    file.add_argument("--images", type=COUNT, default=11_800, help="COCO has 118,000")
+    file.add_argument("--objects", type=COUNT, default=82_800, help="COCO has 828,000")
+    file.add_argument("--processes", type=COUNT, default=8)
+    file.set_defaults(report=report_annotations)
+
     cost = commands.add_parser("pretrain-cost", help="memory and hours: Table 3 of MoCo v2")
     cost.add_argument("--mechanisms", nargs="+", default=["moco", "end-to-end"], choices=MECHANISMS)
     cost.add_argument("--batch-sizes", type=COUNT, nargs="+", default=[256, 4096], help="global")
@@ -123,6 +140,34 @@ def report_data(args: argparse.Namespace) -> None:
         f"{'the device (' + args.device + ')':40s} {args.batch_size / whole:8.1f} images/s   "
         f"{whole * 1e3:.1f} ms a batch of {args.batch_size}"
     )
+
+
+def report_bank(args: argparse.Namespace) -> None:
+    sizes = args.images, args.dim, args.queries, args.classes, args.neighbours
+    cost = data_speed.knn_bank(*sizes, args.device)
+    print(f"bank of {args.images:,} images x {args.dim}")
+    print(f"{'float32, on every process':40s} {cost.float32 / 2**30:8.2f} GiB")
+    ratio = cost.float32 / cost.held
+    print(f"{'ours, in one process':40s} {cost.held / 2**30:8.2f} GiB   ratio {ratio:.2f}")
+    print(
+        f"{'ours, in each of eight':40s} {cost.held / 8 / 2**30:8.2f} GiB   ratio {8 * ratio:.2f}"
+    )
+    print(f"{'search':40s} {args.queries / cost.seconds:8.1f} queries/s")
+    print(f"{'classes as by float32':40s} {100 * cost.agreement:8.2f} %")
+
+
+def report_annotations(args: argparse.Namespace) -> None:
+    """One process, then several: all memory is beyond that of processes that have read nothing."""
+    with data_speed.drawn_annotations(args.images, args.objects) as file:
+        size = file.stat().st_size / 2**20
+        print(f"{args.images:,} images, {args.objects:,} objects, {size:.0f} MiB", flush=True)
+        one, several = (data_speed.annotation_memory(file, n) for n in (1, args.processes))
+    for processes, cost in ((1, one), (args.processes, several)):
+        print(
+            f"{processes} process(es), all together: {cost.peak / 2**20:8.0f} MiB at most, "
+            f"{cost.held / 2**20:6.0f} MiB held, {cost.seconds:6.1f} s"
+        )
+    print(f"ratio {several.peak / one.peak:.2f} at most, {several.held / one.held:.2f} held")
 
 
 def report_cost(args: argparse.Namespace) -> None:

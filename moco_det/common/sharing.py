@@ -46,9 +46,10 @@ class PackedList(Sequence):
     @classmethod
     def of(cls, items: Iterable, notes: Any = None) -> "PackedList":
         """Raises OSError where the machine has no memory for the block."""
-        if not hasattr(os, "memfd_create"):  # not Linux: it cannot be shared
+        try:
+            descriptor = os.memfd_create("moco_det")
+        except (AttributeError, OSError):  # not Linux, or forbidden: it cannot be shared
             return cls(b"".join(_packed(items, notes)))
-        descriptor = os.memfd_create("moco_det")
         with open(descriptor, "wb", closefd=False) as file:
             file.writelines(_packed(items, notes))
         return cls._mapped(descriptor)
@@ -109,14 +110,16 @@ def shared_list(make: Callable[[], PackedList]) -> PackedList:
         return make()
     first = _first_of_machine()
     packed, error = _attempt(make) if rank() == first else (None, None)
-    found = _agreed(packed and packed.address, error)
+    found = _agreed(None if packed is None else packed.address, error)
     if packed is None:
         try:
             packed = PackedList.at(found[first] or "")
         except OSError as failure:
             reason = one_line(failure.strerror or failure, 80)
             print(
-                f"process {rank()} reads the annotations itself, as its own: {reason}", flush=True
+                f"process {rank()} reads the annotations itself: it cannot share those of process "
+                f"{first}: {reason}",
+                flush=True,
             )
             packed = make()
     synchronize()  # the first keeps its list until the others have mapped it
