@@ -200,7 +200,7 @@ def annotation_memory(file: Path, processes: int) -> AnnotationCost:
             pipe.send("read")
         while not all(pipe.poll() for _, pipe in readers):
             peak = max(peak, _memory(readers))
-            time.sleep(0.05)
+            time.sleep(0.2)  # a look takes some of it
         seconds = time.perf_counter() - begun
         errors = [error for _, pipe in readers if (error := pipe.recv())]
         if errors:

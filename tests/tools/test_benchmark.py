@@ -70,3 +70,43 @@ def test_pretrain_step_prints_a_row_for_each_form(run, monkeypatch):
     ]
     assert rows[2][3] == "1.00"
     assert {row[5] for row in rows[2:]} == {"1.00 GiB"}
+def test_data_path_prints_each_way_beside_the_reference(tool, run, monkeypatch, tmp_path):
+    seconds = {"reference": 0.02, "cpu": 0.005, "device": 0.0025}
+    monkeypatch.setattr(tool.data_speed, "data_path", lambda *_: seconds)
+    monkeypatch.setattr(tool.data_speed, "looks", lambda *_: 0.032)
+    lines = run("data-path", "--images", str(tmp_path), "--batch-size", "64", "--device", "cpu")[1:]
+    assert [" ".join(line.split()) for line in lines] == [
+        "torchvision + PIL 50.0 images/s and core ratio 1.00",
+        "ours, --augment-on cpu 200.0 images/s and core ratio 4.00",
+        "ours, --augment-on device: the workers 400.0 images/s and core ratio 8.00",
+        "the device (cpu) 2000.0 images/s 32.0 ms a batch of 64",
+    ]
+
+
+def test_knn_bank_prints_what_each_process_holds(tool, run, monkeypatch):
+    cost = tool.data_speed.BankCost(2**30, 2**31, 0.5, 0.995)
+    monkeypatch.setattr(tool.data_speed, "knn_bank", lambda *_: cost)
+    lines = run("knn-bank", "--images", "1000", "--queries", "50", "--device", "cpu")[1:]
+    assert [" ".join(line.split()) for line in lines] == [
+        "bank of 1,000 images x 2048",
+        "float32, on every process 2.00 GiB",
+        "ours, in one process 1.00 GiB ratio 2.00",
+        "ours, in each of eight 0.12 GiB ratio 16.00",
+        "search 100.0 queries/s",
+        "classes as by float32 99.50 %",
+    ]
+
+
+def test_annotation_memory_compares_several_processes_with_one(tool, run, monkeypatch):
+    costs = {1: (2**30, 2**28, 10.0), 4: (2**30 + 2**28, 2**28, 12.0)}
+    cost = tool.data_speed.AnnotationCost
+    monkeypatch.setattr(
+        tool.data_speed, "annotation_memory", lambda _, processes: cost(*costs[processes])
+    )
+    lines = run("annotation-memory", "--images", "3", "--objects", "5", "--processes", "4")[1:]
+    assert [" ".join(line.split()) for line in lines] == [
+        "3 images, 5 objects, 0 MiB",
+        "1 process(es), all together: 1024 MiB at most, 256 MiB held, 10.0 s",
+        "4 process(es), all together: 1280 MiB at most, 256 MiB held, 12.0 s",
+        "ratio 1.25 at most, 1.00 held",
+    ]

@@ -1,0 +1,111 @@
+"""What the benchmarks of data measure, on little of it; how long that takes is no test."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photographs import synthetic_photograph
+from PIL import Image
+
+from moco_det.benchmark import data_speed
+from moco_det.common.errors import UserError
+from moco_det.datasets import CocoDataset
+from pretrain.data.images import ImageViews
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for number in range(2):
+        Image.fromarray(synthetic_photograph()).save(tmp_path / f"{number}.jpg")
+    return tmp_path
+
+
+def test_all_ways_load_the_same_images(images, monkeypatch):
+    threads, loaded = torch.get_num_threads(), []
+    load = ImageViews.__getitem__
+
+    def noting(self, key):
+        views, unreadable = load(self, key)
+        loaded.append((key[1], type(views[0])))
+        return views, unreadable
+
+    monkeypatch.setattr(ImageViews, "__getitem__", noting)
+    try:
+        seconds = data_speed.data_path(images, 32, rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert seconds.keys() == {"reference", "cpu", "device"}
+    assert min(seconds.values()) > 0
+    assert len(set(loaded)) == 4  # both images, as views and as crops that lack their looks
+    assert len(loaded) == 8  # an untimed round and one more
+
+
+def test_an_unreadable_image_is_an_error(images):
+    threads = torch.get_num_threads()
+    (images / "1.jpg").write_bytes(b"broken")
+    try:
+        with pytest.raises(UserError, match=r"unreadable image in --images: .*1\.jpg"):
+            data_speed.data_path(images, 32, rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_looks_are_given_to_both_views_of_a_batch(monkeypatch):
+    shapes, finish = [], data_speed.finished
+    monkeypatch.setattr(
+        data_speed, "finished", lambda *args: shapes.append(finish(*args).shape) or finish(*args)
+    )
+    assert data_speed.looks(16, 3, "cpu", rounds=1) > 0
+    assert shapes == [(3, 16, 16, 3)] * 4
+
+
+@pytest.mark.parametrize(("half_from", "ratio"), [(10**9, 1), (0, 2)])
+def test_a_drawn_bank_is_searched_as_the_monitor_does(monkeypatch, half_from, ratio):
+    monkeypatch.setattr(data_speed, "HALF_FROM", half_from)
+    cost = data_speed.knn_bank(300, 16, queries=20, classes=3, k=7, device="cpu")
+    assert cost.float32 == 300 * 16 * 4 == ratio * cost.held
+    assert cost.agreement > 0.9
+    assert cost.seconds > 0
+
+
+def test_drawn_annotations_are_coco(tmp_path):
+    with data_speed.drawn_annotations(20, 50) as file:
+        content = json.loads(file.read_text())
+        records = CocoDataset.open("it", file, str(file.parent)).records()
+    assert not file.exists()
+    assert len(records) == 20
+    assert sum(len(record["annotations"]) for record in records) == 50
+    assert len(content["categories"]) == 80
+    (polygon,) = content["annotations"][7]["segmentation"]
+    x, y, width, height = content["annotations"][7]["bbox"]
+    assert [x, y] == pytest.approx([min(polygon[::2]), min(polygon[1::2])])
+    assert [x + width, y + height] == pytest.approx([max(polygon[::2]), max(polygon[1::2])])
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_several_processes_hold_what_one_holds():
+    with data_speed.drawn_annotations(1500, 10_000) as file:
+        one, two = (data_speed.annotation_memory(file, processes) for processes in (1, 2))
+    assert one.peak >= one.held > 2**22  # 10,000 objects
+    assert two.held < 1.3 * one.held + 2**23  # a process's own few MB weigh more here
+    assert two.peak < 1.3 * one.peak + 2**23
+
+
+@pytest.mark.usefixtures("forked_launches")
+def test_a_broken_file_is_one_error(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read COCO annotations .*a\.json"):
+        data_speed.annotation_memory(tmp_path / "a.json", 2)
+
+
+def test_memory_that_is_shared_counts_once():
+    """By the kernel's proportional share: this process alone."""
+
+    class Own:
+        pid = "self"
+
+    before = data_speed._memory([(Own, None)])
+    kept = np.ones(2**25, np.uint8)
+    assert data_speed._memory([(Own, None)]) - before == pytest.approx(kept.nbytes, rel=0.2)
