@@ -32,7 +32,7 @@ from moco_det.engines import ENGINES, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.moco import MECHANISMS
 
-COUNT = at_least(1, 10**6)
+COUNT, MANY = at_least(1, 10**6), at_least(1, 10**8)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     data.set_defaults(report=report_data)
 
     bank = commands.add_parser("knn-bank", help="the kNN monitor on a bank of drawn features")
-    bank.add_argument("--images", type=COUNT, default=100_000)
+    bank.add_argument("--images", type=MANY, default=100_000, help="ImageNet has 1,281,167")
     bank.add_argument("--dim", type=COUNT, default=2048)
     bank.add_argument("--queries", type=COUNT, default=256)
     bank.add_argument("--classes", type=COUNT, default=1000)
@@ -80,8 +80,8 @@ def parse_args() -> argparse.Namespace:
     bank.set_defaults(report=report_bank)
 
     file = commands.add_parser("annotation-memory", help="a drawn COCO file in several processes")
-    file.add_argument("--images", type=COUNT, default=11_800, help="COCO has 118,000")
-    file.add_argument("--objects", type=COUNT, default=82_800, help="COCO has 828,000")
+    file.add_argument("--images", type=MANY, default=11_800, help="COCO has 118,000")
+    file.add_argument("--objects", type=MANY, default=82_800, help="COCO has 828,000")
     file.add_argument("--processes", type=COUNT, default=8)
     file.set_defaults(report=report_annotations)
 

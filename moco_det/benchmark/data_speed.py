@@ -26,8 +26,8 @@ from torchvision import transforms
 from moco_det.benchmark.speed import alternate
 from moco_det.common.errors import UserError
 from moco_det.common.launch import free_local_url, process_group
-from moco_det.common.sharing import PackedList, shared_list
 from moco_det.datasets import get_dataset, read_categories_together
+from moco_det.datasets.sharing import PackedList, shared_list
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.batched_augmentations import finished
 from pretrain.data.images import ImageViews, collate_views
@@ -41,7 +41,7 @@ IMAGES = 200  # of those in the folder, at most
 
 
 def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds per image on one core, decoding and two MoCo v2 views, alternated.
+    """Median seconds of a core per image, decoding and two MoCo v2 views, alternated.
 
     Returns:
         "reference": torchvision + PIL; "cpu" and "device": ours with --augment-on, of the latter
@@ -64,7 +64,7 @@ def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
         "cpu": _loading(images, found, MoCoAugmentation(image_size, aug_plus=True)),
         "device": _loading(images, found, MoCoCrop(image_size, aug_plus=True)),
     }
-    seconds = alternate(ours | {"reference": reference}, rounds)
+    seconds = alternate(ours | {"reference": reference}, rounds, clock=time.process_time)
     return {name: value / len(found) for name, value in seconds.items()}
 
 

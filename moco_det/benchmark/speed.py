@@ -20,7 +20,10 @@ from moco_det.parity.probe import EngineProbe
 
 
 def alternate(
-    candidates: dict[str, Callable], rounds: int, synchronize: Callable | None = None
+    candidates: dict[str, Callable],
+    rounds: int,
+    synchronize: Callable | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` rounds in turn, after one untimed round.
 
@@ -29,12 +32,12 @@ def alternate(
     times = {name: [] for name in candidates}
     for round_number in range(rounds + 1):
         for name, candidate in candidates.items():
-            begun = time.perf_counter()
+            begun = clock()
             candidate()
             if synchronize:
                 synchronize()
             if round_number:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -32,7 +32,6 @@ from pathlib import Path
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import world_size
-from moco_det.common.sharing import PackedList, shared_list
 from moco_det.datasets.cityscapes import CityscapesDataset
 from moco_det.datasets.coco import (
     CocoDataset,
@@ -50,6 +49,7 @@ from moco_det.datasets.semantic import (
     SemanticVocDataset,
     read_labels,
 )
+from moco_det.datasets.sharing import PackedList, shared_list
 from moco_det.datasets.voc import VOC_CLASSES, VocDataset
 
 __all__ = [

@@ -36,7 +36,6 @@ from torch.utils.data import DataLoader
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
-from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.checks import check_class_count, is_semantic
 from moco_det.datasets import (
     BUILT_IN,
@@ -54,6 +53,7 @@ from moco_det.datasets import (
 )
 from moco_det.datasets.dataset import check_images
 from moco_det.datasets.semantic import IGNORED
+from moco_det.datasets.sharing import PackedList, shared_list
 from moco_det.datasets.voc import read_lines
 from moco_det.densepose import body
 from moco_det.densepose.points import KEYS, has_points

@@ -50,6 +50,7 @@ from moco_det.config.checks import (
     wanted_of,
 )
 from moco_det.datasets import read_categories_together
+from moco_det.datasets.sharing import once_per_machine
 from moco_det.native.modeling.layers import accumulate_gradients, precise_bn, sync_on_cpu
 from moco_det.plugin.data import (
     build_dense_pose_loader,

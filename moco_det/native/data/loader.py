@@ -22,10 +22,10 @@ from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import ignore_stop_signals, print_on_main, rank, world_size
-from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.checks import BatchPlan, is_semantic, wanted_of
 from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
 from moco_det.datasets.dataset import check_images, learnable
+from moco_det.datasets.sharing import PackedList, shared_list
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
 from moco_det.native.data.mapper import (
     DatasetMapper,

@@ -22,9 +22,9 @@ from moco_det.common.processes import (
     synchronize,
     world_size,
 )
-from moco_det.common.sharing import PackedList, shared_list
 from moco_det.config.loading import load_config, on_available_device
 from moco_det.datasets import Dataset, get_dataset
+from moco_det.datasets.sharing import PackedList, shared_list
 from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.data.loader import build_test_loader, without_annotations

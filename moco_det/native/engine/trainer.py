@@ -36,7 +36,6 @@ from moco_det.common.processes import (
     world_size,
 )
 from moco_det.common.resume_state import check_optimizer, checked_schedule, entries_of
-from moco_det.common.sharing import once_per_machine
 from moco_det.common.weight_checks import shorten
 from moco_det.common.weight_sources import read_state_dict
 from moco_det.config.checks import (
@@ -51,6 +50,7 @@ from moco_det.config.checks import (
 )
 from moco_det.config.loading import load_config, on_available_device
 from moco_det.datasets import read_categories_together
+from moco_det.datasets.sharing import once_per_machine
 from moco_det.native.data.loader import build_train_loader, shared_training_records
 from moco_det.native.engine.inference import evaluate_model
 from moco_det.native.engine.output_dir import Checkpoints, MetricLog

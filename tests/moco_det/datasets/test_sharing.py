@@ -15,9 +15,9 @@ import torch.distributed as dist
 from fork_server import run_in_two_processes
 from torch.utils.data import DataLoader
 
-from moco_det.common import sharing
 from moco_det.common.errors import UserError
-from moco_det.common.sharing import PackedList, once_per_machine, shared_list
+from moco_det.datasets import sharing
+from moco_det.datasets.sharing import PackedList, once_per_machine, shared_list
 
 ITEMS = [{"id": 3, "polygon": [1.5, 2.5]}, None, "text", [], {"nested": {"a": (1, 2)}}]
 
