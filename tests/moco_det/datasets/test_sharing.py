@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from fork_server import run_in_two_processes
+from tiny_coco import tiny_coco, write_tiny_coco
 from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import sharing
+from moco_det.config.loading import get_cfg
+from moco_det.datasets import coco, get_dataset, read_categories_together, sharing
 from moco_det.datasets.sharing import PackedList, once_per_machine, shared_list
+from moco_det.native.data.loader import build_training_records, shared_training_records
 
 ITEMS = [{"id": 3, "polygon": [1.5, 2.5]}, None, "text", [], {"nested": {"a": (1, 2)}}]
 
@@ -172,3 +175,53 @@ def test_alone_nothing_is_exchanged():
     assert check(0, False) == ["a.jpg"]
     with pytest.raises(UserError, match="absent"):
         check(0, True)
+
+
+# -- of an annotation file -------------------------------------------------------------------------
+
+
+def read_file(rank: int, name: str) -> list:
+    """How often this process reads the file for its training records, and what it then has."""
+    parsed, load = [], coco.load_coco
+
+    def counting(path):
+        parsed.append(path)
+        return load(path)
+
+    coco.load_coco = counting
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (name,)
+    read_categories_together(cfg.DATASETS.TRAIN)
+    records = shared_training_records(cfg)
+    classes = get_dataset(name).classes
+    return [len(parsed), classes, list(records), records.notes.wide]
+
+
+def test_one_process_reads_a_coco_file_and_both_have_its_records(tmp_path):
+    name = write_tiny_coco(tmp_path / "data", tiny_coco())
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (name,)
+    expected = [["red", "green"], build_training_records(cfg), [True, True]]
+    first, second = by_two(tmp_path, read_file, name)
+    assert first == [2, *expected]
+    assert second == [0, *expected]
+
+
+@pytest.mark.parametrize("content", ["{", '{"images": [], "annotations": [7], "categories": []}'])
+def test_a_broken_file_is_told_by_both_processes_in_the_same_line(tmp_path, content):
+    name = write_tiny_coco(tmp_path / "data", tiny_coco())
+    (tmp_path / "data" / "a.json").write_text(content)
+    first, second = by_two(tmp_path, read_file, name)
+    assert first == second
+    assert first.startswith("error: ")
+    assert "a.json" in first
+    assert "\n" not in first
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+    content = tiny_coco()
+    name = write_tiny_coco(tmp_path, content)
+    assert get_dataset(name).classes == ("red", "green")
+    content["categories"][0]["name"] = "crimson"
+    write_tiny_coco(tmp_path, content)
+    assert get_dataset(name).classes == ("crimson", "green")
