@@ -135,11 +135,12 @@ def report_data(args: argparse.Namespace) -> None:
     for name, label in labels.items():
         ratio = seconds["reference"] / seconds[name]
         print(f"{label:40s} {1 / seconds[name]:8.1f} images/s and core   ratio {ratio:.2f}")
-    whole = data_speed.looks(args.image_size, args.batch_size, args.device, args.rounds)
-    print(
-        f"{'the device (' + args.device + ')':40s} {args.batch_size / whole:8.1f} images/s   "
-        f"{whole * 1e3:.1f} ms a batch of {args.batch_size}"
-    )
+    batch = args.batch_size
+    whole = data_speed.looks(args.image_size, batch, args.device, args.rounds)
+    for name, value in whole.items():
+        label = f"the device ({args.device}), {name}"
+        rate = f"{batch / value:8.1f} images/s   {value * 1e3:.1f} ms a batch of {batch}"
+        print(f"{label:40s} {rate}")
 
 
 def report_bank(args: argparse.Namespace) -> None:

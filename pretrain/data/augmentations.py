@@ -216,9 +216,6 @@ class MoCoAugmentation:
 class MoCoCrop(MoCoAugmentation):
     """The same views without their looks, which `batched_augmentations.finished` gives them."""
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> CroppedView:
-        return self.view(image, self.draw(image.shape[0], image.shape[1], rng))
-
     def view(self, image: np.ndarray, drawn: View, reduction: int = 1) -> CroppedView:
         """Pixels (size, size, 3) and look (13,)."""
         look = np.array(drawn.look, dtype=np.float32)

@@ -8,7 +8,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import broadcast_buffers, from_main, is_main, print_on_main, rank
-from pretrain.data.batched_augmentations import finished
+from pretrain.data.batched_augmentations import finished, looks_for
 from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
@@ -50,6 +50,7 @@ class MoCoPretraining(Task):
     compilation: str = "off"
 
     to_compile = False  # in the first step
+    apply_looks = None  # of `looks_for`
     numbered_from = 0  # the number of the first epoch's checkpoint
     ended = None  # what the run goes on from: a file, and its epochs
 
@@ -60,7 +61,7 @@ class MoCoPretraining(Task):
         self.device = self.model.pixel_mean.device
 
     def step(self, batch, step: int) -> torch.Tensor:
-        views = [finished(view, self.device) for view in batch.views]
+        views = [finished(view, self.device, self.apply_looks) for view in batch.views]
         inputs = self.model.inputs(views, batch.indices, self.seed, step)
         if self.to_compile:
             compile_encoders(self.model, views[0], self.dtype, self.compilation == "on")
@@ -77,6 +78,7 @@ class MoCoPretraining(Task):
     def before_training(self, trainer: Trainer) -> None:
         steps = trainer.last_step - trainer.step
         self.to_compile = settle_compilation(self.compilation, self.device, steps)
+        self.apply_looks = looks_for(self.device, trainer.last_step - trainer.step)
         if self.monitor and trainer.step == 0:
             self.record_knn(trainer)
         if self.ended == (trainer.output / checkpoints.LAST, trainer.epoch):

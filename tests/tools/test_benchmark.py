@@ -73,13 +73,14 @@ def test_pretrain_step_prints_a_row_for_each_form(run, monkeypatch):
 def test_data_path_prints_each_way_beside_the_reference(tool, run, monkeypatch, tmp_path):
     seconds = {"reference": 0.02, "cpu": 0.005, "device": 0.0025}
     monkeypatch.setattr(tool.data_speed, "data_path", lambda *_: seconds)
-    monkeypatch.setattr(tool.data_speed, "looks", lambda *_: 0.032)
+    monkeypatch.setattr(tool.data_speed, "looks", lambda *_: {"plain": 0.032, "compiled": 0.016})
     lines = run("data-path", "--images", str(tmp_path), "--batch-size", "64", "--device", "cpu")[1:]
     assert [" ".join(line.split()) for line in lines] == [
         "torchvision + PIL 50.0 images/s and core ratio 1.00",
         "ours, --augment-on cpu 200.0 images/s and core ratio 4.00",
         "ours, --augment-on device: the workers 400.0 images/s and core ratio 8.00",
-        "the device (cpu) 2000.0 images/s 32.0 ms a batch of 64",
+        "the device (cpu), plain 2000.0 images/s 32.0 ms a batch of 64",
+        "the device (cpu), compiled 4000.0 images/s 16.0 ms a batch of 64",
     ]
 
 

@@ -57,7 +57,7 @@ def test_looks_are_given_to_both_views_of_a_batch(monkeypatch):
     monkeypatch.setattr(
         data_speed, "finished", lambda *args: shapes.append(finish(*args).shape) or finish(*args)
     )
-    assert data_speed.looks(16, 3, "cpu", rounds=1) > 0
+    assert data_speed.looks(16, 3, "cpu", rounds=1)["plain"] > 0
     assert shapes == [(3, 16, 16, 3)] * 4
 
 
