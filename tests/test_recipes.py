@@ -81,7 +81,6 @@ NO_NUMBER = {
     "seed", "deterministic", "compile",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
-    "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
 }  # fmt: skip
 

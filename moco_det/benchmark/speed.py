@@ -41,8 +41,6 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-
-
 # -- a detector, engine by engine: same weights, same images --------------------------------------
 
 

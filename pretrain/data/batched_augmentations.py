@@ -24,7 +24,6 @@ from moco_det.common.errors import one_line
 from moco_det.common.processes import print_on_main
 from pretrain.data.augmentations import CroppedView, Look
 
-PAYS_FROM = 2000  # steps: compiling takes some twenty seconds
 CHUNK = 64  # crops at a time, which bounds the memory: about 0.4 GiB at 224 pixels
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LARGEST_SIGMA = 2.0
@@ -38,7 +37,7 @@ def finished(
     """uint8 N x S x S x 3 on `device`: a batch of views as it is, crops with their looks.
 
     Args:
-        apply: of `looks_for`; None for `apply_looks`.
+        apply: of `compiled_looks`; None for `apply_looks`.
     """
     if not isinstance(view, CroppedView):
         return view.to(device, non_blocking=True)
@@ -47,11 +46,6 @@ def finished(
     with torch.autocast(device.type, enabled=False):
         chunks = zip(pixels.split(CHUNK), looks.split(CHUNK), strict=True)
         return torch.cat([(apply or apply_looks)(some, their) for some, their in chunks])
-
-
-def looks_for(device: torch.device, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`apply_looks` for a run of so many steps: compiled, where that is a GPU's and pays."""
-    return compiled_looks() if device.type == "cuda" and steps >= PAYS_FROM else apply_looks
 
 
 def compiled_looks() -> Callable[[Tensor, Tensor], Tensor]:

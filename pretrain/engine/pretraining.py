@@ -8,7 +8,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import broadcast_buffers, from_main, is_main, print_on_main, rank
-from pretrain.data.batched_augmentations import finished, looks_for
+from pretrain.data.batched_augmentations import compiled_looks, finished
 from pretrain.data.images import FolderSource
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
@@ -50,7 +50,7 @@ class MoCoPretraining(Task):
     compilation: str = "off"
 
     to_compile = False  # in the first step
-    apply_looks = None  # of `looks_for`
+    apply_looks = None  # to a batch of crops, where that is compiled, too
     numbered_from = 0  # the number of the first epoch's checkpoint
     ended = None  # what the run goes on from: a file, and its epochs
 
@@ -78,7 +78,7 @@ class MoCoPretraining(Task):
     def before_training(self, trainer: Trainer) -> None:
         steps = trainer.last_step - trainer.step
         self.to_compile = settle_compilation(self.compilation, self.device, steps)
-        self.apply_looks = looks_for(self.device, trainer.last_step - trainer.step)
+        self.apply_looks = compiled_looks() if self.to_compile else None
         if self.monitor and trainer.step == 0:
             self.record_knn(trainer)
         if self.ended == (trainer.output / checkpoints.LAST, trainer.epoch):

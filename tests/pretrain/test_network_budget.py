@@ -14,7 +14,7 @@ from paths import REPOSITORY
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_det.benchmark.speed import PlainMoCo
+from moco_det.benchmark.pretrain_step import PlainMoCo
 from moco_det.common import processes
 from pretrain.engine.optimization import ScheduledSGD, parallelize
 from pretrain.engine.pretraining import contrastive_step

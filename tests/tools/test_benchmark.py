@@ -70,6 +70,8 @@ def test_pretrain_step_prints_a_row_for_each_form(run, monkeypatch):
     ]
     assert rows[2][3] == "1.00"
     assert {row[5] for row in rows[2:]} == {"1.00 GiB"}
+
+
 def test_data_path_prints_each_way_beside_the_reference(tool, run, monkeypatch, tmp_path):
     seconds = {"reference": 0.02, "cpu": 0.005, "device": 0.0025}
     monkeypatch.setattr(tool.data_speed, "data_path", lambda *_: seconds)
