@@ -38,7 +38,6 @@ from moco_det.common.resume_state import (
     newest_whole,
 )
 from moco_det.common.weight_sources import read_state_dict
-from moco_det.common.sharing import once_per_machine
 from moco_det.config.checks import (
     BatchPlan,
     check_input,
