@@ -8,6 +8,7 @@ import pytest
 import torch
 from photographs import synthetic_photograph
 from PIL import Image
+from torchvision import transforms
 
 from moco_det.benchmark import data_speed
 from moco_det.common.errors import UserError
@@ -109,3 +110,29 @@ def test_memory_that_is_shared_counts_once():
     before = data_speed._memory([(Own, None)])
     kept = np.ones(2**25, np.uint8)
     assert data_speed._memory([(Own, None)]) - before == pytest.approx(kept.nbytes, rel=0.2)
+
+
+def test_the_data_path_is_timed_for_each_image(monkeypatch, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(data_speed, "alternate", lambda steps, rounds: dict.fromkeys(steps, 6.0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(data_speed.cv2, "setNumThreads", lambda count: None)
+    assert data_speed.data_path(tmp_path, 16, 2) == dict.fromkeys(
+        ("reference", "cpu", "device"), 2.0
+    )
+
+
+# -- references -----------------------------------------------------------------------------------
+
+
+def test_the_reference_of_the_data_path_is_the_official_recipe():
+    crop, jitter, grey, blur, flip, _, normalise = data_speed.official_transform(48).transforms
+    assert (crop.size, crop.scale, crop.ratio) == ((48, 48), (0.2, 1.0), (3 / 4, 4 / 3))
+    (colours,) = jitter.transforms
+    factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
+    assert factors == (*[(0.6, 1.4)] * 3, (-0.1, 0.1))
+    assert (jitter.p, grey.p, blur.p, flip.p) == (0.8, 0.2, 0.5, 0.5)
+    assert isinstance(grey, transforms.RandomGrayscale)
+    np.testing.assert_allclose(normalise.mean, [0.485, 0.456, 0.406])
+    np.testing.assert_allclose(normalise.std, [0.229, 0.224, 0.225])

@@ -2,20 +2,15 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision import transforms
 
 from moco_det.benchmark import speed
 from moco_det.benchmark.speed import (
     DetectorTask,
     alternate,
-    data_path,
     detector_memory,
     detector_steps,
-    official_transform,
 )
 from moco_det.engines import probe_class
 
@@ -77,27 +72,3 @@ def test_candidates_take_turns_after_a_round_that_is_not_timed(monkeypatch):
     found = alternate({"a": candidate("a"), "b": candidate("b")}, 3, synchronize)
     assert found == {"a": 2.25, "b": 20.25}
     assert calls == ["a", "wait", "b", "wait"] * 4
-
-
-def test_the_data_path_is_timed_for_each_image(monkeypatch, tmp_path):
-    for i in range(3):
-        Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(speed, "alternate", lambda steps, rounds: dict.fromkeys(steps, 6.0))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(speed.cv2, "setNumThreads", lambda count: None)
-    assert data_path(tmp_path, 16, 2) == {"reference": 2.0, "ours": 2.0}
-
-
-# -- references -----------------------------------------------------------------------------------
-
-
-def test_the_reference_of_the_data_path_is_the_official_recipe():
-    crop, jitter, grey, blur, flip, _, normalise = official_transform(48).transforms
-    assert (crop.size, crop.scale, crop.ratio) == ((48, 48), (0.2, 1.0), (3 / 4, 4 / 3))
-    (colours,) = jitter.transforms
-    factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
-    assert factors == (*[(0.6, 1.4)] * 3, (-0.1, 0.1))
-    assert (jitter.p, grey.p, blur.p, flip.p) == (0.8, 0.2, 0.5, 0.5)
-    assert isinstance(grey, transforms.RandomGrayscale)
-    np.testing.assert_allclose(normalise.mean, [0.485, 0.456, 0.406])
-    np.testing.assert_allclose(normalise.std, [0.229, 0.224, 0.225])
