@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
-from moco_det.native.modeling.boxes import Losses, SampledProposals, Size, Weights, decode, encode
+from moco_det.native.modeling.boxes import (
+    Losses,
+    SampledProposals,
+    Size,
+    Weights,
+    batched_nms,
+    best_of_each,
+    decode,
+    encode,
+)
 from moco_det.native.modeling.layers import ConvNorm
 
 
@@ -68,15 +77,16 @@ class FastRCNNOutputLayers(nn.Module):
         The box loss is divided by R, not by the number of foreground proposals, so that each of
         them counts the same in every batch (Detectron2). Without any proposal both losses are 0.
         """
-        classes = sampled.classes
-        # Of a foreground proposal, the deltas of its own class.
-        foreground = (classes < self.num_classes).nonzero().squeeze(1)
-        columns = classes[foreground] if deltas.shape[1] > 1 else torch.zeros_like(foreground)
-        boxes = torch.cat(sampled.boxes)[foreground]
-        target_deltas = encode(boxes, sampled.gt_boxes[foreground], self.box_weights)
-        box_loss = F.smooth_l1_loss(
-            deltas[foreground, columns], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
-        )
+        classes, boxes = sampled.classes, torch.cat(sampled.boxes)
+        # Of each proposal, the deltas of its own class; of background, both deltas and targets 0.
+        background = classes == self.num_classes
+        column = torch.zeros_like(classes)
+        if deltas.shape[1] > 1:
+            column = classes.masked_fill(background, 0)
+        own = deltas[torch.arange(len(classes), device=classes.device), column]
+        target_deltas = encode(boxes, sampled.gt_boxes, self.box_weights)
+        own, target_deltas = (x.masked_fill(background[:, None], 0) for x in (own, target_deltas))
+        box_loss = F.smooth_l1_loss(own, target_deltas, beta=self.smooth_l1_beta, reduction="sum")
         num_proposals = max(len(classes), 1)
         return {
             "loss_cls": F.cross_entropy(logits, classes, reduction="sum") / num_proposals,
@@ -90,30 +100,30 @@ class FastRCNNOutputLayers(nn.Module):
         proposals: list[Tensor],
         image_sizes: list[Size],
     ) -> list[dict[str, Tensor]]:
-        """The detections of each image, best first: see `_detect_image`."""
-        boxes = decode(deltas, torch.cat(proposals)[:, None], self.box_weights)
+        """Of each image "boxes" (D, 4), "scores" (D,) and "classes" (D,), best first."""
         counts = [len(p) for p in proposals]
-        return [
-            self._detect_image(*image)
-            for image in zip(
-                boxes.split(counts), logits.softmax(-1).split(counts), image_sizes, strict=True
-            )
-        ]
-
-    def _detect_image(self, boxes: Tensor, probabilities: Tensor, size) -> dict[str, Tensor]:
-        """(Ri, K or 1, 4), (Ri, K + 1) -> "boxes" (D, 4), "scores" (D,), "classes" (D,)."""
+        probabilities = logits.softmax(-1)
+        boxes = decode(deltas, torch.cat(proposals)[:, None], self.box_weights)  # (R, K or 1, 4)
         finite = boxes.isfinite().flatten(1).all(1) & probabilities.isfinite().all(1)
-        boxes = clip_boxes_to_image(boxes[finite], size)
-        scores = probabilities[finite, :-1]  # without background
-        # Every sufficiently likely class of a proposal is a detection of its own.
-        proposal, classes = (scores > self.score_thresh).nonzero(as_tuple=True)
+        pairs = zip(boxes.split(counts), image_sizes, strict=True)
+        boxes = torch.cat([clip_boxes_to_image(of_image, size) for of_image, size in pairs])
+
+        # Every sufficiently likely class of a proposal is a candidate of its own, (C,) in all.
+        scores = probabilities[:, :-1]  # without background
+        likely = (scores > self.score_thresh) & finite[:, None]
+        proposal, classes = likely.nonzero(as_tuple=True)
+        counts = torch.stack([of_image.sum() for of_image in likely.split(counts)]).tolist()
         scores = scores[proposal, classes]
         boxes = boxes[proposal, classes if boxes.shape[1] > 1 else 0]
-        # NMS within each class; it returns the best first.
-        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
-        if self.detections_per_image >= 0:
-            keep = keep[: self.detections_per_image]
-        return {"boxes": boxes[keep], "scores": scores[keep], "classes": classes[keep]}
+
+        # NMS within each class of each image; then, image by image, the best.
+        kept = batched_nms(boxes, scores, classes, self.num_classes, counts, self.nms_thresh)
+        candidates = [x.split(counts) for x in (boxes, scores, classes)]
+        chosen = best_of_each(candidates[1], kept.split(counts), self.detections_per_image)
+        return [
+            dict(zip(("boxes", "scores", "classes"), (x[index] for x in of_image), strict=True))
+            for index, *of_image in zip(chosen, *candidates, strict=True)
+        ]
 
 
 class FastRCNNConvFCHead(nn.Sequential):

@@ -1,9 +1,13 @@
 """Boxes: their arithmetic, and which of them the losses are computed on.
 
     encode, decode       boxes relative to others, and back
+    batched_nms          of those that overlap, the best
     match                with the targets, by overlap
     subsample_labels     of the matched, those that are drawn: for the RPN, and in
     ProposalSampler      for the ROI heads
+
+On a GPU the host waits for the device only where it needs a number of boxes, and then for those of
+all images at once.
 
 A box is (x0, y0, x1, y1) in pixels of the network's input image, in continuous coordinates: its
 width is x1 - x0 (Detectron2's convention, no "+ 1").
@@ -14,15 +18,19 @@ be labelled (anchors or proposals) and G objects.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
 from moco_det.densepose.points import DensePosePoints
+from moco_det.native.modeling.layers import on_gpu
 
 # A predicted box is at most 1000 / 16 times as large as the box it refines (Detectron, Detectron2):
 # keeps exp() finite at the start of training.
@@ -89,6 +97,107 @@ def pairwise_iou(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
     return box_iou(gt_boxes, boxes).nan_to_num_(0)
 
 
+# -- of many boxes, some --------------------------------------------------------------------------
+
+
+def group(groups: Tensor, num_groups: int) -> tuple[Tensor, list[int]]:
+    """The order (B,) in which members of a group stand together, and the size of each group.
+
+    groups: (B,), from 0 to `num_groups` - 1. Members keep their order.
+    """
+    members = groups == torch.arange(num_groups, device=groups.device)[:, None]
+    return groups.argsort(stable=True), members.sum(1).tolist()
+
+
+def positions(kept: Tensor) -> list[Tensor]:
+    """Where each row of a mask (N, B) is true: N tensors of indices, in their order."""
+    counts = kept.sum(1).tolist()
+    true_first = kept.logical_not().byte().argsort(dim=1, stable=True)
+    return [row[:count] for row, count in zip(true_first, counts, strict=True)]
+
+
+def best_of_each(scores: Sequence[Tensor], kept: Sequence[Tensor], most: int) -> list[Tensor]:
+    """The indices of each image's `kept` boxes, best first; of equal ones the first is the better.
+
+    Args:
+        scores, kept: N tensors (Bi,) each, the latter bool.
+        most: so many of them at most; -1 for all.
+    """
+    # As tables of N rows, the shorter ones filled up with boxes that are not kept.
+    scores, kept = (pad_sequence(list(x), batch_first=True) for x in (scores, kept))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    kept = kept.gather(1, order)
+    if most >= 0:
+        kept = kept & (kept.cumsum(1) <= most)
+    return [row[index] for row, index in zip(order, positions(kept), strict=True)]
+
+
+# NMS compares each box with each: of more boxes than these, one image at a time.
+MOST_AT_ONCE = 20_000
+
+
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    counts: Sequence[int],
+    iou_threshold: float,
+) -> Tensor:
+    """Which boxes are left when none overlaps a better one of its image and group: bool (B,).
+
+    On a GPU in one go for several images, elsewhere image by image.
+
+    Args:
+        boxes: (B, 4), those of the first image first, with no negative coordinates.
+        scores: (B,); of equal ones the first is the better.
+        groups: (B,), from 0 to `num_groups` - 1; levels or classes.
+        counts: how many boxes each image has.
+        iou_threshold: they overlap if their IoU is greater.
+    """
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    begin, most = 0, MOST_AT_ONCE if on_gpu(boxes) else 0
+    for images in _images_at_once(counts, most):
+        end = begin + sum(images)
+        some = boxes[begin:end], scores[begin:end], groups[begin:end]
+        if end - begin > most:
+            best = torchvision.ops.batched_nms(*some, iou_threshold)
+        else:
+            image = torch.cat([groups.new_full((n,), i) for i, n in enumerate(images)])
+            spread = spread_apart(some[0], image * num_groups + some[2], len(images) * num_groups)
+            best = torchvision.ops.nms(spread, some[1], iou_threshold)
+        kept[begin:end].index_fill_(0, best, True)
+        begin = end
+    return kept
+
+
+def _images_at_once(counts: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The counts of successive images, in lists of one or of a sum of at most `most`."""
+    images: list[int] = []
+    for count in counts:
+        if images and sum(images) + count > most:
+            yield images
+            images = []
+        images.append(count)
+    if images:
+        yield images
+
+
+def spread_apart(boxes: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Boxes (B, 4) moved so that those of different groups do not touch.
+
+    The groups lie in a square around 0 rather than in a row: the smaller the coordinates are, the
+    finer is float32. 80 classes of 16 images are within 18 image sides, where single steps are
+    1 / 512 of a pixel.
+    """
+    if not len(boxes):
+        return boxes
+    side = math.ceil(math.sqrt(num_groups))
+    column, row = groups % side - side // 2, groups // side - side // 2
+    cell = boxes.max() + 1
+    return boxes + torch.stack([column, row, column, row], dim=1) * cell
+
+
 # -- matching and drawing -------------------------------------------------------------------------
 
 
@@ -116,31 +225,46 @@ def match(
         return torch.zeros(num_boxes, dtype=torch.int64, device=iou.device), result
     best, matched = iou.max(dim=0)
     for threshold, label in zip(thresholds, labels[1:], strict=True):
-        result[best >= threshold] = label
+        result.masked_fill_(best >= threshold, label)
     if allow_low_quality_matches:
         best_of_each_gt = iou.max(dim=1, keepdim=True).values
-        result[(iou == best_of_each_gt).any(dim=0)] = 1
+        result.masked_fill_((iou == best_of_each_gt).any(dim=0), 1)
     return matched, result
 
 
 def subsample_labels(
-    labels: Tensor, num_samples: int, positive_fraction: float, background: int
-) -> tuple[Tensor, Tensor]:
-    """Draw the boxes that a loss is computed on: (indices of positives, indices of negatives).
+    labels: Sequence[Tensor], num_samples: int, positive_fraction: float, background: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Draw the boxes that a loss is computed on: of each image its positives and its negatives.
 
     At most `positive_fraction * num_samples` positives (labels neither -1 nor `background`), then
     as many negatives as fill up `num_samples`. Labels -1 are never drawn.
 
-    The draws are one `torch.randperm` over the positives, then one over the negatives, on the
-    labels' device: Detectron2's, so that one seed samples the same boxes in both engines.
+    The draws are, image by image, one `torch.randperm` over the positives, then one over the
+    negatives, on the labels' device: Detectron2's, so that one seed samples the same boxes in both
+    engines.
+
+    Args:
+        labels: N tensors (Bi,).
+
+    Returns:
+        N pairs of indices.
     """
-    positive = ((labels != -1) & (labels != background)).nonzero().squeeze(1)
-    negative = (labels == background).nonzero().squeeze(1)
-    num_positive = min(positive.numel(), int(num_samples * positive_fraction))
-    num_negative = min(negative.numel(), num_samples - num_positive)
-    chosen_positive = torch.randperm(positive.numel(), device=labels.device)[:num_positive]
-    chosen_negative = torch.randperm(negative.numel(), device=labels.device)[:num_negative]
-    return positive[chosen_positive], negative[chosen_negative]
+    # Of each image two masks, (2, Bi): positives, negatives.
+    kinds = [torch.stack([(x != -1) & (x != background), x == background]) for x in labels]
+    counts = torch.stack([kind.sum(1) for kind in kinds]).tolist()
+    most_positives = int(num_samples * positive_fraction)
+    drawn = []
+    for kind, (num_positive, num_negative) in zip(kinds, counts, strict=True):
+        take = min(num_positive, most_positives)
+        chosen = (
+            torch.randperm(num_positive, device=kind.device)[:take],
+            torch.randperm(num_negative, device=kind.device)[: num_samples - take],
+        )
+        # The n-th of a mask is where so many are counted for the first time.
+        numbered = kind.cumsum(1)
+        drawn.append(tuple(map(torch.searchsorted, numbered, (n + 1 for n in chosen))))
+    return drawn
 
 
 # -- proposals for the ROI heads ------------------------------------------------------------------
@@ -167,14 +291,38 @@ class SampledProposals(NamedTuple):
     gt_boxes: Tensor  # (R, 4), meaningless for background
     matched: list[Tensor]  # N tensors (Ri,), the object's index in its image; likewise
 
+    def indices(self, keep: Tensor) -> list[Tensor]:
+        """Where `keep`, bool (R,), is true: of each image, in the order (R,)."""
+        sizes = [len(boxes) for boxes in self.boxes]
+        counts = torch.stack([of_image.sum() for of_image in keep.split(sizes)]).tolist()
+        true_first = keep.logical_not().byte().argsort(stable=True)
+        return list(true_first[: sum(counts)].split(counts))
+
+    def take(self, indices: list[Tensor]) -> "SampledProposals":
+        """The proposals of these `indices`."""
+        counts, index = [len(i) for i in indices], torch.cat(indices)
+        return SampledProposals(
+            list(torch.cat(self.boxes)[index].split(counts)),
+            self.classes[index],
+            self.gt_boxes[index],
+            list(torch.cat(self.matched)[index].split(counts)),
+        )
+
     def where(self, keep: Tensor) -> "SampledProposals":
         """The proposals for which `keep`, bool (R,), is true."""
-        of_image = keep.split([len(boxes) for boxes in self.boxes])
+        return self.take(self.indices(keep))
+
+    def on_host(self) -> "SampledProposals":
+        """The same on the CPU, by one copy."""
+        counts = [len(boxes) for boxes in self.boxes]
+        numbers = torch.stack([self.classes, torch.cat(self.matched)], dim=1)
+        values = torch.cat([torch.cat(self.boxes), self.gt_boxes, numbers], dim=1).cpu()
+        boxes, gt_boxes, classes, matched = values.split([4, 4, 1, 1], dim=1)
         return SampledProposals(
-            [boxes[kept] for boxes, kept in zip(self.boxes, of_image, strict=True)],
-            self.classes[keep],
-            self.gt_boxes[keep],
-            [index[kept] for index, kept in zip(self.matched, of_image, strict=True)],
+            list(boxes.split(counts)),
+            classes[:, 0].long(),
+            gt_boxes,
+            list(matched[:, 0].long().split(counts)),
         )
 
 
@@ -199,35 +347,40 @@ class ProposalSampler:
     @torch.no_grad()
     def __call__(self, proposals: list[Tensor], targets: Targets) -> SampledProposals:
         """N tensors of proposals (any number, 4) -> those to train on."""
-        sampled = [
-            self._sample_image(*image)
+        if self.append_gt:
+            proposals = [torch.cat(pair) for pair in zip(proposals, targets.boxes, strict=True)]
+        labelled = [
+            self._label_image(*image)
             for image in zip(proposals, targets.boxes, targets.classes, strict=True)
         ]
-        boxes, classes, gt_boxes, matched = zip(*sampled, strict=True)
-        return SampledProposals(list(boxes), torch.cat(classes), torch.cat(gt_boxes), list(matched))
+        drawn = subsample_labels(
+            [classes for classes, _, _ in labelled],
+            self.batch_size_per_image,
+            self.positive_fraction,
+            self.num_classes,
+        )
+        # Of each image positives first, then background.
+        drawn = [torch.cat(pair) for pair in drawn]
+        boxes = [of_image[index] for of_image, index in zip(proposals, drawn, strict=True)]
+        sampled = [
+            [values[index] for values in of_image]
+            for of_image, index in zip(labelled, drawn, strict=True)
+        ]
+        classes, gt_boxes, matched = zip(*sampled, strict=True)
+        return SampledProposals(boxes, torch.cat(classes), torch.cat(gt_boxes), list(matched))
 
-    def _sample_image(
-        self, proposals: Tensor, gt_boxes: Tensor, gt_classes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        boxes = torch.cat([proposals, gt_boxes]) if self.append_gt else proposals
-        # Each box gets the class and the box of the object that it overlaps most.
+    def _label_image(
+        self, boxes: Tensor, gt_boxes: Tensor, gt_classes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the object that each box overlaps most the class, the box and the index."""
         iou = pairwise_iou(gt_boxes, boxes)
         matched, labels = match(
             iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=False
         )
-        if len(gt_boxes):
-            classes, matched_boxes = gt_classes[matched], gt_boxes[matched]
-            classes[labels == 0] = self.num_classes
-            classes[labels == -1] = -1
-        else:
-            classes, matched_boxes = torch.full_like(matched, self.num_classes), boxes
-        # Positives first, then background.
-        chosen = torch.cat(
-            subsample_labels(
-                classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
-            )
-        )
-        return boxes[chosen], classes[chosen], matched_boxes[chosen], matched[chosen]
+        if not len(gt_boxes):
+            return torch.full_like(matched, self.num_classes), boxes, matched
+        classes = gt_classes[matched].masked_fill_(labels == 0, self.num_classes)
+        return classes.masked_fill_(labels == -1, -1), gt_boxes[matched], matched
 
 
 def build_proposal_sampler(cfg) -> ProposalSampler:

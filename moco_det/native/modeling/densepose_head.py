@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from moco_det.common.errors import UserError
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, DensePosePoints
 from moco_det.native.modeling.boxes import Losses, SampledProposals, Size
-from moco_det.native.modeling.layers import kaiming_fill
+from moco_det.native.modeling.layers import kaiming_fill, upload
 
 # -- network --------------------------------------------------------------------------------------
 
@@ -105,8 +105,13 @@ Points = list[list[DensePosePoints | None]]  # of the N images' objects; None: n
 
 def matched_points(sampled: SampledProposals, points: Points) -> list[DensePosePoints | None]:
     """Those of each proposal's object, R."""
-    pairs = zip(points, sampled.matched, strict=True)
-    return [of_image[i] for of_image, index in pairs for i in index.tolist()]
+    matched = iter(torch.cat(sampled.matched).tolist())
+    counts = map(len, sampled.matched)
+    return [
+        of_image[next(matched)]
+        for of_image, count in zip(points, counts, strict=True)
+        for _ in range(count)
+    ]
 
 
 def select_with_densepose(
@@ -116,7 +121,8 @@ def select_with_densepose(
     boxes = torch.cat(sampled.boxes)
     overlap = box_iou(boxes, sampled.gt_boxes).diagonal() > iou_threshold
     annotated = [found is not None for found in matched_points(sampled, points)]
-    return sampled.where(overlap & torch.tensor(annotated, dtype=torch.bool, device=boxes.device))
+    annotated = upload(torch.tensor(annotated, dtype=torch.bool), boxes.device)
+    return sampled.where(overlap & annotated)
 
 
 class PackedPoints(NamedTuple):
@@ -131,7 +137,8 @@ class PackedPoints(NamedTuple):
     inside: Tensor  # (P,) bool, of the proposal
 
     def where(self, keep: Tensor) -> "PackedPoints":
-        return PackedPoints(*(values[keep] for values in self))
+        index = keep.nonzero()[:, 0]
+        return PackedPoints(*(values[index] for values in self))
 
 
 def pack_points(
@@ -145,9 +152,9 @@ def pack_points(
         side: S.
     """
     # All points in one row, and the proposal of each.
-    counts = torch.tensor([len(points.x) for _, points in annotated], device=boxes.device)
-    indices = torch.tensor([index for index, _ in annotated], device=boxes.device)
-    proposal = indices.repeat_interleave(counts)
+    counts = torch.tensor([len(points.x) for _, points in annotated])
+    indices = torch.tensor([index for index, _ in annotated])
+    proposal = upload(indices.repeat_interleave(counts), boxes.device)
     x, y, charts, u, v = (
         torch.cat([getattr(points, name) for _, points in annotated])
         for name in ("x", "y", "charts", "u", "v")
@@ -280,7 +287,7 @@ class DensePoseChartLoss:
         """0 where one of the objects has no parts: Detectron2 then leaves out the others too."""
         if any(points.parts is None for _, points in annotated):
             return coarse.sum() * 0
-        indices = torch.tensor([index for index, _ in annotated], device=boxes.device)
+        indices = upload(torch.tensor([index for index, _ in annotated]), boxes.device)
         parts = torch.stack([points.parts for _, points in annotated])
         target = resample_parts(parts, gt_boxes[indices], boxes[indices], coarse.shape[-1])
         if coarse.shape[1] == 2:  # person or not

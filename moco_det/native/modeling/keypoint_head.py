@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from moco_det.native.modeling.boxes import Losses, SampledProposals
 from moco_det.native.modeling.layers import kaiming_fill
 
+IGNORED = -1  # in the place of a cell
+
 
 class KRCNNConvDeconvUpsampleHead(nn.Sequential):
     """3x3 convolutions with ReLU, then upsampling twice by 2: transposed convolution, bilinear.
@@ -65,7 +67,13 @@ class KRCNNConvDeconvUpsampleHead(nn.Sequential):
         points = matched_keypoints(sampled, keypoints)
         cells, valid = keypoint_cells(points, torch.cat(sampled.boxes), heatmaps.shape[-1])
         # One softmax over the S * S cells for each of these.
-        loss = F.cross_entropy(heatmaps.flatten(2)[valid], cells[valid], reduction="sum")
+        cells = cells.masked_fill(~valid, IGNORED)
+        loss = F.cross_entropy(
+            heatmaps.flatten(2).flatten(0, 1),
+            cells.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
         if self.keypoints_per_image is None:
             normalizer = valid.sum().clamp(min=1)
         else:
@@ -108,11 +116,12 @@ def keypoint_cells(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor,
     points, visibility = keypoints[..., :2], keypoints[..., 2]
     corner, opposite = boxes[:, None].split([2, 2], dim=2)
     cell = ((points - corner) * (side / (opposite - corner))).floor().long()
-    cell[points == opposite] = side - 1
+    cell = cell.masked_fill(points == opposite, side - 1)
     valid = ((cell >= 0) & (cell < side)).all(dim=2) & (visibility > 0)
     return cell[..., 1] * side + cell[..., 0], valid
 
 
+@torch.no_grad()
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
     """Where the heatmaps, resized to their boxes, are largest.
 
@@ -129,20 +138,22 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
     """
     sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     pixels = sizes.ceil()
-    found = heatmaps.new_zeros((*heatmaps.shape[:2], 3))
-    for result, heatmap, (width, height) in zip(
-        found, heatmaps, pixels.int().tolist(), strict=True
+    # Of each keypoint the maximum, (D, P), and where in the resized heatmap it is.
+    maxima = heatmaps.new_zeros(heatmaps.shape[:2])
+    positions = torch.zeros_like(maxima, dtype=torch.int64)
+    for heatmap, (width, height), *result in zip(
+        heatmaps, pixels.int().tolist(), maxima, positions, strict=True
     ):
         resized = F.interpolate(heatmap[None], (height, width), mode="bicubic", align_corners=False)
-        resized = resized[0].flatten(1)  # (P, height * width)
-        position = resized.argmax(dim=1)
-        result[:, 0], result[:, 1] = position % width, position // width
-        # exp(maximum) / sum(exp(cells)), with the maximum drawn into the sum: nothing overflows.
-        excess = heatmap.flatten(1) - resized.amax(dim=1, keepdim=True)
-        result[:, 2] = 1 / excess.exp().sum(dim=1)
+        torch.max(resized[0].flatten(1), dim=1, out=tuple(result))
+    # exp(maximum) / sum(exp(cells)), with the maximum drawn into the sum: nothing overflows.
+    excess = heatmaps.flatten(2) - maxima[..., None]
+    scores = 1 / excess.exp().sum(dim=2)
     # From pixels of the resized heatmaps to those of the image.
-    found[..., :2] = (found[..., :2] + 0.5) * (sizes / pixels)[:, None] + boxes[:, None, :2]
-    return found
+    width = pixels[:, :1].long()
+    at = torch.stack([positions % width, positions // width], dim=2).to(heatmaps.dtype) + 0.5
+    at = at * (sizes / pixels)[:, None] + boxes[:, None, :2]
+    return torch.cat([at, scores[..., None]], dim=2)
 
 
 def build_keypoint_head(cfg, channels: int) -> KRCNNConvDeconvUpsampleHead:

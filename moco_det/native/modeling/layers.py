@@ -1,12 +1,12 @@
 """Layers that torch and torchvision lack, and what is done to the layers of a whole model.
 
-Norms for fine-tuning, a convolution with its norm; freezing, SyncBatchNorm on a CPU, gradients over
-several batches, precise batch-norm statistics.
+Which device's kernels run; norms for fine-tuning, a convolution with its norm; freezing,
+SyncBatchNorm on a CPU, gradients over several batches, precise batch-norm statistics.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import torch
@@ -18,6 +18,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
+
+# -- kernels --------------------------------------------------------------------------------------
+
+_asked: list[str] = []  # the device types of the open `kernels_of`
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels that suit a GPU are to work on `x`, where there are two kinds."""
+    return (_asked[-1] if _asked else x.device.type) == "cuda"
+
+
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """While open, kernels are those of "cuda" or "cpu", whatever the tensors are on.
+
+    Both kinds run on both, with the same numbers but for rounding: for comparison and counting.
+    """
+    _asked.append(device_type)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host does not wait for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
 
 # -- normalisation --------------------------------------------------------------------------------
 

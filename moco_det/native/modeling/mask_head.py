@@ -4,6 +4,8 @@ Shapes: N images, Ri proposals in image i, R = sum(Ri), Gi objects in image i, K
 channels, M the side of a predicted mask, D detections in one image.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from moco_det.native.modeling.boxes import Losses, Masks, SampledProposals, Size
-from moco_det.native.modeling.layers import ConvNorm
+from moco_det.native.modeling.layers import ConvNorm, on_gpu, upload
 
 
 class ClassConv(nn.Conv2d):
@@ -87,8 +89,13 @@ class MaskRCNNConvUpsampleHead(nn.Module):
             x: (R, C, M / 2, M / 2), what was pooled for `sampled`, which are all foreground.
             masks: of the N images' objects.
         """
+        # Polygons are drawn by the host. It asks where before the head's work is queued, and draws
+        # while the device does that.
+        on_host = not any(isinstance(of_image, Tensor) for of_image in masks)
+        located = sampled.on_host() if on_host else sampled
         logits = self(x, sampled.classes)
-        targets = mask_targets(masks, sampled, logits.shape[-1]).to(logits)
+        targets = mask_targets(masks, located, logits.shape[-1])
+        targets = upload(targets, logits.device).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
@@ -101,8 +108,8 @@ def mask_targets(masks: list[Masks], sampled: SampledProposals, side: int) -> Te
     """The part of its object's mask in each proposal: bool (R, side, side).
 
     As in Detectron2, polygons are drawn on the proposal's own grid by the COCO API, which decides
-    which pixels they cover (on the CPU); bit masks are averaged over each pixel of that grid, and
-    cover those of which they cover half.
+    which pixels they cover; bit masks are averaged over each pixel of that grid, and cover those of
+    which they cover half. The former happens on the host, where `sampled` has to be then.
     """
     targets = []
     for of_image, boxes, matched in zip(masks, sampled.boxes, sampled.matched, strict=True):
@@ -114,9 +121,9 @@ def mask_targets(masks: list[Masks], sampled: SampledProposals, side: int) -> Te
 def crop_polygons(
     polygons: list[list[np.ndarray]], matched: Tensor, boxes: Tensor, side: int
 ) -> Tensor:
-    """Objects `matched` (R,), each in its box (R, 4) -> bool (R, side, side), on the CPU."""
+    """Objects `matched` (R,), each in its box (R, 4) -> bool (R, side, side), all on the host."""
     crops = torch.zeros((len(boxes), side, side), dtype=torch.bool)
-    for crop, index, box in zip(crops, matched.tolist(), boxes.cpu().numpy(), strict=True):
+    for crop, index, box in zip(crops, matched.numpy(), boxes.numpy(), strict=True):
         crop.copy_(torch.from_numpy(rasterise(polygons[index], box, side)))
     return crops
 
@@ -151,9 +158,36 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Size) -> Tensor:
         size: (height, width) of the image.
 
     Returns:
-        bool (D, height, width). The memory that it takes beside that is one mask's.
+        bool (D, height, width). The memory that it takes beside that is one mask's; on a GPU, where
+        many are pasted at once, that of a grid of `PIXELS_AT_ONCE`.
     """
     pasted = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
+    if on_gpu(boxes):
+        at_once = max(1, PIXELS_AT_ONCE // max(1, math.prod(size)))
+        for some in zip(*(x.split(at_once) for x in (pasted, probabilities, boxes)), strict=True):
+            _paste_everywhere(*some)
+    else:
+        _paste_where_they_are(pasted, probabilities, boxes)
+    return pasted
+
+
+PIXELS_AT_ONCE = 1 << 26  # 0.5 GB of coordinates
+
+
+def _paste_everywhere(pasted: Tensor, probabilities: Tensor, boxes: Tensor) -> None:
+    """Fill `pasted` (D, height, width) with masks looked up at all its pixels."""
+    height, width = pasted.shape[1:]
+    # The centres of all pixels, relative to each box: (D, height, width, 2).
+    corner, sides = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
+    x = (torch.arange(width, device=boxes.device) + 0.5 - corner[..., 0]) / sides[..., 0] * 2 - 1
+    y = (torch.arange(height, device=boxes.device) + 0.5 - corner[..., 1]) / sides[..., 1] * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    found = F.grid_sample(probabilities[:, None], grid, align_corners=False)
+    torch.ge(found[:, 0], 0.5, out=pasted)
+
+
+def _paste_where_they_are(pasted: Tensor, probabilities: Tensor, boxes: Tensor) -> None:
+    """The same, mask by mask, and only at the pixels of its box."""
     # The pixels that each box touches. The probability at the border of a box is half of that
     # inside, so nothing is covered beyond.
     pixels = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).int().tolist()
@@ -169,7 +203,6 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Size) -> Tensor:
         # The predicted mask looked up there.
         found = F.grid_sample(probability[None, None], grid[None], align_corners=False)
         mask[y0:y1, x0:x1] = found[0, 0] >= 0.5
-    return pasted
 
 
 def build_mask_head(cfg, channels: int) -> MaskRCNNConvUpsampleHead:

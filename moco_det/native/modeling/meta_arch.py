@@ -10,21 +10,27 @@ K classes, P keypoints of an object, M the side of a predicted mask.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import clip_boxes_to_image
 
 from moco_det.config.checks import is_semantic
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
-from moco_det.native.modeling.boxes import Losses, Size, Targets, nonempty
+from moco_det.native.modeling.boxes import Losses, Size, Targets, nonempty, positions
 from moco_det.native.modeling.densepose_head import surfaces
 from moco_det.native.modeling.layers import sync_on_cpu
 from moco_det.native.modeling.mask_head import paste_masks
-from moco_det.native.modeling.roi_heads import DensePoseROIHeads, build_roi_heads
+from moco_det.native.modeling.roi_heads import (
+    DensePoseROIHeads,
+    Detections,
+    build_roi_heads,
+)
 from moco_det.native.modeling.rpn import build_rpn
 from moco_det.native.modeling.semantic_head import build_semantic_head
 
@@ -68,17 +74,31 @@ class MetaArchitecture(nn.Module):
         """Normalise on the model's device and pad with zeros to one size (N, 3, H, W).
 
         H and W are multiples of the backbone's `size_divisibility`. Also returns the (height,
-        width) of each image before padding (both as Detectron2's ImageList).
+        width) of each image before padding (both as Detectron2's ImageList). Images travel as they
+        are, in bytes.
         """
         images = [x["image"] for x in batch]
         sizes = [(x.shape[-2], x.shape[-1]) for x in images]
         multiple = self.backbone.size_divisibility
         height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
-        padded = self.pixel_mean.new_zeros((len(images), 3, height, width))
-        for target, image, (h, w) in zip(padded, images, sizes, strict=True):
-            image = image.to(self.device, non_blocking=True)
-            target[:, :h, :w] = (image - self.pixel_mean) / self.pixel_std
+        # As one tensor, then normalised, then 0 where there is no image.
+        raw = torch.empty(
+            (len(images), 3, height, width),
+            dtype=reduce(torch.promote_types, [x.dtype for x in images]),
+            device=self.device,
+            memory_format=memory_format(self.device),
+        )
+        for target, image, (h, w) in zip(raw, images, sizes, strict=True):
+            target[:, :h, :w] = image.to(self.device, non_blocking=True)
+        padded = (raw - self.pixel_mean).div_(self.pixel_std)
+        for target, (h, w) in zip(padded, sizes, strict=True):
+            target[:, h:] = target[:, :, w:] = 0
         return padded, sizes
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Of images and weights: what convolutions of such a device are fastest with."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def original_size(item: dict, size: Size) -> Size:
@@ -166,28 +186,44 @@ class GeneralizedRCNN(MetaArchitecture):
         features = self.backbone(images)
         proposals, _ = self.proposal_generator(features, sizes)
         detections, _ = self.roi_heads(features, sizes, proposals)
-        return [
-            detector_postprocess(found, size, original_size(x, size))
-            for found, size, x in zip(detections, sizes, batch, strict=True)
-        ]
+        originals = [original_size(*pair) for pair in zip(batch, sizes, strict=True)]
+        return detector_postprocess(detections, sizes, originals)
 
 
 def detector_postprocess(
-    detections: dict[str, Tensor], size: Size, original: Size
-) -> dict[str, Tensor]:
-    """Detections in an image of `size` -> in the `original`; those left empty are dropped.
+    detections: Detections, sizes: list[Size], originals: list[Size]
+) -> list[dict[str, Tensor]]:
+    """Detections in images of `sizes` -> in the `originals`; those left empty are dropped.
 
     "mask_probabilities" (D, M, M) in the boxes become "masks", bool (D, *original); "charts" become
     "densepose", see `densepose_head.surfaces`.
     """
-    # Boxes first: what is empty on the original image has no mask there.
-    scale = detections["boxes"].new_tensor([original[1] / size[1], original[0] / size[0]])
-    boxes = clip_boxes_to_image(detections["boxes"] * scale.repeat(2), original)
-    keep = nonempty(boxes)
-    found = {key: value[keep] for key, value in (detections | {"boxes": boxes}).items()}
+    # Boxes and points first: what is empty on the original image has no mask there.
+    images = zip(detections, sizes, originals, strict=True)
+    moved = [_on_original(found, size, original) for found, size, original in images]
+    filled = pad_sequence([nonempty(found["boxes"]) for found in moved], batch_first=True)
+    kept = [
+        {key: value[index] for key, value in found.items()}
+        for found, index in zip(moved, positions(filled), strict=True)
+    ]
     # Then what lies in them.
-    if "keypoints" in found:
-        found["keypoints"][..., :2] *= scale
+    return [_pasted(*pair) for pair in zip(kept, originals, strict=True)]
+
+
+def _on_original(detections: dict, size: Size, original: Size) -> dict:
+    """Boxes and keypoints in pixels of the original image, the boxes clipped to it."""
+    down, right = original[0] / size[0], original[1] / size[1]
+    x0, y0, x1, y1 = detections["boxes"].unbind(1)
+    boxes = torch.stack([x0 * right, y0 * down, x1 * right, y1 * down], dim=1)
+    moved = detections | {"boxes": clip_boxes_to_image(boxes, original)}
+    if "keypoints" in detections:
+        x, y, scores = detections["keypoints"].unbind(2)
+        moved["keypoints"] = torch.stack([x * right, y * down, scores], dim=2)
+    return moved
+
+
+def _pasted(found: dict, original: Size) -> dict[str, Tensor]:
+    """What was predicted in the boxes, put on the original image."""
     if "mask_probabilities" in found:
         probabilities = found.pop("mask_probabilities")
         found["masks"] = paste_masks(probabilities, found["boxes"], original)
@@ -268,6 +304,7 @@ def build_model(cfg) -> MetaArchitecture:
         rpn, heads = build_rpn(cfg, backbone), build_roi_heads(cfg, backbone)
         model = GeneralizedRCNN(backbone, rpn, heads, **pixels)
     model.to(cfg.MODEL.DEVICE)
+    model.to(memory_format=memory_format(model.device))
     if model.device.type == "cpu":
         sync_on_cpu(model)
     return model

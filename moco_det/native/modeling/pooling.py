@@ -1,10 +1,13 @@
 """ROIAlign (He et al. 2017): the features in boxes of any size -> squares of one size.
 
-Every bin is a weighted sum of feature vectors, with weights that are a product of one factor for
-its rows and one for its columns. Written so, as a sparse matrix product, pooling is vectorised over
-channels in both directions, whereas torchvision's backward pass adds up single numbers in a single
-thread: on a CPU that takes longer than the network. The numbers are those of
-`torchvision.ops.roi_align`, up to the order of summation.
+One function with two kernels: on a GPU torchvision's operator, elsewhere a sparse matrix product.
+
+In the product every bin is a weighted sum of feature vectors, with weights that are a product of
+one factor for its rows and one for its columns. So pooling is vectorised over channels in both
+directions, whereas torchvision's backward pass adds up single numbers in a single thread: on a CPU
+that takes longer than the network. The numbers are those of `torchvision.ops.roi_align`, up to the
+order of summation. Where bins are left out, the product serves on a GPU as well: the operator would
+compute them all.
 
 Shapes: N images, Ri boxes in image i, R = sum(Ri), C channels, feature maps of size H x W, B bins
 a side of which B' are computed, E entries: pairs of a bin and a position that it looks at.
@@ -17,7 +20,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
+
+from moco_det.native.modeling.boxes import group
+from moco_det.native.modeling.layers import on_gpu
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,8 @@ class ROIPooler:
     def __call__(self, features: list[Tensor], boxes: list[Tensor], bin_stride: int = 1) -> Tensor:
         """Maps (N, C, Hi, Wi) and N tensors (Ri, 4) -> (R, C, B', B'), see `roi_align`."""
         # One list of boxes, each with the index of its image: (R, 5).
-        counts = torch.tensor([len(b) for b in boxes], device=features[0].device)
-        image = torch.repeat_interleave(counts)
-        boxes = torch.cat(boxes)
-        rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+        rois = [torch.cat([torch.full_like(b[:, :1], i), b], dim=1) for i, b in enumerate(boxes)]
+        rois = torch.cat(rois)
         align = partial(
             roi_align,
             output_size=self.output_size,
@@ -56,12 +61,15 @@ class ROIPooler:
             return align(features[0], rois, spatial_scale=1 / self.strides[0])
         # Level by level, then back into the order of the boxes.
         finest = int(math.log2(self.strides[0]))
-        levels = assign_levels(boxes, finest, finest + len(features) - 1) - finest
+        levels = assign_levels(rois[:, 1:], finest, finest + len(features) - 1) - finest
+        order, counts = group(levels, len(features))
         pooled = [
-            align(feature, rois[levels == level], spatial_scale=1 / stride)
-            for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
+            align(feature, of_level, spatial_scale=1 / stride)
+            for feature, of_level, stride in zip(
+                features, rois[order].split(counts), self.strides, strict=True
+            )
         ]
-        return torch.cat(pooled)[levels.argsort(stable=True).argsort()]
+        return torch.cat(pooled)[order.argsort()]
 
 
 def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
@@ -99,11 +107,31 @@ def roi_align(
     Returns:
         (R, C, B', B'), B' = ceil(B / bin_stride), as `feature`'s dtype; summed in float32 or finer.
     """
-    channels, height, width = feature.shape[1:]
     precision = torch.promote_types(feature.dtype, torch.float32)
+    rois = rois.to(precision)
+    if on_gpu(feature) and bin_stride == 1:
+        pooled = torchvision.ops.roi_align(
+            feature.to(precision), rois, output_size, spatial_scale, sampling_ratio, aligned
+        )
+        return pooled.to(feature.dtype)
+    window = spatial_scale, sampling_ratio, bin_stride, aligned
+    return _roi_align_by_product(feature, rois, output_size, *window)
+
+
+def _roi_align_by_product(
+    feature: Tensor,
+    rois: Tensor,
+    output_size: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    bin_stride: int,
+    aligned: bool,
+) -> Tensor:
+    """`roi_align` as a sparse matrix product; `rois` in the precision of the sums."""
+    channels, height, width = feature.shape[1:]
 
     # From pixels of the input, whose centres are at half-integers, to positions of the map, at i.
-    x0, y0, x1, y1 = (rois[:, 1:].to(precision) * spatial_scale).unbind(1)
+    x0, y0, x1, y1 = (rois[:, 1:] * spatial_scale).unbind(1)
     if aligned:
         x0, y0, x1, y1 = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5
     smallest = -torch.inf if aligned else 1.0
@@ -131,7 +159,7 @@ def roi_align(
 
     # The sparse product: bins x positions, times positions x channels.
     position = (rois[:, 0].long()[region] * height + row) * width + column
-    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(precision)  # (N * H * W, C)
+    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels).to(rois)  # (N * H * W, C)
     pooled = WeightedSums.apply(vectors, position, weight, bin_of, counts)  # (R * B' * B', C)
     return pooled.view(-1, side, side, channels).permute(0, 3, 1, 2).to(feature.dtype)
 
@@ -175,8 +203,9 @@ def _span(weights: Tensor) -> tuple[Tensor, Tensor]:
     """(R, B', L) -> the first position with a weight, and the number of positions to the last."""
     length = weights.shape[2]
     position = torch.arange(length, device=weights.device)
-    first = torch.where(weights != 0, position, length).amin(2)
-    last = torch.where(weights != 0, position, -1).amax(2)
+    position, none = position.expand_as(weights), weights == 0
+    first = position.masked_fill(none, length).amin(2)
+    last = position.masked_fill(none, -1).amax(2)
     return first, (last - first + 1).clamp(min=0)
 
 
@@ -198,7 +227,7 @@ class WeightedSums(torch.autograd.Function):
         # The transposed product, of the same form: to each vector, the sums that it went into.
         index, weight, row_of = ctx.saved_tensors
         order = index.argsort(stable=True)
-        counts = torch.bincount(index, minlength=ctx.rows)
+        counts = index.new_zeros(ctx.rows).index_add_(0, index, torch.ones_like(index))
         by_vector = _sum_rows(gradient.contiguous(), row_of[order], weight[order], counts)
         return by_vector, None, None, None, None
 

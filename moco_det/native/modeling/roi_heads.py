@@ -173,9 +173,9 @@ class Res5ROIHeads(ROIHeads):
         predictions = self.box_predictor(features.mean(dim=(2, 3)))
         losses = self.box_predictor.losses(*predictions, sampled)
         if self.mask_head is not None:
-            foreground = self.foreground(sampled)
-            sampled = sampled.where(foreground)
-            losses |= self.mask_head.losses(features[foreground], sampled, targets.masks)
+            foreground = sampled.indices(self.foreground(sampled))
+            features, sampled = features[torch.cat(foreground)], sampled.take(foreground)
+            losses |= self.mask_head.losses(features, sampled, targets.masks)
         return losses
 
 
@@ -213,6 +213,8 @@ class StandardROIHeads(ROIHeads):
     def losses(self, maps: list[Tensor], sampled: SampledProposals, targets: Targets) -> Losses:
         predictions = self.box_predictor(self.box_features(maps, sampled.boxes))
         losses = self.box_predictor.losses(*predictions, sampled)
+        if self.mask_head is None and self.keypoint_head is None:
+            return losses
         foreground = sampled.where(self.foreground(sampled))
         if self.mask_head is not None:
             features = self.mask_features(maps, foreground.boxes)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from moco_det.common.errors import UserError
 from moco_det.native.modeling.backbones import feature_strides
@@ -18,8 +18,11 @@ from moco_det.native.modeling.boxes import (
     Losses,
     Size,
     Weights,
+    batched_nms,
+    best_of_each,
     decode,
     encode,
+    group,
     match,
     nonempty,
     pairwise_iou,
@@ -71,9 +74,27 @@ class AnchorGenerator(nn.Module):
         self.offset = offset
         for level, (s, r) in enumerate(zip(sizes, aspect_ratios, strict=True)):
             self.register_buffer(f"cell{level}", cell_anchors(s, r), persistent=False)
+        # Of each level the anchors (H, W, A, 4) of the largest map so far.
+        self._grids: list[Tensor | None] = [None] * len(strides)
 
     def _cell(self, level: int) -> Tensor:
         return getattr(self, f"cell{level}")
+
+    def _grid(self, level: int, height: int, width: int) -> Tensor:
+        """(H, W, A, 4) of at least this height and width."""
+        cell, grid = self._cell(level), self._grids[level]
+        if grid is None or grid.device != cell.device or grid.dtype != cell.dtype:
+            known = 0, 0
+        else:
+            known = grid.shape[:2]
+        if height > known[0] or width > known[1]:
+            height, width = max(height, known[0]), max(width, known[1])
+            y = (torch.arange(height, device=cell.device) + self.offset) * self.strides[level]
+            x = (torch.arange(width, device=cell.device) + self.offset) * self.strides[level]
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack((x, y, x, y), dim=-1)
+            self._grids[level] = grid = shifts[:, :, None] + cell
+        return grid
 
     @property
     def num_anchors(self) -> int:
@@ -85,16 +106,11 @@ class AnchorGenerator(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Feature maps (N, C, Hi, Wi) -> anchors (Hi * Wi * A, 4): rows, columns, then A."""
-        anchors = []
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            cell = self._cell(level)
-            height, width = feature.shape[-2:]
-            y = (torch.arange(height, device=cell.device) + self.offset) * stride
-            x = (torch.arange(width, device=cell.device) + self.offset) * stride
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack((x, y, x, y), dim=-1)
-            anchors.append((shifts[:, :, None] + cell).reshape(-1, 4))
-        return anchors
+        sizes = [feature.shape[-2:] for feature in features]
+        return [
+            self._grid(level, height, width)[:height, :width].reshape(-1, 4)
+            for level, (height, width) in enumerate(sizes)
+        ]
 
 
 # -- the network ----------------------------------------------------------------------------------
@@ -240,20 +256,32 @@ class RPN(nn.Module):
         return self.anchor_generator(maps), logits, deltas
 
     @torch.no_grad()
-    def label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """One image: labels (R,) of 1 object, 0 background, -1 not sampled; and targets (R, 4)."""
-        iou = pairwise_iou(gt_boxes, anchors)
-        matched, labels = match(
-            iou, self.iou_thresholds, self.iou_labels, allow_low_quality_matches=True
-        )
-        positive, negative = subsample_labels(
+    def sample_anchors(
+        self, anchors: Tensor, gt_boxes: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The anchors (R, 4) that the losses are computed on, objects first.
+
+        Returns:
+            the image and the index of each, (S,) int64, and of the first P of them, which are on
+            objects, the objects' boxes (P, 4).
+        """
+        labelled = [
+            match(pairwise_iou(boxes, anchors), self.iou_thresholds, self.iou_labels, True)
+            for boxes in gt_boxes
+        ]
+        labels = [label for _, label in labelled]
+        drawn = subsample_labels(
             labels, self.batch_size_per_image, self.positive_fraction, background=0
         )
-        labels.fill_(-1)
-        labels[positive] = 1
-        labels[negative] = 0
-        targets = gt_boxes[matched] if len(gt_boxes) else torch.zeros_like(anchors)
-        return labels, targets
+        positive, negative = zip(*drawn, strict=True)
+        targets = [
+            boxes[matched[index]]
+            for boxes, (matched, _), index in zip(gt_boxes, labelled, positive, strict=True)
+        ]
+        # The image of each, all positives first.
+        numbered = enumerate((*positive, *negative))
+        image = torch.cat([torch.full_like(index, i % len(gt_boxes)) for i, index in numbered])
+        return image, torch.cat([*positive, *negative]), torch.cat(targets)
 
     def losses(
         self, features: dict[str, Tensor], anchors: list[Tensor], gt_boxes: list[Tensor]
@@ -266,35 +294,44 @@ class RPN(nn.Module):
         Both are sums divided by batch_size_per_image * N, the number of samples asked for rather
         than found: Detectron2's normalisation.
         """
-        # Labels and targets of all anchors, over the levels.
         all_anchors = torch.cat(anchors)  # (R, 4)
-        labelled = [self.label_anchors(all_anchors, boxes) for boxes in gt_boxes]
-        labels = torch.stack([x for x, _ in labelled])  # (N, R)
-        targets = torch.stack([x for _, x in labelled])  # (N, R, 4)
+        image, index, targets = self.sample_anchors(all_anchors, gt_boxes)
+        logits, deltas = self._predict_sampled(features, [len(x) for x in anchors], image, index)
 
-        # The head on the sampled ones, level by level.
-        sampled, begin = [], 0
-        for name, level in zip(self.in_features, anchors, strict=True):
-            image, index = (labels[:, begin : begin + len(level)] >= 0).nonzero(as_tuple=True)
-            logits, deltas = self.rpn_head.forward_sampled(features[name], image, index)
-            sampled.append((logits.float(), deltas.float(), image, begin + index))
-            begin += len(level)
-        logits, deltas, image, index = (torch.cat(part) for part in zip(*sampled, strict=True))
-
-        # Objectness on all of them (S,), boxes on those of objects.
-        label, target = labels[image, index], targets[image, index]
-        positive = label == 1
-        target_deltas = encode(all_anchors[index[positive]], target[positive], self.box_weights)
+        # Objectness on all of them (S,), boxes on those of objects (P, 4), which come first.
+        num_positive = len(targets)
+        label = (torch.arange(len(index), device=index.device) < num_positive).float()
+        target_deltas = encode(all_anchors[index[:num_positive]], targets, self.box_weights)
         losses = {
-            "loss_rpn_cls": F.binary_cross_entropy_with_logits(
-                logits, label.float(), reduction="sum"
-            ),
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, label, reduction="sum"),
             "loss_rpn_loc": F.smooth_l1_loss(
-                deltas[positive], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
+                deltas[:num_positive], target_deltas, beta=self.smooth_l1_beta, reduction="sum"
             ),
         }
         normaliser = self.batch_size_per_image * len(gt_boxes)
         return {k: v / normaliser * self.loss_weights[k] for k, v in losses.items()}
+
+    def _predict_sampled(
+        self, features: dict[str, Tensor], sizes: list[int], image: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (S,) and deltas (S, 4) of anchors, the head being run on these alone.
+
+        Args:
+            sizes: how many anchors each level has.
+            image, index: (S,), see `sample_anchors`.
+        """
+        begins = [sum(sizes[:level]) for level in range(len(sizes))]
+        # Level by level, then back into the order of the samples.
+        level_of = sum((index >= begin).long() for begin in begins) - 1
+        order, counts = group(level_of, len(sizes))
+        image, index = image[order].split(counts), index[order].split(counts)
+        found = [
+            self.rpn_head.forward_sampled(features[name], image[level], index[level] - begin)
+            for level, (name, begin) in enumerate(zip(self.in_features, begins, strict=True))
+        ]
+        back = order.argsort()
+        logits, deltas = (torch.cat(part)[back].float() for part in zip(*found, strict=True))
+        return logits, deltas
 
     @torch.no_grad()
     def propose(
@@ -310,29 +347,40 @@ class RPN(nn.Module):
         Boxes that are not finite are dropped (the loss shows them: it is not finite either).
         """
         phase = 0 if self.training else 1
-        # The k best of each level, over all images at once.
-        scores, boxes, levels = [], [], []
+        # The k best of each level, over all images at once: M of all levels.
+        best = []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            # Only these are decoded: the result is that of decoding all of them.
             score, index = logit.topk(min(self.pre_nms_topk[phase], logit.shape[1]), dim=1)
             delta = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            scores.append(score)
-            boxes.append(decode(delta, anchor[index], self.box_weights))
-            levels.append(torch.full_like(index[0], level))
-        scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
+            best.append((score, delta, anchor[index], torch.full_like(index, level)))
+        # (N, M), (N, M, 4), (N, M, 4), (N, M)
+        scores, deltas, anchors, levels = (torch.cat(x, 1) for x in zip(*best, strict=True))
 
-        # Image by image: clip, drop what is not finite or too small, NMS, the best of all levels.
-        kept_boxes, kept_scores = [], []
-        for score, box, size in zip(scores, boxes, image_sizes, strict=True):
-            finite = box.isfinite().all(dim=1) & score.isfinite()
-            box = clip_boxes_to_image(box, size)
-            valid = finite & nonempty(box, self.min_box_size)
-            box, score = box[valid], score[valid]
-            keep = batched_nms(box, score, levels[valid], self.nms_thresh)
-            keep = keep[: self.post_nms_topk[phase]]
-            kept_boxes.append(box[keep])
-            kept_scores.append(score[keep])
-        return kept_boxes, kept_scores
+        # Only these are decoded: the result is that of decoding all of them.
+        boxes = decode(deltas, anchors, self.box_weights)
+        valid = boxes.isfinite().all(dim=2) & scores.isfinite()
+        pairs = zip(boxes, image_sizes, strict=True)
+        boxes = torch.stack([clip_boxes_to_image(of_image, size) for of_image, size in pairs])
+        valid &= nonempty(boxes, self.min_box_size)
+        # Those that are not valid stay in their places, as boxes that overlap none and come last.
+        boxes = boxes.masked_fill(~valid[..., None], 0)
+        scores = scores.masked_fill(~valid, -torch.inf)
+
+        # NMS within each level of each image; then, image by image, the best of all levels.
+        kept = batched_nms(
+            boxes.flatten(0, 1),
+            scores.flatten(),
+            levels.flatten(),
+            len(logits),
+            [boxes.shape[1]] * len(boxes),
+            self.nms_thresh,
+        )
+        kept = kept.view_as(valid) & valid
+        chosen = best_of_each(scores, kept, self.post_nms_topk[phase])
+        return (
+            [of_image[index] for of_image, index in zip(boxes, chosen, strict=True)],
+            [of_image[index] for of_image, index in zip(scores, chosen, strict=True)],
+        )
 
 
 def build_rpn(cfg, backbone: nn.Module) -> RPN:

@@ -6,18 +6,24 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from moco_det.native.modeling import boxes as boxes_module
 from moco_det.native.modeling.boxes import (
     SCALE_CLAMP,
     ProposalSampler,
     SampledProposals,
     Targets,
+    batched_nms,
+    best_of_each,
     decode,
     encode,
     match,
     nonempty,
     pairwise_iou,
+    positions,
+    spread_apart,
     subsample_labels,
 )
+from moco_det.native.modeling.layers import kernels_of
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
 HEAD = (10.0, 10.0, 5.0, 5.0)
@@ -88,6 +94,60 @@ def test_pairwise_iou_by_hand():
     torch.testing.assert_close(pairwise_iou(gt, boxes), expected)
 
 
+# -- of many boxes, some --------------------------------------------------------------------------
+
+
+def slow_nms(boxes, scores, groups, counts, threshold) -> list[bool]:
+    """Greedy, image by image and group by group."""
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    kept = [False] * len(boxes)
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        rivals = torch.tensor(kept) & (groups == groups[index]) & (image == image[index])
+        overlaps = box_iou(boxes[index : index + 1], boxes[rivals])
+        kept[index] = not (overlaps > threshold).any()
+    return kept
+
+
+@pytest.mark.parametrize("most", [0, 60, 1000])  # boxes at once
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nms_of_several_images_equals_slow_rules(monkeypatch, device, kind, most):
+    monkeypatch.setattr(boxes_module, "MOST_AT_ONCE", most)
+    counts = [50, 0, 7, 40]
+    boxes, groups = random_boxes(97, 3), torch.arange(97) % 3
+    scores = (torch.rand(97, generator=torch.Generator().manual_seed(4)) * 10).round()  # ties
+    expected = slow_nms(boxes, scores, groups, counts, 0.3)
+    assert 30 < sum(expected) < 80
+    with kernels_of(kind):
+        some = (x.to(device) for x in (boxes, scores, groups))
+        assert batched_nms(*some, 3, counts, 0.3).tolist() == expected
+        none = batched_nms(boxes[:0], scores[:0], groups[:0], 3, [0, 0], 0.3)
+    assert none.shape == (0,)
+
+
+def test_groups_are_spread_apart_near_to_0():
+    boxes, groups = random_boxes(200, 5), torch.arange(200) % 10
+    spread = spread_apart(boxes, groups, 10)
+    together = box_iou(spread, spread) > 0
+    assert not together[groups[:, None] != groups].any()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    torch.testing.assert_close(spread[:, 2:] - spread[:, :2], sides, rtol=0, atol=1e-4)
+    assert spread.abs().max() < 2.5 * (boxes.max() + 1)  # ten in a row would reach to 10
+
+
+def test_positions_of_a_mask_row_by_row():
+    mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
+    assert [x.tolist() for x in positions(mask)] == [[1, 2], [], [0, 2]]
+
+
+def test_the_best_of_each_image():
+    scores = torch.tensor([0.3, 0.9, 0.9, 0.8]), torch.tensor([-1.0, -2.0]), torch.zeros(0)
+    kept = [torch.tensor([True, True, True, False]), torch.tensor([True] * 2), torch.zeros(0) > 0]
+    assert [x.tolist() for x in best_of_each(scores, kept, 2)] == [[1, 2], [0, 1], []]
+    assert [x.tolist() for x in best_of_each(scores, kept, -1)] == [[1, 2, 0], [0, 1], []]
+    assert [x.tolist() for x in best_of_each(scores, kept, 0)] == [[], [], []]
+
+
 # -- matching and drawing -------------------------------------------------------------------------
 
 
@@ -151,7 +211,7 @@ def test_subsample_counts(num_positive, num_negative, expected):
         [torch.full((num_positive,), 3), torch.full((num_negative,), 9), torch.full((50,), -1)]
     )
     labels = labels[torch.randperm(len(labels))]
-    positive, negative = subsample_labels(labels, 256, 0.25, background=9)
+    ((positive, negative),) = subsample_labels([labels], 256, 0.25, background=9)
     assert (len(positive), len(negative)) == expected
     assert (labels[positive] == 3).all()
     assert (labels[negative] == 9).all()
@@ -162,10 +222,14 @@ def test_subsample_draws_positives_then_negatives():
     """The order of the random draws is part of the contract with Detectron2."""
     labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, -1])
     torch.manual_seed(3)
-    positive, negative = subsample_labels(labels, 4, 0.5, background=0)
+    images = subsample_labels([labels, labels[:3], labels[:0]], 4, 0.5, background=0)
     torch.manual_seed(3)
+    (positive, negative), (second_positive, second_negative), nothing = images
     assert positive.tolist() == torch.tensor([1, 3, 4])[torch.randperm(3)[:2]].tolist()
     assert negative.tolist() == torch.tensor([0, 2, 5, 6])[torch.randperm(4)[:2]].tolist()
+    assert second_positive.tolist() == torch.tensor([1])[torch.randperm(1)].tolist()
+    assert second_negative.tolist() == torch.tensor([0, 2])[torch.randperm(2)].tolist()
+    assert [x.tolist() for x in nothing] == [[], []]
 
 
 def test_subsample_is_uniform():
@@ -173,7 +237,8 @@ def test_subsample_is_uniform():
     torch.manual_seed(0)
     counts = torch.zeros(10)
     for _ in range(2000):
-        counts[subsample_labels(labels, 5, 0.5, background=0)[1]] += 1
+        ((_, negative),) = subsample_labels([labels], 5, 0.5, background=0)
+        counts[negative] += 1
     # 2000 draws of probability 1/2: standard deviation 22.
     assert (counts - 1000).abs().max() < 100
 

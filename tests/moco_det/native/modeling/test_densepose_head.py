@@ -120,7 +120,7 @@ def test_surfaces_are_made_on_the_original_image():
         "classes": torch.zeros(3).long(),
         "charts": charts,
     }
-    found = detector_postprocess(detections, (20, 40), (40, 80))
+    (found,) = detector_postprocess([detections], [(20, 40)], [(40, 80)])
     assert [x.shape[1:] for x in found["densepose"]] == [(12, 8), (4, 6)]
     assert "charts" not in found
     expected = slow_surface(charts, 2, 6, 4)

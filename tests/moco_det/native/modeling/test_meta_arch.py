@@ -111,7 +111,7 @@ def test_rescale_by_hand():
         "scores": torch.tensor([0.9, 0.8, 0.7]),
         "classes": torch.tensor([2, 1, 0]),
     }
-    result = detector_postprocess(found, size=(100, 50), original=(50, 100))
+    (result,) = detector_postprocess([found], sizes=[(100, 50)], originals=[(50, 100)])
     assert result["boxes"].tolist() == [[20.0, 10.0, 60.0, 20.0], [0.0, 0.0, 100.0, 50.0]]
     assert result["classes"].tolist() == [2, 1]  # the empty box is gone
     torch.testing.assert_close(result["scores"], torch.tensor([0.9, 0.8]))
@@ -123,7 +123,7 @@ def test_rescale_masks_and_keypoints_by_hand():
         "mask_probabilities": torch.stack([torch.full((4, 4), p) for p in (0.9, 0.8, 0.4)]),
         "keypoints": torch.tensor([[[12.0, 30.0, 0.7]], [[1.0, 2.0, 0.3]], [[5.0, 50.0, 0.2]]]),
     }
-    result = detector_postprocess(found, size=(100, 50), original=(50, 100))
+    (result,) = detector_postprocess([found], sizes=[(100, 50)], originals=[(50, 100)])
     torch.testing.assert_close(
         result["keypoints"], torch.tensor([[[24.0, 15.0, 0.7]], [[10.0, 25.0, 0.2]]])
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 
+from moco_det.native.modeling.layers import kernels_of
 from moco_det.native.modeling.pooling import ROIPooler, assign_levels, roi_align
 
 HEIGHT, WIDTH, SCALE = 13, 17, 1 / 8
@@ -52,9 +53,45 @@ def test_equals_torchvision_s_operator_and_its_gradient(bins, sampling_ratio, ev
     torch.testing.assert_close(feature.grad, expected_feature.grad)
 
 
-def test_reduced_precision_is_summed_in_float32():
+def pyramid_and_boxes(device, dtype):
+    """Four levels, the coarsest of which no box is for, and an image without boxes."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(3, 4, 256 >> i, 192 >> i, generator=generator) for i in range(4)]
+    maps = [x.to(device, dtype).requires_grad_() for x in maps]
+    boxes = regions(60)[:, 1:] * torch.tensor([4.0, 6.0, 4.0, 6.0])
+    boxes = boxes[assign_levels(boxes, 2, 5) < 5]
+    return maps, [x.to(device) for x in (boxes[:45], boxes[:0], boxes[45:])]
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_both_kernels_pool_the_same(device, dtype, sampling_ratio):
+    """The one of GPUs, on each device, against the one of CPUs; forward and gradients."""
+    results = []
+    for kind, where in (("cpu", "cpu"), ("cuda", device)):
+        maps, boxes = pyramid_and_boxes(where, dtype)
+        levels = assign_levels(torch.cat(boxes), 2, 5)
+        assert set(levels.tolist()) == {2, 3, 4}
+        with kernels_of(kind):
+            pooled = ROIPooler(7, [4, 8, 16, 32], sampling_ratio)(maps, boxes)
+        assert pooled.dtype == dtype
+        weight = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+        (pooled * weight.to(where)).sum().backward()
+        results.append([pooled.detach().cpu(), *(x.grad.cpu() for x in maps)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert not results[1][-1].any()  # no box is pooled from the coarsest
+    with kernels_of("cuda"):
+        none = ROIPooler(7, [4, 8, 16, 32], sampling_ratio)(maps, [b[:0] for b in boxes])
+    assert none.shape == (0, 4, 7, 7)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_reduced_precision_is_summed_in_float32(kind):
     feature = feature_map(torch.bfloat16)
-    pooled = roi_align(feature, regions(), 7, SCALE)
+    with kernels_of(kind):
+        pooled = roi_align(feature, regions(), 7, SCALE)
     exact = torchvision.ops.roi_align(feature.float(), regions(), 7, SCALE, 0, aligned=True)
     assert pooled.dtype == torch.bfloat16
     assert torch.equal(pooled, exact.bfloat16()) or (pooled - exact).abs().max() < 2e-2

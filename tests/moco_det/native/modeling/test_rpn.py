@@ -159,13 +159,16 @@ def l1_to_target(anchor, target, deltas) -> float:
 def test_sampling_counts_and_normalisation():
     rpn = make_rpn(batch_size_per_image=8)
     anchors = torch.cat(rpn.anchor_generator([torch.zeros(1, 1, 10, 12), torch.zeros(1, 1, 5, 6)]))
-    labels, targets = rpn.label_anchors(anchors, GT[0])
-    assert labels.dtype == torch.int8
-    assert 1 <= (labels == 1).sum() <= 4
-    assert (labels >= 0).sum() == 8
-    for index in (labels == 1).nonzero().flatten():
-        best = box_iou(GT[0], anchors[index][None]).argmax()
-        assert torch.equal(targets[index], GT[0][best])
+    image, indices, targets = rpn.sample_anchors(anchors, [GT[0][:0], *GT[:1] * 2])
+    assert image.bincount().tolist() == [8, 8, 8]
+    positive = len(targets)
+    for number in (1, 2):
+        assert 1 <= (image[:positive] == number).sum() <= 4
+    assert len(set(zip(image.tolist(), indices.tolist(), strict=True))) == 24
+    overlaps = box_iou(GT[0], anchors)
+    for index, target in zip(indices, targets, strict=False):
+        assert torch.equal(target, GT[0][overlaps[:, index].argmax()])
+    assert (overlaps[:, indices[positive:][image[positive:] > 0]].amax(0) < 0.3).all()
 
 
 def test_loss_on_image_without_objects_is_all_background(features):
