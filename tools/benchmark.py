@@ -9,6 +9,8 @@ python tools/benchmark.py pretrain-cost
 python tools/benchmark.py knn-bank --images 1281167
 python tools/benchmark.py annotation-memory --images 118000 --objects 828000
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
+python tools/benchmark.py detector-step --config-file configs/coco_R50_FPN_1x_moco.yaml \\
+    --image-size 800 1216 --batch-size 2 16 --device cuda
 """
 
 from moco_det.common.ending import start_command
@@ -104,10 +106,11 @@ def parse_args() -> argparse.Namespace:
     detector.add_argument(
         "--image-size", type=COUNT, nargs=2, default=(480, 640), metavar=("H", "W")
     )
-    detector.add_argument("--batch-size", type=COUNT, default=2)
+    detector.add_argument("--batch-size", type=COUNT, nargs="+", default=[2])
     detector.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"))
     detector.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     detector.add_argument("--rounds", type=COUNT, default=3)
+    detector.add_argument("--compile", action="store_true", help="--engine's backbone")
     detector.set_defaults(report=report_detector)
     return parser.parse_args()
 
@@ -194,33 +197,16 @@ def report_detector(args: argparse.Namespace) -> None:
     if "detectron2" in (args.engine, args.versus):
         require_detectron2()
     opts = (*args.opts, "MODEL.DEVICE", args.device)
-    task = speed.DetectorTask(args.config_file, opts, *args.image_size, args.batch_size)
-    weights = task.weights()
-    candidates = {
-        (engine, *step): function
-        for engine in dict.fromkeys((args.versus, args.engine))
-        for step, function in speed.detector_steps(engine, task, weights, args.amp).items()
-    }
-    seconds = speed.alternate(
-        candidates, args.rounds, torch.cuda.synchronize if args.device == "cuda" else None
-    )
-    for phase, unit in (("train", "s/iteration"), ("infer", "s/image")):
-        for amp in args.amp:
-            pair = seconds[args.engine, phase, amp], seconds[args.versus, phase, amp]
-            print(compared(f"{phase}, {NAMES[amp]}", args, *pair, unit))
-    for amp in args.amp:
-        pair = (
-            speed.detector_memory(engine, task, weights, amp) / 2**30
-            for engine in (args.engine, args.versus)
-        )
-        print(compared(f"peak memory, {NAMES[amp]}", args, *pair, "GiB"))
-
-
-def compared(what: str, args: argparse.Namespace, ours: float, theirs: float, unit: str) -> str:
-    return (
-        f"{what:20s} {args.versus} {theirs:7.3f}  {args.engine} {ours:7.3f} {unit}  "
-        f"ratio {ours / theirs:.2f}"
-    )
+    engines, rows = (args.versus, args.engine), []
+    for batch_size in args.batch_size:
+        task = speed.DetectorTask(args.config_file, opts, *args.image_size, batch_size)
+        times = speed.compare_detectors(engines, task, args.amp, args.rounds, args.compile)
+        rows += [row.cells() for row in times]
+    units = ("ms", "GiB", "waits")
+    columns = [f"{engine}, {unit}" for unit in units for engine in engines]
+    columns = ["batch", "step", "amp", *columns[:2], "ratio", *columns[2:4], "ratio", *columns[4:]]
+    print(tabulate(rows, columns, tablefmt="pipe", disable_numparse=True))
+    print("ms: of a whole batch; GiB: at most, in training; waits: of the host for the device")
 
 
 def machine(device: str) -> str:

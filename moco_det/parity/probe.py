@@ -155,11 +155,11 @@ class EngineProbe(ABC):
         loss.backward()
         self.optimizer.step()
 
-    def infer(self, item: dict, amp: bool) -> list:
-        """The detections in one image, in the engine's own format."""
+    def infer(self, items: list[dict], amp: bool) -> list:
+        """The detections in each image, in the engine's own format."""
         self.model.eval()
         with torch.no_grad(), self.autocast(amp):
-            return self.model(self.inputs([item]))
+            return self.model(self.inputs(items))
 
     def autocast(self, amp: bool) -> torch.autocast:
         """bfloat16, on any device: unlike float16 it needs no loss scaling."""

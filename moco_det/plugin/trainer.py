@@ -236,21 +236,21 @@ class AccumulatingTrainer(SimpleTrainer):
     Args:
         model, data_loader, optimizer: as for SimpleTrainer.
         accumulation: forward passes of one step.
-        amp: float16 with loss scaling on CUDA, bfloat16 on a CPU.
+        amp: float16 with loss scaling on CUDA (Detectron2's), bfloat16 on a CPU.
     """
 
     def __init__(self, model, data_loader, optimizer, accumulation: int, amp: bool):
         super().__init__(model, data_loader, optimizer)
         self.accumulation = accumulation
-        self.amp = amp
         on_gpu = next(model.parameters()).is_cuda
+        self.precision = (torch.float16 if on_gpu else torch.bfloat16) if amp else None
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp and on_gpu)
 
     def run_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
         losses, waited = accumulate_gradients(
-            self.model, self._data_loader_iter, self.grad_scaler, self.accumulation, self.amp
+            self.model, self._data_loader_iter, self.grad_scaler, self.accumulation, self.precision
         )
         self._write_metrics(losses, waited)
         self.grad_scaler.step(self.optimizer)

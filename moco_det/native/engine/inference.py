@@ -29,6 +29,7 @@ from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.data.loader import build_test_loader, without_annotations
 from moco_det.native.engine.solver import build_optimizer
+from moco_det.native.modeling.layers import HostCopy
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.parity.probe import EngineProbe
 
@@ -85,7 +86,9 @@ def predict(model: nn.Module, batches, images: int) -> list[dict]:
     predictions, start = [], time.perf_counter()
     reported = start
     for batch in batches:
-        for item, output in zip(batch, model(batch), strict=True):
+        # All that was found in one go, not field by field and mask by mask.
+        outputs = HostCopy(model(batch)).wait()
+        for item, output in zip(batch, outputs, strict=True):
             predictions.append(prediction_record(item["image_id"], output))
         now = time.perf_counter()
         if now - reported > REPORT_SECONDS:

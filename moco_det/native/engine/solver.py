@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import torch
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
     ConstantParamScheduler,
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from moco_det.common.errors import UserError
 from moco_det.common.processes import print_on_main
+from moco_det.native.modeling.layers import on_gpu
 
 NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # every BatchNorm, SyncBatchNorm and InstanceNorm
@@ -65,14 +67,20 @@ def clip_each_gradient(optimizer: SGD, kind: str, limit: float, norm_type: float
     """
 
     def clip(optimizer, args, kwargs):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if kind == "value":
-                    nn.utils.clip_grad_value_(parameter, limit)
-                else:
-                    nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if kind == "value":
+            nn.utils.clip_grad_value_(parameters, limit)
+        elif gradients:
+            # `nn.utils.clip_grad_norm_` of each, all at once.
+            factors = torch._foreach_norm(gradients, norm_type)
+            torch._foreach_add_(factors, 1e-6)
+            torch._foreach_reciprocal_(factors)
+            torch._foreach_mul_(factors, limit)
+            torch._foreach_clamp_max_(factors, 1.0)
+            torch._foreach_mul_(gradients, factors)
 
-    # A hook, because a GradScaler unscales the gradients just before it calls `step`.
+    # A hook, because gradients are unscaled just before `step`.
     optimizer.register_step_pre_hook(clip)
 
 
@@ -86,7 +94,15 @@ def build_optimizer(cfg, model: nn.Module) -> SGD:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
     )
-    optimizer = SGD(groups, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
+    fused = on_gpu(next(model.parameters()))
+    kernels = {"fused": True} if fused else {"foreach": True}
+    optimizer = SGD(groups, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, **kernels)
+    if fused and solver.MOMENTUM:
+        # Where a scaled loss overflows in the first step, the kernel leaves that out, but not what
+        # it has allocated for the momentum: without this, arbitrary numbers.
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
         if clip.CLIP_TYPE not in ("value", "norm"):

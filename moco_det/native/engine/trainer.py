@@ -13,7 +13,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,13 @@ from moco_det.native.data.loader import build_train_loader, shared_training_reco
 from moco_det.native.engine.inference import evaluate_model
 from moco_det.native.engine.output_dir import Checkpoints, MetricLog
 from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
-from moco_det.native.modeling.layers import accumulate_gradients, precise_bn
+from moco_det.native.modeling.layers import (
+    HostCopy,
+    accumulate_gradients,
+    half_precision,
+    on_gpu,
+    precise_bn,
+)
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.files import load_backbone_weights
 
@@ -176,9 +182,18 @@ class TrainingState:
         # float16 leaves out steps, with which the first momentum may be still to come.
         check_optimizer(state["optimizer"], self.optimizer, stepped=not scaled)
         schedule = checked_schedule(state["scheduler"], self.scheduler, done)
+        # Which kernels the optimizer uses is this machine's affair.
+        kernels = [{k: group[k] for k in ("foreach", "fused")} for group in self._groups()]
         for name, part in self._parts().items():
+            if part is self.scaler and not state[name]:
+                continue  # saved where none was needed
             part.load_state_dict(schedule if part is self.scheduler else state[name])
+        for group, own in zip(self._groups(), kernels, strict=True):
+            group.update(own)
         self.iteration = done
+
+    def _groups(self) -> list[dict]:
+        return self.optimizer.param_groups
 
     def step(self) -> float:
         """Update the parameters by their gradients, and the schedule.
@@ -187,9 +202,10 @@ class TrainingState:
             The learning rate of the update: that of the largest parameter group, which stands for
             all in the log (Detectron2).
         """
+        self.scaler.unscale_(self.optimizer)  # before they are clipped, which is part of the step
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        largest = max(self.optimizer.param_groups, key=lambda group: len(group["params"]))
+        largest = max(self._groups(), key=lambda group: len(group["params"]))
         lr = largest["lr"]
         self.scheduler.step()
         return lr
@@ -212,7 +228,7 @@ def build_state(
     torch.manual_seed(seed)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
-    scaling = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE.startswith("cuda")
+    scaling = precision_of(cfg, model) is torch.float16
     state = TrainingState(
         model=model,
         optimizer=optimizer,
@@ -231,6 +247,12 @@ def build_state(
         raise UserError(f"{path} is from another configuration: {why}") from error
     print_on_main(f"resuming from {path}: iteration {state.iteration} is next")
     return state
+
+
+def precision_of(cfg, model: nn.Module) -> torch.dtype | None:
+    """Of the forward passes that SOLVER.AMP asks for; None: float32."""
+    device = next(model.parameters()).device
+    return half_precision(device) if cfg.SOLVER.AMP.ENABLED else None
 
 
 def load_initial_weights(cfg, model: nn.Module, allow_missing: bool = False) -> None:
@@ -262,7 +284,7 @@ def build_trainer(
         batches_from=partial(build_train_loader, cfg, plan, records, state.seed),
         evaluate=partial(evaluate_model, cfg),
         accumulation=plan.accumulation,
-        amp=cfg.SOLVER.AMP.ENABLED,
+        precision=precision_of(cfg, state.model),
         max_iter=cfg.SOLVER.MAX_ITER,
         checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         eval_period=cfg.TEST.EVAL_PERIOD,
@@ -271,6 +293,16 @@ def build_trainer(
         checkpoints=checkpoints,
         log=log,
     )
+
+
+class Iteration(NamedTuple):
+    """One that is done, but for its losses, which may be on their way to the host."""
+
+    number: int
+    losses: HostCopy
+    data_time: float
+    lr: float
+    seconds: float
 
 
 @dataclass
@@ -283,7 +315,7 @@ class Trainer:
             each, from that iteration on, without end; to be closed.
         evaluate: model -> results.
         accumulation: forward passes of one iteration, whose gradients are averaged.
-        amp: forward passes in half precision.
+        precision: of the forward passes, see `accumulate_gradients`.
         max_iter: iterations in all.
         checkpoint_period, eval_period: iterations between two; 0 for none but the last.
         precise_bn_passes: forward passes of precise BN before each evaluation; 0 for no precise BN.
@@ -294,7 +326,7 @@ class Trainer:
     batches_from: Callable[..., Iterator[list[dict]]]
     evaluate: Callable[[nn.Module], dict]
     accumulation: int
-    amp: bool
+    precision: torch.dtype | None
     max_iter: int
     checkpoint_period: int
     eval_period: int
@@ -305,6 +337,8 @@ class Trainer:
     def run(self) -> None:
         """The order is Detectron2's: batch, losses, gradients, step, schedule; then what is due.
 
+        A loss that is not finite ends the run before the next checkpoint or evaluation.
+
         Raises:
             UserError, SystemExit: see `train`.
         """
@@ -312,16 +346,41 @@ class Trainer:
             self.save_missing_final()
         model = data_parallel(self.state.model.train())
         with closing(self.batches_from(self.state.iteration)) as batches, StopRequest() as request:
+            unread: list[Iteration] = []
+            late = on_gpu(next(self.state.model.parameters()))
             for iteration in range(self.state.iteration, self.max_iter):
                 start = time.perf_counter()
                 losses, data_time = self.compute_gradients(model, batches, iteration)
-                metrics, stop = shared_metrics(losses, data_time, request.received)
-                first = iteration == self.state.iteration
-                check_finite(metrics, iteration, self.checkpoints, first)
-                lr = self.state.step()
-                if self.log:
-                    self.log.step(iteration, lr, time.perf_counter() - start, metrics)
+                lr, seconds = self.state.step(), time.perf_counter() - start
+                unread.append(Iteration(iteration, HostCopy(losses), data_time, lr, seconds))
+                # A GPU is still busy with these: the losses read are those of the iteration before,
+                # but where the state is about to be used.
+                ahead = late and not self.something_is_due(iteration + 1)
+                stop = self.read(unread, int(ahead), request)
+                if stop:
+                    self.read(unread, 0, request)
                 self.after_iteration(iteration, stop)
+
+    def something_is_due(self, done: int) -> bool:
+        periods = self.checkpoint_period, self.eval_period
+        return done == self.max_iter or any(due(done, period) for period in periods)
+
+    def read(self, unread: list["Iteration"], but: int, request: StopRequest) -> int:
+        """Check and log the losses of all `unread` iterations `but` so many, which are kept.
+
+        Returns the signal that asks for a stop, of any process.
+        """
+        stop = 0
+        while len(unread) > but:
+            done = unread.pop(0)
+            losses = done.losses.wait()
+            metrics, asked = shared_metrics(losses, done.data_time, request.received)
+            stop = max(stop, asked)
+            first = done.number == self.state.iteration
+            check_finite(metrics, done.number, self.checkpoints, first)
+            if self.log:
+                self.log.step(done.number, done.lr, done.seconds, metrics)
+        return stop
 
     def compute_gradients(
         self, model: nn.Module, batches: Iterator[list[dict]], iteration: int
@@ -330,7 +389,7 @@ class Trainer:
         state, seed = self.state, partial(self.seed_draws, iteration)
         state.optimizer.zero_grad()
         return accumulate_gradients(
-            model, batches, state.scaler, self.accumulation, self.amp, before_pass=seed
+            model, batches, state.scaler, self.accumulation, self.precision, before_pass=seed
         )
 
     def seed_draws(self, iteration: int, number: int) -> None:
@@ -395,7 +454,7 @@ def shared_metrics(
     Also the signal by which any process was asked to stop, 0 for none, so that all of them stop at
     the same iteration.
     """
-    values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    values = [loss.item() for loss in losses.values()]
     rows = gather_rows([*values, data_time, float(stop)])
     means = dict(zip(losses, rows[:, :-2].mean(dim=0).tolist(), strict=True))
     metrics = {"total_loss": sum(means.values()), **means, "data_time": rows[:, -2].max().item()}

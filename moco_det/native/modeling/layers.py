@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,38 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor, or those in dicts and lists, on the way to the host while the device works on."""
+
+    def __init__(self, value: Any):
+        self._value = _to_host(value)
+        self._copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if self._copied:
+            self._copied.record()
+
+    def wait(self) -> Any:
+        """`value` with its tensors on the CPU."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._value
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_host(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_to_host(entry) for entry in value]
+    # From a GPU into pinned memory.
+    return value.detach().to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """bfloat16, which needs no scaling of the loss; float16 on GPUs that have no bfloat16."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
 
 
 # -- normalisation --------------------------------------------------------------------------------
@@ -259,7 +292,7 @@ def accumulate_gradients(
     batches: Iterator,
     scaler: torch.amp.GradScaler,
     accumulation: int,
-    amp: bool,
+    precision: torch.dtype | None,
     before_pass: Callable[[int], None] = lambda number: None,
 ) -> tuple[dict[str, Tensor], float]:
     """Add to the gradients those of the mean loss over `accumulation` batches and all processes.
@@ -268,14 +301,13 @@ def accumulate_gradients(
         model: batch -> losses by name; perhaps wrapped for data parallelism.
         batches: this process's own.
         scaler: of the loss.
-        amp: float16 on CUDA; bfloat16, which needs no loss scaling, on a CPU.
+        precision: of autocast; None for no autocast.
         before_pass: called with the number of each forward pass.
 
     Returns:
         This process's mean losses, detached, and the seconds spent waiting for data.
     """
     device = next(model.parameters()).device.type
-    half = torch.float16 if device == "cuda" else torch.bfloat16
     passes, waited = [], 0.0
     for number in range(accumulation):
         start = time.perf_counter()
@@ -285,7 +317,7 @@ def accumulate_gradients(
         # Only the last forward pass has to tell the other processes its sums.
         silent = isinstance(model, DistributedDataParallel) and number + 1 < accumulation
         with model.no_sync() if silent else nullcontext():
-            with torch.autocast(device, half, enabled=amp):
+            with torch.autocast(device, precision, enabled=precision is not None):
                 losses = model(batch)
                 total_loss = sum(losses.values()) / accumulation
             scaler.scale(total_loss).backward()

@@ -24,7 +24,7 @@ from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
 from moco_det.native.modeling.boxes import Losses, Size, Targets, nonempty, positions
 from moco_det.native.modeling.densepose_head import surfaces
-from moco_det.native.modeling.layers import sync_on_cpu
+from moco_det.native.modeling.layers import on_gpu, sync_on_cpu
 from moco_det.native.modeling.mask_head import paste_masks
 from moco_det.native.modeling.roi_heads import (
     DensePoseROIHeads,
@@ -86,7 +86,7 @@ class MetaArchitecture(nn.Module):
             (len(images), 3, height, width),
             dtype=reduce(torch.promote_types, [x.dtype for x in images]),
             device=self.device,
-            memory_format=memory_format(self.device),
+            memory_format=memory_format(self.pixel_mean),
         )
         for target, image, (h, w) in zip(raw, images, sizes, strict=True):
             target[:, :h, :w] = image.to(self.device, non_blocking=True)
@@ -96,9 +96,12 @@ class MetaArchitecture(nn.Module):
         return padded, sizes
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Of images and weights: what convolutions of such a device are fastest with."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of images and weights: with which convolutions are fastest where `x` is.
+
+    Once images and weights have it, every map between has: nothing is rearranged on the way.
+    """
+    return torch.channels_last if on_gpu(x) else torch.contiguous_format
 
 
 def original_size(item: dict, size: Size) -> Size:
@@ -304,7 +307,7 @@ def build_model(cfg) -> MetaArchitecture:
         rpn, heads = build_rpn(cfg, backbone), build_roi_heads(cfg, backbone)
         model = GeneralizedRCNN(backbone, rpn, heads, **pixels)
     model.to(cfg.MODEL.DEVICE)
-    model.to(memory_format=memory_format(model.device))
+    model.to(memory_format=memory_format(model.pixel_mean))
     if model.device.type == "cpu":
         sync_on_cpu(model)
     return model

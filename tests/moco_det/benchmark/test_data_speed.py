@@ -115,7 +115,9 @@ def test_memory_that_is_shared_counts_once():
 def test_the_data_path_is_timed_for_each_image(monkeypatch, tmp_path):
     for i in range(3):
         Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(data_speed, "alternate", lambda steps, rounds: dict.fromkeys(steps, 6.0))
+    monkeypatch.setattr(
+        data_speed, "alternate", lambda steps, rounds, clock: dict.fromkeys(steps, 6.0)
+    )
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(data_speed.cv2, "setNumThreads", lambda count: None)
     assert data_speed.data_path(tmp_path, 16, 2) == dict.fromkeys(

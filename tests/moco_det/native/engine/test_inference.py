@@ -140,4 +140,4 @@ def test_quantities(tiny, items):
     assert found["pixel logits"][0].std() > 1  # there is something to compare
     assert all(torch.equal(value, before[name]) for name, value in probe.model.state_dict().items())
     probe.train_step(items, amp=True)
-    assert len(probe.infer(items[0], amp=False)) == 1
+    assert len(probe.infer(items[:1], amp=False)) == 1
