@@ -84,6 +84,20 @@ def clip_each_gradient(optimizer: SGD, kind: str, limit: float, norm_type: float
     optimizer.register_step_pre_hook(clip)
 
 
+def lay_out_momentum(optimizer: SGD) -> None:
+    """Give each parameter of a fused optimizer a momentum, in memory as the parameter is.
+
+    The kernel takes all for laid out alike, and a checkpoint may come from another device. Where
+    there is none yet it starts as 0: the kernel leaves out a step whose loss, scaled, overflows,
+    but with the first one not what it has allocated, which would be arbitrary numbers.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["fused"] and group["momentum"] else ():
+            momentum, state = torch.zeros_like(parameter), optimizer.state[parameter]
+            saved = state.get("momentum_buffer")
+            state["momentum_buffer"] = momentum if saved is None else momentum.copy_(saved)
+
+
 def build_optimizer(cfg, model: nn.Module) -> SGD:
     solver = cfg.SOLVER
     groups = parameter_groups(
@@ -97,12 +111,7 @@ def build_optimizer(cfg, model: nn.Module) -> SGD:
     fused = on_gpu(next(model.parameters()))
     kernels = {"fused": True} if fused else {"foreach": True}
     optimizer = SGD(groups, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, **kernels)
-    if fused and solver.MOMENTUM:
-        # Where a scaled loss overflows in the first step, the kernel leaves that out, but not what
-        # it has allocated for the momentum: without this, arbitrary numbers.
-        for group in groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    lay_out_momentum(optimizer)
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
         if clip.CLIP_TYPE not in ("value", "norm"):

@@ -54,7 +54,11 @@ from moco_det.datasets.sharing import once_per_machine
 from moco_det.native.data.loader import build_train_loader, shared_training_records
 from moco_det.native.engine.inference import evaluate_model
 from moco_det.native.engine.output_dir import Checkpoints, MetricLog
-from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer
+from moco_det.native.engine.solver import (
+    build_lr_scheduler,
+    build_optimizer,
+    lay_out_momentum,
+)
 from moco_det.native.modeling.layers import (
     HostCopy,
     accumulate_gradients,
@@ -190,6 +194,7 @@ class TrainingState:
             part.load_state_dict(schedule if part is self.scheduler else state[name])
         for group, own in zip(self._groups(), kernels, strict=True):
             group.update(own)
+        lay_out_momentum(self.optimizer)
         self.iteration = done
 
     def _groups(self) -> list[dict]:

@@ -11,7 +11,14 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
-from moco_det.native.engine.solver import build_lr_scheduler, build_optimizer, parameter_groups
+from moco_det.native.engine.solver import (
+    build_lr_scheduler,
+    build_optimizer,
+    lay_out_momentum,
+    parameter_groups,
+)
+from moco_det.native.engine.trainer import TrainingState
+from moco_det.native.modeling.layers import kernels_of
 
 
 def make_cfg(**solver):
@@ -218,6 +225,71 @@ def test_steps_by_hand(nesterov):
         weight -= 0.1 * (step + 0.7 * velocity if nesterov else velocity)
         (found,) = stepped(optimizer, [model.weight], [torch.tensor([[gradient]])])
         assert found.item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_clipping_is_torch_s_of_each_parameter(norm_type):
+    cfg = make_cfg(
+        BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, CLIP_GRADIENTS__ENABLED=True,
+        CLIP_GRADIENTS__CLIP_TYPE="norm", CLIP_GRADIENTS__NORM_TYPE=norm_type,
+    )  # fmt: skip
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 2), nn.Linear(2, 2))
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    gradients = [torch.randn(p.shape) * 10.0**-i for i, p in enumerate(parameters)]
+    optimizer = build_optimizer(cfg, model)
+    after = stepped(optimizer, parameters[:-1], gradients[:-1])  # one has no gradient
+    for new, old, gradient in zip(after, before, gradients, strict=False):
+        leaf = nn.Parameter(torch.zeros_like(gradient))
+        leaf.grad = gradient
+        nn.utils.clip_grad_norm_(leaf, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, norm_type)
+        assert torch.equal(new, old - leaf.grad)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_scaled_steps_of_a_gpu_are_plain_ones(device, clip):
+    """The first overflows and is left out; the others are clipped after they are unscaled."""
+    cfg = make_cfg(BASE_LR=0.1, MOMENTUM=0.9, CLIP_GRADIENTS__ENABLED=clip)
+    ours = nn.Linear(5, 3).to(device)
+    theirs = copy.deepcopy(ours)
+    with kernels_of("cuda"):
+        optimizer = build_optimizer(cfg, ours)
+    assert optimizer.param_groups[0]["fused"]
+    scaler = torch.amp.GradScaler(device, init_scale=8.0)
+    schedule = build_lr_scheduler(make_cfg(WARMUP_ITERS=0), optimizer)
+    state = TrainingState(ours, optimizer, schedule, scaler, seed=0)
+    reference = build_optimizer(cfg, theirs)
+    for gradient in (math.inf, 3.0, -2.0):
+        before = [p.detach().clone() for p in ours.parameters()]
+        scaler.scale(torch.zeros((), device=device))  # as a loss, which sets the scaler up
+        for parameter in ours.parameters():
+            parameter.grad = torch.full_like(parameter, gradient) * scaler.get_scale()
+        state.step()
+        if gradient == math.inf:
+            assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
+            continue
+        stepped(reference, theirs.parameters(), [torch.full_like(p, gradient) for p in before])
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert scaler.get_scale() == 4.0
+
+
+def test_momentum_of_another_device_is_laid_out_as_the_parameters():
+    conv = nn.Conv2d(3, 4, 3)
+    plain = build_optimizer(make_cfg(), conv)
+    stepped(plain, conv.parameters(), [torch.randn(p.shape) for p in conv.parameters()])
+    saved = {p: plain.state[p]["momentum_buffer"].clone() for p in conv.parameters()}
+    conv.to(memory_format=torch.channels_last)
+    with kernels_of("cuda"):
+        fused = build_optimizer(make_cfg(), conv)
+    for parameter in conv.parameters():
+        fused.state[parameter] = {"momentum_buffer": saved[parameter]}
+    lay_out_momentum(fused)
+    for parameter in conv.parameters():
+        momentum = fused.state[parameter]["momentum_buffer"]
+        assert torch.equal(momentum, saved[parameter])
+        assert momentum.stride() == parameter.stride()
 
 
 def test_unknown_clipping_is_refused():

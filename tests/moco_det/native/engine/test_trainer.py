@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from moco_det.evaluation import evaluate, verify_results
 from moco_det.native.engine import trainer
 from moco_det.native.engine.output_dir import Checkpoints
 from moco_det.native.engine.trainer import build_state, build_trainer, prepare, train
-from moco_det.native.modeling.layers import SyncBatchNorm
+from moco_det.native.modeling.layers import SyncBatchNorm, kernels_of
 
 
 class Stub(nn.Module):
@@ -364,6 +365,60 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_cfg, stub):
     stub[0] = lambda: float("inf")
     with pytest.raises(UserError, match=r"iteration 0 .*none was saved.*No step was taken yet"):
         train(make_cfg("empty"))
+
+
+def test_a_gpu_s_losses_are_read_one_iteration_late(make_cfg, stub, monkeypatch):
+    """But before a checkpoint or an evaluation; the run is the same."""
+    read = []
+
+    def check(metrics, iteration, *others):
+        read.append((iteration, passes[-1]))
+
+    passes = []
+    stub.update({i: partial(passes.append, i) for i in range(9)})
+    monkeypatch.setattr(trainer, "check_finite", check)
+    opts = ("SOLVER.MAX_ITER", "9", "SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "0")
+    plain, late = make_cfg("plain", *opts), make_cfg("late", *opts)
+    train(plain)
+    assert read == [(i, i) for i in range(9)]
+    read.clear()
+    with kernels_of("cuda"):
+        train(late)
+    # Checkpoints after 3 and 7, the end after 8.
+    assert read == [(0, 1), (1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 7), (7, 7), (8, 8)]
+    for a, b in zip(final(plain)["model"].values(), final(late)["model"].values(), strict=True):
+        torch.testing.assert_close(a, b)
+    for ours, theirs in zip(metrics(late), metrics(plain), strict=True):
+        timed = {"time", "data_time", "eta_seconds"}
+        ours, theirs = ({k: v for k, v in x.items() if k not in timed} for x in (ours, theirs))
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+
+
+def test_a_loss_that_is_not_finite_is_in_no_checkpoint_of_a_gpu(make_cfg, stub):
+    stub[2] = stub[3] = lambda: float("nan")  # checkpoints are due after 1, 3 and 5
+    with kernels_of("cuda"), pytest.raises(UserError, match=r"iteration 2 .*model_0000001\.pth"):
+        train(make_cfg("out", "TEST.EVAL_PERIOD", "0"))
+    stub.pop(2)
+    with kernels_of("cuda"), pytest.raises(UserError, match=r"iteration 3 .*model_0000001\.pth"):
+        train(make_cfg("again", "TEST.EVAL_PERIOD", "0"))
+
+
+def test_a_gpu_s_run_stops_and_goes_on_as_one_run(make_cfg, stub, capsys):
+    """On another device too: which kernels an optimizer uses is in no checkpoint's hand."""
+    opts = ("TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "0", "SOLVER.MAX_ITER", "6")
+    whole, parts = make_cfg("whole", *opts), make_cfg("parts", *opts)
+    train(whole)
+    stub[2] = sigterm
+    with kernels_of("cuda"), pytest.raises(SystemExit) as stopped:
+        train(parts)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert "model_0000002.pth" in capsys.readouterr().out
+    del stub[2]
+    train(parts, resume=True)
+    groups = final(parts)["optimizer"]["param_groups"]
+    assert {(group["foreach"], group["fused"]) for group in groups} == {(True, None)}
+    for a, b in zip(final(whole)["model"].values(), final(parts)["model"].values(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(make_cfg, stub, tmp_path):

@@ -8,6 +8,7 @@ from torchvision.ops import box_iou
 
 from moco_det.native.modeling.box_head import FastRCNNConvFCHead, FastRCNNOutputLayers
 from moco_det.native.modeling.boxes import SampledProposals
+from moco_det.native.modeling.layers import kernels_of
 
 
 def make_predictor(num_classes=2, in_features=6, **changes) -> FastRCNNOutputLayers:
@@ -93,13 +94,15 @@ def slow_detections(boxes, probabilities, size, score_thresh, nms_thresh, limit)
 
 
 @pytest.mark.usefixtures("float64")
-def test_detections_equal_slow_rules():
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_detections_equal_slow_rules(kind):
     torch.manual_seed(0)
     proposals = boxes_near(5, 40, 3), boxes_near(20, 30, 4)
     logits = 2 * torch.randn(70, 4)
     predictor = make_predictor(num_classes=3, score_thresh=0.2, detections_per_image=12)
     sizes = [(50, 45), (60, 70)]
-    found = predictor.detect(logits, torch.zeros(70, 3, 4), list(proposals), sizes)
+    with kernels_of(kind):
+        found = predictor.detect(logits, torch.zeros(70, 3, 4), list(proposals), sizes)
     probabilities = logits.softmax(dim=1).split([40, 30])
     counts = []
     for result, boxes, probability, size in zip(

@@ -341,3 +341,8 @@ def test_regions_are_kept_image_by_image():
     assert kept.gt_boxes.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
     assert [m.tolist() for m in kept.matched] == [[8], [], [5]]
     assert [len(b) for b in kept.where(torch.tensor([False, False])).boxes] == [0, 0, 0]
+    copy = samples.on_host()
+    assert [b.tolist() for b in copy.boxes] == [b.tolist() for b in boxes]
+    assert [m.tolist() for m in copy.matched] == [[7, 8, 9], [], [5, 6]]
+    assert torch.equal(copy.classes, samples.classes)
+    assert torch.equal(copy.gt_boxes, samples.gt_boxes)

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moco_det.native.modeling import mask_head
 from moco_det.native.modeling.boxes import SampledProposals
+from moco_det.native.modeling.layers import kernels_of
 from moco_det.native.modeling.mask_head import (
     ClassConv,
     MaskRCNNConvUpsampleHead,
@@ -129,7 +131,7 @@ def test_targets_are_of_the_matched_object_of_the_region_s_image():
 
 @pytest.mark.parametrize("masks", [[], torch.zeros(0, 9, 9, dtype=torch.bool)])
 def test_images_without_objects_have_no_targets(masks):
-    samples = samples_of([torch.zeros(0, 4)], [[]])
+    samples = samples_of([torch.zeros(0, 4)], [[]]).on_host()
     assert mask_targets([masks], samples, 7).shape == (0, 7, 7)
 
 
@@ -205,6 +207,15 @@ def test_bfloat16_is_close():
     torch.testing.assert_close(found, head(x, classes), rtol=0.1, atol=0.1)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def kind(request, monkeypatch):
+    """The kernels of each device; those of GPUs in several goes."""
+    monkeypatch.setattr(mask_head, "PIXELS_AT_ONCE", 700)
+    with kernels_of(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("kind")
 def test_paste_by_hand():
     ones = torch.ones(2, 4, 4)
     ones[1, :, 2:] = 0
@@ -241,6 +252,7 @@ BOXES = torch.tensor(
 )
 
 
+@pytest.mark.usefixtures("kind")
 def test_paste_equals_a_slow_loop():
     masks = torch.rand((5, 5, 5), generator=torch.Generator().manual_seed(0))
     masks[3] = 1
@@ -255,6 +267,7 @@ def test_paste_equals_a_slow_loop():
     assert 20 < found.sum() < 400
 
 
+@pytest.mark.usefixtures("kind")
 def test_targets_pasted_back_are_the_object():
     """Both ways of making targets and pasting agree on where pixels are, to a fraction of one."""
     polygon = random_polygon(3)

@@ -1,5 +1,7 @@
 """The whole detector: Detectron2's recorded numbers, input and output conventions, bad configs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import record_model as recorder
@@ -12,7 +14,9 @@ from torchvision.ops import box_iou
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
 from moco_det.native.modeling.backbones import build_backbone
+from moco_det.native.modeling.layers import half_precision, kernels_of
 from moco_det.native.modeling.meta_arch import build_model, detector_postprocess
+from moco_det.parity.comparison import fill_outlines
 
 GROUND_TRUTH = ("GT_BOXES", "GT_CLASSES", "GT_POLYGONS", "GT_KEYPOINTS", "ORIGINAL")
 
@@ -208,6 +212,86 @@ def test_channels_last_gives_the_same_losses():
         torch.manual_seed(0)
         losses.append({k: v.item() for k, v in model([example(64, 96)]).items()})
     assert losses[1] == pytest.approx(losses[0], rel=ROUNDING)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def losses_detections_gradients(device, kind, *opts):
+    """Of three images, one without objects, with all heads; on the CPU."""
+    with kernels_of(kind):
+        model = build_model(small_cfg(*ALL_HEADS.split(), "MODEL.DEVICE", device, *opts)).double()
+        model.proposal_generator.anchor_generator.float()
+        recorder.fill(model)
+        nothing = example(96, 64, boxes=(), classes=(), seed=3)
+        batch = [example(64, 96), nothing, example(80, 80, seed=1)]
+        if "bitmask" in opts:
+            for x in batch:
+                x["gt_masks"] = fill_outlines(x["gt_masks"], x["image"].shape[1:])
+        losses = model(batch)
+        sum(losses.values()).backward()
+        gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+        found = [{k: v.cpu() for k, v in x.items()} for x in model.eval()(batch)]
+    return {k: v.item() for k, v in losses.items()}, gradients, found
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_both_kinds_of_kernels_give_the_same(device, mask_format):
+    """Losses, gradients and detections of a batch, by the code of GPUs and by that of CPUs.
+
+    All anchors and proposals are sampled: a GPU would draw others.
+    """
+    opts = ("INPUT.MASK_FORMAT", mask_format)
+    opts += ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0")
+    opts += ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000")
+    opts += ("MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0")
+    losses, gradients, found = losses_detections_gradients("cpu", "cpu", *opts)
+    on_device = losses_detections_gradients(device, "cuda", *opts)
+    assert on_device[0] == pytest.approx(losses, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(on_device[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert [len(x["boxes"]) for x in found] == [len(x["boxes"]) for x in on_device[2]]
+    assert sum(len(x["boxes"]) for x in found) > 10
+    for ours, theirs in zip(on_device[2], found, strict=True):
+        assert torch.equal(ours["classes"], theirs["classes"])
+        assert (ours["masks"] != theirs["masks"]).float().mean() < 1e-4
+        for key in ("boxes", "scores", "keypoints"):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-3)
+
+
+def test_channels_last_lasts_from_the_images_on():
+    """No convolution on a whole image gets a map that has to be rearranged first."""
+    with kernels_of("cuda"):
+        model = build_model(small_cfg())
+        inputs = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Conv2d) and not name.startswith("roi_heads"):
+                hook = partial(inputs.__setitem__, name)
+                layer.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0]))
+        model([example(64, 96), example(80, 80, seed=1)])
+    assert len(inputs) > 20
+    for name, x in inputs.items():
+        assert x.is_contiguous(memory_format=torch.channels_last), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_trains_and_is_close(device):
+    device = torch.device(device)
+    with kernels_of("cuda"):
+        model = build_model(small_cfg(*ALL_HEADS.split(), "MODEL.DEVICE", str(device)))
+        recorder.fill(model)
+        losses = []
+        for enabled in (False, True):
+            torch.manual_seed(0)
+            with torch.autocast(device.type, half_precision(device), enabled=enabled):
+                losses.append(model([example(96, 96), example(64, 96, seed=1)]))
+        sum(losses[1].values()).backward()
+    for name, value in losses[1].items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(losses[0][name].item(), rel=0.15)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_bfloat16_autocast_is_close():

@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 from moco_det.common.errors import UserError
 from moco_det.config.loading import load_config
 from moco_det.native.modeling.backbones import ResNet
+from moco_det.native.modeling.layers import kernels_of
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.native.modeling.rpn import RPN, AnchorGenerator, RPNHead, cell_anchors
 
@@ -105,9 +106,10 @@ def slow_proposals(rows, size, pre_nms, post_nms, threshold, min_size):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("min_box_size", [0.0, 12.0])
 @pytest.mark.parametrize("training", [False, True])
-def test_proposals_equal_slow_rules(features, training, min_box_size):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_proposals_equal_slow_rules(features, kind, training, min_box_size):
     rpn = strong_head(make_rpn(min_box_size=min_box_size)).train(training)
-    with torch.no_grad():
+    with torch.no_grad(), kernels_of(kind):
         proposals, losses = rpn(features, SIZES, GT)
         rows = flat_outputs(rpn, features)
     assert bool(losses) == training
@@ -290,6 +292,17 @@ def test_tables_recorded_from_detectron2(case):
     found = generator(record_anchors.feature_maps(case))
     for anchors, expected in zip(found, read("anchors")[case], strict=True):
         torch.testing.assert_close(anchors, torch.tensor(expected), rtol=1e-6, atol=1e-5)
+
+
+def test_anchors_do_not_depend_on_the_maps_before():
+    """Those of the largest map so far are kept, and cut."""
+    sizes = [(2, 3), (5, 1), (4, 7), (1, 2), (4, 7)]
+    kept = AnchorGenerator([[32, 64]], [0.5, 1.0], strides=[4])
+    for height, width in sizes:
+        feature = torch.zeros(1, 1, height, width)
+        fresh = AnchorGenerator([[32, 64]], [0.5, 1.0], strides=[4])
+        assert torch.equal(kept([feature])[0], fresh([feature])[0])
+    assert kept.double()([torch.zeros(1, 1, 2, 2)])[0].dtype == torch.float64
 
 
 def test_offset_moves_all_anchors_by_its_share_of_the_stride():
