@@ -134,29 +134,21 @@ class RPNHead(nn.Module):
         return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
 
     def forward_sampled(
-        self, feature: Tensor, image: Tensor, index: Tensor
+        self, features: list[Tensor], images: Sequence[Tensor], indices: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` gives for single anchors of one map, at the cost of these alone.
+        """What `forward` gives for single anchors, at the cost of these alone.
 
         Args:
-            feature: (N, C, H, W).
-            image: (S,) indices of images.
-            index: (S,) indices of anchors, counted in the order (H, W, A).
+            features: L maps (N, C, Hi, Wi).
+            images: of each level the images of its anchors, L tensors (Si,), S = sum(Si).
+            indices: their indices, counted in the order (Hi, Wi, A); likewise.
 
         Returns:
-            logits (S,) and deltas (S, 4).
+            logits (S,) and deltas (S, 4), level after level.
         """
-        height, width = feature.shape[2:]
         num_anchors = self.objectness_logits.out_channels
-        position, anchor = index // num_anchors, index % num_anchors
-
-        # The 3x3 patch around each anchor's position; 0 beyond the map, as its padding.
-        offset = torch.arange(3, device=index.device) - 1
-        row = (position // width)[:, None, None] + offset[:, None]  # (S, 3, 1)
-        column = (position % width)[:, None, None] + offset  # (S, 1, 3)
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-        patches = feature[image[:, None, None], :, row, column] * inside[..., None]  # (S, 3, 3, C)
+        levels = zip(features, images, indices, strict=True)
+        patches = torch.cat([patches_around(x, n, i // num_anchors) for x, n, i in levels])
 
         # The 3x3 convolution as a matrix product, then the 1x1 ones.
         weight = self.conv.weight.permute(0, 2, 3, 1)
@@ -164,9 +156,24 @@ class RPNHead(nn.Module):
         hidden = hidden[:, :, None, None]  # (S, C, 1, 1)
 
         # Of the A anchors at each position, the one that was asked for.
-        chosen = torch.arange(len(index), device=index.device), anchor
-        deltas = self.anchor_deltas(hidden).view(len(index), num_anchors, 4)
+        anchor = torch.cat(list(indices)) % num_anchors
+        chosen = torch.arange(len(anchor), device=anchor.device), anchor
+        deltas = self.anchor_deltas(hidden).view(len(anchor), num_anchors, 4)
         return self.objectness_logits(hidden).flatten(1)[chosen], deltas[chosen]
+
+
+def patches_around(feature: Tensor, image: Tensor, position: Tensor) -> Tensor:
+    """(S, 3, 3, C): what a 3x3 convolution sees of a map (N, C, H, W) at single positions.
+
+    image, position: (S,), the latter counted in the order (H, W). Beyond the map is 0.
+    """
+    height, width = feature.shape[2:]
+    offset = torch.arange(3, device=position.device) - 1
+    row = (position // width)[:, None, None] + offset[:, None]  # (S, 3, 1)
+    column = (position % width)[:, None, None] + offset  # (S, 1, 3)
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+    return feature[image[:, None, None], :, row, column] * inside[..., None]
 
 
 class RPN(nn.Module):
@@ -325,13 +332,11 @@ class RPN(nn.Module):
         level_of = sum((index >= begin).long() for begin in begins) - 1
         order, counts = group(level_of, len(sizes))
         image, index = image[order].split(counts), index[order].split(counts)
-        found = [
-            self.rpn_head.forward_sampled(features[name], image[level], index[level] - begin)
-            for level, (name, begin) in enumerate(zip(self.in_features, begins, strict=True))
-        ]
+        index = [of_level - begin for of_level, begin in zip(index, begins, strict=True)]
+        maps = [features[name] for name in self.in_features]
+        logits, deltas = self.rpn_head.forward_sampled(maps, image, index)
         back = order.argsort()
-        logits, deltas = (torch.cat(part)[back].float() for part in zip(*found, strict=True))
-        return logits, deltas
+        return logits[back].float(), deltas[back].float()
 
     @torch.no_grad()
     def propose(

@@ -55,8 +55,8 @@ MOST = {
     "quick/coco_mini_R18_FPN_mask": (9, 9),
     "quick/coco_mini_R18_FPN_keypoint": (9, 10),
     "quick/quickstart_R18_FPN": (6, 8),
-    "voc_R50_C4_24k_moco": (8, 10),
-    "voc_R50_DC5_24k_moco": (5, 7),
+    "voc_R50_C4_24k_moco": (7, 10),
+    "voc_R50_DC5_24k_moco": (4, 7),
 }
 
 

@@ -247,7 +247,8 @@ def test_single_anchors_are_what_the_whole_map_gives(features):
         total = (torch.cat([logits[:, None], deltas], 1) * weight).sum()
         return torch.autograd.grad(total, [feature, *head.parameters()])
 
-    logits, deltas = head.forward_sampled(feature, image, index)
+    parts = [image[:20], image[20:], image[:0]], [index[:20], index[20:], index[:0]]
+    logits, deltas = head.forward_sampled([feature] * 3, *parts)
     torch.testing.assert_close(logits, expected_logits)
     torch.testing.assert_close(deltas, expected_deltas)
     pairs = zip(gradients(logits, deltas), gradients(expected_logits, expected_deltas), strict=True)
