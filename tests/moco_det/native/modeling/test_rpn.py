@@ -194,10 +194,11 @@ def test_proposals_carry_no_gradient_and_lie_in_the_image(features):
 
 
 def test_boxes_that_are_not_finite_are_dropped(features):
-    rpn = strong_head(make_rpn())
+    rpn = strong_head(make_rpn(post_nms_topk=(2000, 2000)))  # all that there are
     features["p0"][1] = float("nan")
     proposals, losses = rpn(features, SIZES, GT)
     assert all(boxes.isfinite().all() for boxes in proposals)
+    assert all((boxes[:, 2:] > boxes[:, :2]).all() for boxes in proposals)
     assert len(proposals[1]) > 0  # those of the other level
     assert losses["loss_rpn_cls"].isnan()  # the trainer sees it
 
