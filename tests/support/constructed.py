@@ -44,7 +44,10 @@ def describe(thing, path: str, found: dict, seen: set[int]) -> None:
         else:
             found[path] = thing.flatten().tolist() if thing.numel() < 16 else list(thing.shape)
         return
-    if id(thing) in seen or isinstance(thing, (torch.dtype, torch.device, Path)):
+    if isinstance(thing, torch.dtype):
+        found[path] = str(thing)
+        return
+    if id(thing) in seen or isinstance(thing, (torch.device, Path)):
         return
     seen.add(id(thing))
     if isinstance(thing, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
