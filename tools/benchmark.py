@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 r"""Measure speed beside a reference that is timed in the same run.
 
+python tools/benchmark.py all --output output/benchmark
 python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
 python tools/benchmark.py pretrain-step --batch-size 256 --amp none fp16 bf16 --bn-groups 1 2 8 \
     --compile off graphs on --deterministic
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark import data_speed, pretrain_step, speed
+from moco_det.benchmark import data_speed, everything, pretrain_step, speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.jobs.job import cores, processor
 from moco_det.benchmark.pretrain_step import NAMES
-from moco_det.common.errors import CommandParser, at_least, exit_cleanly
+from moco_det.common.errors import CommandParser, UserError, at_least, exit_cleanly
+from moco_det.common.files import make_folder
 from moco_det.config.loading import add_config_arguments
-from moco_det.engines import ENGINES, require_detectron2
+from moco_det.engines import ENGINES, choose_engine, require_detectron2
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.moco import MECHANISMS
 
@@ -112,7 +114,28 @@ def parse_args() -> argparse.Namespace:
     detector.add_argument("--rounds", type=COUNT, default=3)
     detector.add_argument("--compile", action="store_true", help="--engine's backbone")
     detector.set_defaults(report=report_detector)
+
+    whole = commands.add_parser("all", help="all of these, to a JSON file and a page")
+    whole.add_argument("--output", type=Path, required=True, metavar="DIR")
+    whole.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    whole.add_argument("--images", type=Path, metavar="DIR",
+        help="photographs for data-path; without, some are drawn")  # fmt: skip
+    whole.add_argument("--minutes", type=at_least(1, 10_000), default=8,
+        help="what does not fit into them is left out")  # fmt: skip
+    whole.set_defaults(report=report_all)
     return parser.parse_args()
+
+
+def report_all(args: argparse.Namespace) -> None:
+    """Each benchmark at a size that suits the device, Detectron2 beside ours where it is."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is available here; pass --device cpu")
+    make_folder(args.output, "--output")
+    images = args.images or everything.draw_photographs(args.output / "photographs")
+    versus = "detectron2" if choose_engine("auto")[0] == "detectron2" else "native"
+    todo = everything.commands(args.device, images, versus)
+    measured = everything.measure_all(todo, args.minutes)
+    print(everything.write_measured(measured, machine(args.device), args.output))
 
 
 def report_step(args: argparse.Namespace) -> None:
