@@ -10,6 +10,7 @@ python tools/benchmark.py pretrain-cost
 python tools/benchmark.py knn-bank --images 1281167
 python tools/benchmark.py annotation-memory --images 118000 --objects 828000
 python tools/benchmark.py detector-step --config-file configs/voc_R50_C4_24k_moco.yaml
+python tools/benchmark.py evaluation --config-file configs/coco_R50_FPN_1x_moco.yaml
 python tools/benchmark.py detector-step --config-file configs/coco_R50_FPN_1x_moco.yaml \\
     --image-size 800 1216 --batch-size 2 16 --device cuda
 """
@@ -21,12 +22,14 @@ if __name__ == "__main__":
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tabulate import tabulate
 
 from moco_det.benchmark import data_speed, everything, pretrain_step, speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
+from moco_det.benchmark.evaluation_speed import evaluation_rates
 from moco_det.benchmark.jobs.job import cores, processor
 from moco_det.benchmark.pretrain_step import NAMES
 from moco_det.common.errors import CommandParser, UserError, at_least, exit_cleanly
@@ -114,6 +117,14 @@ def parse_args() -> argparse.Namespace:
     detector.add_argument("--rounds", type=COUNT, default=3)
     detector.add_argument("--compile", action="store_true", help="--engine's backbone")
     detector.set_defaults(report=report_detector)
+
+    test = commands.add_parser("evaluation", help="a detector's evaluation, from files to metrics")
+    add_config_arguments(test)
+    test.add_argument("--engine", default="native", choices=ENGINES[1:])
+    test.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
+    test.add_argument("--images", type=COUNT, default=100, help="of the shorter of two runs")
+    test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    test.set_defaults(report=report_evaluation)
 
     whole = commands.add_parser("all", help="all of these, to a JSON file and a page")
     whole.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -230,6 +241,20 @@ def report_detector(args: argparse.Namespace) -> None:
     columns = ["batch", "step", "amp", *columns[:2], "ratio", *columns[2:4], "ratio", *columns[4:]]
     print(tabulate(rows, columns, tablefmt="pipe", disable_numparse=True))
     print("ms: of a whole batch; GiB: at most, in training; waits: of the host for the device")
+
+
+def report_evaluation(args: argparse.Namespace) -> None:
+    """Both engines on the same drawn scenes, one after the other."""
+    engines = tuple(dict.fromkeys((args.versus, args.engine)))
+    if "detectron2" in engines:
+        require_detectron2()
+    opts = (*args.opts, "MODEL.DEVICE", args.device)
+    with TemporaryDirectory() as folder:
+        rates = evaluation_rates(engines, args.config_file, opts, args.images, Path(folder))
+    theirs = rates[args.versus]
+    rows = [(engine, f"{rate:.2f}", f"{theirs / rate:.2f}") for engine, rate in rates.items()]
+    columns = ("engine", "images/s", "time ratio")
+    print(tabulate(rows, columns, tablefmt="pipe", disable_numparse=True))
 
 
 def machine(device: str) -> str:

@@ -62,6 +62,9 @@ def commands(device: str, images: Path, versus: str) -> list[list[str]]:
         found.append(
             ["detector-step", *config, *size.split(), "--device", device, "MODEL.WEIGHTS", ""]
         )
+    mask = ["--config-file", f"configs/{DETECTORS[1]}.yaml", "--versus", versus]
+    some = ["--images", "100" if gpu else "2", "--device", device]
+    found.append(["evaluation", *mask, *some])
     found.append(["data-path", "--images", str(images), "--device", device, "--rounds", "3"])
     found.append(["knn-bank", "--images", str(10**6 if gpu else 20_000), "--device", device])
     found.append(["annotation-memory", "--processes", "8" if gpu else "2"])
