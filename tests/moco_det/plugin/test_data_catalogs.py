@@ -272,10 +272,13 @@ def test_dense_pose_is_trained_on_where_there_is_some(plugin, tmp_path, monkeypa
         plugin.data.build_dense_pose_loader(cfg, 6)
     write_symmetries(file_path("UV_symmetry_transforms.mat"))
     assert plugin.data.build_dense_pose_loader(cfg, 6) == "loader"
-    assert found.calls == [((("a", "b"),), {"filter_empty": False})]
+    asked = {"filter_empty": False, "min_keypoints": 0, "proposal_files": None}
+    assert found.calls == [((("a", "b"),), asked)]
     assert mapper.calls == [((cfg,), {"is_train": True})]
-    expected = {"mapper": "mapper", "dataset": records[2:], "total_batch_size": 6}
-    assert build.calls == [((cfg,), expected)]
+    ((arguments, options),) = build.calls
+    assert arguments == (cfg,)
+    assert list(options.pop("dataset")) == records[2:]
+    assert options == {"mapper": "mapper", "total_batch_size": 6}
     del records[2:]
     with pytest.raises(UserError, match=r"\('a', 'b'\) has no object with dp_x, dp_y"):
         plugin.data.build_dense_pose_loader(cfg, 6)

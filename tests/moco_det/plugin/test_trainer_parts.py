@@ -103,7 +103,8 @@ def test_which_trainer_takes_the_steps(plugin, load, opts, kind, accumulation):
     steps = trainer._build_steps(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
     assert type(steps).__name__ == kind
     if kind == "AccumulatingTrainer":
-        assert (steps.accumulation, steps.amp) == (accumulation, "SOLVER.AMP.ENABLED" in opts)
+        half = torch.bfloat16 if "SOLVER.AMP.ENABLED" in opts else None  # on a CPU
+        assert (steps.accumulation, steps.precision) == (accumulation, half)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +148,17 @@ def test_batches_are_of_one_forward_pass(
 ):
     """Detectron2's loader divides `total_batch_size` among the processes."""
     build, dense = Recorder("loader"), Recorder("dense pose")
+    monkeypatch.setattr(plugin.trainer, "shared_records", Recorder("records"))
     monkeypatch.setattr(plugin.trainer, "build_detection_train_loader", build)
     monkeypatch.setattr(plugin.trainer, "build_dense_pose_loader", dense)
     monkeypatch.setattr(plugin.trainer.comm, "get_world_size", lambda: processes)
     key = "SOLVER.GRADIENT_ACCUMULATION_STEPS"
     cfg = load("SOLVER.IMS_PER_BATCH", "12", key, str(accumulation))
     assert plugin.trainer.Trainer.build_train_loader(cfg) == "loader"
-    assert build.calls == [((cfg,), {"mapper": None, "total_batch_size": images})]
+    assert build.calls == [
+        ((cfg,), {"mapper": None, "dataset": "records", "total_batch_size": images})
+    ]
+    assert plugin.trainer.shared_records.calls == [((cfg,), {})]
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DENSEPOSE_ON = True
@@ -167,6 +172,7 @@ def test_a_segmentor_has_its_own_mapper_and_test_loader(plugin, load, tmp_path, 
     cfg = plugin.extensions.load_config(str(path))
     build = Recorder("loader")
     monkeypatch.setattr(plugin.trainer, "build_detection_train_loader", build)
+    monkeypatch.setattr(plugin.trainer, "shared_records", Recorder([]))
     plugin.trainer.Trainer.build_train_loader(cfg)
     ((_, options),) = build.calls
     assert isinstance(options["mapper"], plugin.data.SemanticDatasetMapper)
@@ -219,6 +225,7 @@ def test_statistics_are_those_of_so_many_batches(plugin):
 def trainer(plugin, load, monkeypatch):
     """Function: KEY VALUE ... -> a trainer whose loader has no images."""
     monkeypatch.setattr(plugin.trainer, "build_detection_train_loader", Recorder([]))
+    monkeypatch.setattr(plugin.trainer, "shared_records", Recorder([]))
     return lambda *opts, **options: plugin.trainer.Trainer(load(*opts), **options)
 
 
