@@ -64,14 +64,15 @@ def distinct(boxes: Tensor, shades: Sequence[Colour]) -> list[Colour]:
         boxes: N x 4, XYXY.
         shades: the N colours of their classes.
     """
-    boxes, taken = boxes.tolist(), []
-    for box, shade in zip(boxes, shades, strict=True):
-        near = [other for at, other in zip(boxes, taken, strict=False) if _touch(box, at)]
-        candidates = family(shade)
-        gaps = [min((_difference(c, n) for n in near), default=np.inf) for c in candidates]
-        free = [c for c, gap in zip(candidates, gaps, strict=True) if gap >= LEAST_DIFFERENCE]
-        taken.append(free[0] if free else candidates[int(np.argmax(gaps))])
-    return taken
+    corners, taken = boxes.numpy(), np.zeros((len(boxes), 3), int)
+    families = {shade: np.array(family(shade)) for shade in set(shades)}
+    for number, shade in enumerate(shades):
+        candidates = families[shade]
+        near = taken[:number][_touching(corners[number], corners[:number])]
+        differences = np.abs(candidates[:, None] - near[None]).sum(axis=2)
+        gaps = differences.min(axis=1, initial=LEAST_DIFFERENCE)  # more than that is no better
+        taken[number] = candidates[gaps.argmax()]  # the first of the best
+    return [tuple(shade) for shade in taken.tolist()]
 
 
 def ink(shade: Colour) -> Colour:
@@ -82,58 +83,72 @@ def ink(shade: Colour) -> Colour:
     return (0, 0, 0) if luma > 110 else (255, 255, 255)
 
 
-def _difference(one: Colour, other: Colour) -> int:
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
-
-
-def _touch(one: Sequence[float], other: Sequence[float], gap: float = 2) -> bool:
-    """Whether two boxes overlap, or lie within `gap` pixels of each other."""
-    return all(one[i] - gap <= other[i + 2] and other[i] - gap <= one[i + 2] for i in (0, 1))
+def _touching(box: np.ndarray, boxes: np.ndarray, gap: float = 2) -> np.ndarray:
+    """Which of N boxes overlap a box, or lie within `gap` pixels of it."""
+    before = (box[:2] - gap <= boxes[:, 2:]).all(axis=1)
+    return before & (boxes[:, :2] - gap <= box[2:]).all(axis=1)
 
 
 # -- labels ---------------------------------------------------------------------------------------
 
 HIDDEN = 0.25  # of an object, at most, may lie under labels
+MOST = 300  # labels; a picture has no room for more
 
 Plate = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
-def place_label(
-    size: tuple[float, float],
-    corners: Sequence[float],
-    boxes: np.ndarray,
-    plates: Sequence[Plate],
-    picture: tuple[int, int],
-) -> Plate | None:
-    """Where the label of an object is written: above its box, or where it hides least.
+class Labels:
+    """Where the labels of a picture's objects are written: above their boxes, or where they hide
+    least.
 
     Args:
-        size: width and height of the label.
-        corners: of the object's box, XYXY.
-        boxes: of all objects of the picture, N x 4.
-        plates: of the labels that are written already.
+        boxes: of all objects, N x 4, XYXY.
         picture: its width and height.
-
-    Returns:
-        The first place, of those on and around the box, that hides no object and no other label;
-        then one that hides no object; None where there is neither.
     """
-    (width, height), (x0, y0, x1, y1) = size, corners
-    places = [
-        (x0, y0 - height), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1),
-        (x1, y0), (x0 - width, y0), (x0, y0), (x0, y1 - height),
-    ]  # fmt: skip
-    hidden = sum((_covered(plate, boxes) for plate in plates), np.zeros(len(boxes)))
-    possible = []
-    for x, y in places:
-        x = min(max(x, 0), max(picture[0] - width, 0))
-        y = min(max(y, 0), max(picture[1] - height, 0))
-        plate = (x, y, x + width, y + height)
-        more = _covered(plate, boxes)
-        if (hidden + more)[more > 0].max(initial=0) <= HIDDEN:
-            overlap = _covered(plate, np.array(plates)).max() if plates else 0
-            possible.append((overlap, plate))
-    return min(possible, key=lambda found: found[0])[1] if possible else None
+
+    def __init__(self, boxes: np.ndarray, picture: tuple[int, int]):
+        self.boxes = boxes
+        self.picture = picture
+        self.plates = np.zeros((0, 4))  # of the labels so far
+        self.asked = 0
+        self.hidden = np.zeros(len(boxes))  # the share of each object that lies under them
+
+    def place(self, size: tuple[float, float], corners: Sequence[float]) -> Plate | None:
+        """The plate of one more label; None where it would hide an object wherever it is, and of
+        objects after the first `MOST`.
+
+        Of the places on and around its box that hide no object it is the first that touches no
+        other label, or else the one that covers least of another.
+
+        Args:
+            size: width and height of the label.
+            corners: of the object's box, XYXY.
+        """
+        self.asked += 1
+        if self.asked > MOST:
+            return None
+        (width, height), (x0, y0, x1, y1) = size, corners
+        places = [
+            (x0, y0 - height), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1),
+            (x1, y0), (x0 - width, y0), (x0, y0), (x0, y1 - height),
+        ]  # fmt: skip
+        best, least = None, np.inf
+        for x, y in places:
+            x = min(max(x, 0), max(self.picture[0] - width, 0))
+            y = min(max(y, 0), max(self.picture[1] - height, 0))
+            plate = (x, y, x + width, y + height)
+            more = _covered(plate, self.boxes)
+            if (self.hidden + more)[more > 0].max(initial=0) > HIDDEN:
+                continue
+            overlap = _covered(plate, self.plates).max(initial=0)
+            if overlap < least:
+                best, least = plate, overlap
+            if overlap == 0:
+                break
+        if best:
+            self.hidden += _covered(best, self.boxes)
+            self.plates = np.concatenate([self.plates, [best]])
+        return best
 
 
 def _covered(plate: Plate, boxes: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision import utils
 from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
-from moco_det.colours import GOLDEN_ANGLE, Colour, distinct, ink, palette, place_label
+from moco_det.colours import GOLDEN_ANGLE, Colour, Labels, distinct, ink, palette
 from moco_det.common.images import read_upright
 from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
 from moco_det.datasets.problems import one_line
@@ -369,13 +369,12 @@ def _write(
     picture = to_pil_image(image)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(11, round(max(picture.size) / 75)))
-    plates = []
+    labels = Labels(boxes, picture.size)
     for box, text, shade in zip(boxes.tolist(), texts, colours, strict=True):
         _, _, right, bottom = font.getbbox(text)
-        plate = place_label((right + 4, bottom + 3), box, boxes, plates, picture.size)
+        plate = labels.place((right + 4, bottom + 3), box)
         if plate is None:
             continue
-        plates.append(plate)
         x0, y0, x1, y1 = plate
         pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=shade)  # Pillow's corners are both inside
         pen.text((x0 + 2, y0), text, fill=ink(shade), font=font)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MEMORY = 2 << 30  # bytes a child may allocate, and of which it may be resident
+MEMORY = 2 << 30  # bytes a child may allocate, and that may be resident, beside its parent's
 PROCESSOR_SECONDS = 20  # for an input
 SECONDS = 200  # on the clock: for what waits; what computes on a busy machine may take its time
 LONGEST = 300  # characters of a message
@@ -134,7 +134,8 @@ def _live(folder: Path, work: Callable[[Path], Any]) -> None:
     """The child's life; `work` returns what the parent is to know, as JSON."""
     os.setpgid(0, 0)
     os.chdir(folder)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    most = MEMORY + _held("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     log = open(folder / "fault", "w")  # noqa: SIM115
@@ -148,6 +149,12 @@ def _live(folder: Path, work: Callable[[Path], Any]) -> None:
     except BaseException:
         (folder / "broken").write_text(traceback.format_exc())
     os._exit(0)
+
+
+def _held(what: str) -> int:
+    """Bytes that this process has, VmData or VmRSS: a child begins with them."""
+    found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024
 
 
 # -- in the parent --------------------------------------------------------------------------------
@@ -164,7 +171,7 @@ def run_all(
     Raises:
         RuntimeError: `work` itself has failed, outside of a command.
     """
-    running: dict[int, tuple[Any, Path, float]] = {}
+    running: dict[int, tuple[Any, Path, float, int]] = {}
     numbers = iter(range(1 << 62))
     while True:
         while len(running) < jobs and (found := next(works, None)):
@@ -174,7 +181,7 @@ def run_all(
             pid = os.fork()
             if pid == 0:
                 _live(folder, work)
-            running[pid] = key, folder, time.monotonic()
+            running[pid] = key, folder, time.monotonic(), _held("VmRSS")
         if not running:
             return
         pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -182,8 +189,8 @@ def run_all(
             _kill_late(running)
             time.sleep(0.002)
         elif pid in running:
-            key, folder, _ = running.pop(pid)
-            outcome = _outcome(folder, status, usage.ru_maxrss * 1024)
+            key, folder, _, held = running.pop(pid)
+            outcome = _outcome(folder, status, usage.ru_maxrss * 1024, MEMORY + held)
             outcome.seconds = usage.ru_utime + usage.ru_stime
             yield key, outcome
             if not keep:
@@ -191,7 +198,7 @@ def run_all(
 
 
 def _kill_late(running: dict) -> None:
-    for pid, (_, _, begun) in running.items():
+    for pid, (_, _, begun, _) in running.items():
         if time.monotonic() - begun > SECONDS + 15:  # its own watchdog has not got hold of it
             os.killpg(pid, signal.SIGKILL)
 
@@ -201,7 +208,7 @@ def canary(folder: Path) -> Path:
     return folder / _CANARY
 
 
-def _outcome(folder: Path, status: int, rss: int) -> Outcome:
+def _outcome(folder: Path, status: int, rss: int, most: int) -> Outcome:
     def read(name: str) -> str:
         path = folder / name
         return path.read_text(errors="replace") if path.exists() else ""
@@ -210,11 +217,11 @@ def _outcome(folder: Path, status: int, rss: int) -> Outcome:
         raise RuntimeError(f"an input could not be made or judged:\n{read('broken')}")
     steps = [Step(**json.loads(line)) for line in read("steps").splitlines()]
     mutation, complaint = json.loads(read("verdict") or '["", ""]')
-    kind, detail, place = _judge(folder, status, rss, steps, complaint, read("fault"))
+    kind, detail, place = _judge(folder, status, rss, most, steps, complaint, read("fault"))
     return Outcome(kind, detail, place, mutation or read("mutation"), rss, steps=steps)
 
 
-def _judge(folder, status, rss, steps, complaint, fault) -> tuple[str, str, str]:
+def _judge(folder, status, rss, most, steps, complaint, fault) -> tuple[str, str, str]:
     """(kind, detail, place): the worst thing that has happened."""
     if canary(folder).exists():
         return "executed", "a payload in the file was run", ""
@@ -229,7 +236,7 @@ def _judge(folder, status, rss, steps, complaint, fault) -> tuple[str, str, str]
         if found := _NO_MEMORY.search(text):
             line = next(line for line in text.splitlines() if found[0] in line)
             return "memory", f"{step.name}: {line[-200:]}", step.place
-    if rss > MEMORY:
+    if rss > most:
         return "memory", f"a peak of {rss >> 20} MB", ""
     for step, text in texts:
         if step.code is None or "Traceback (most recent call last)" in text:

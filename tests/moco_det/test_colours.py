@@ -10,12 +10,12 @@ from moco_det import visualize
 from moco_det.colours import (
     HIDDEN,
     LEAST_DIFFERENCE,
+    Labels,
     colour,
     distinct,
     family,
     ink,
     palette,
-    place_label,
 )
 
 
@@ -80,28 +80,39 @@ def test_ink_is_read_on_its_plate(shade, expected):
     assert ink(shade) == (expected,) * 3
 
 
+def labels_of(*boxes, picture=(200, 200)) -> Labels:
+    return Labels(np.array(boxes, float), picture)
+
+
 def test_a_label_is_above_its_box():
-    boxes = np.array([[50.0, 60, 90, 100]])
-    assert place_label((30, 10), boxes[0], boxes, [], (200, 200)) == (50, 50, 80, 60)
+    box = [50, 60, 90, 100]
+    assert labels_of(box).place((30, 10), box) == (50, 50, 80, 60)
 
 
 def test_a_label_is_below_where_something_small_is_above():
-    boxes = np.array([[50.0, 60, 90, 100], [55, 48, 65, 58]])
-    assert place_label((30, 10), boxes[0], boxes, [], (200, 200)) == (50, 100, 80, 110)
+    box = [50, 60, 90, 100]
+    assert labels_of(box, [55, 48, 65, 58]).place((30, 10), box) == (50, 100, 80, 110)
 
 
 def test_a_label_lies_on_a_large_object_rather_than_on_another_label():
-    boxes = np.array([[0.0, 0, 200, 200], [50, 60, 90, 100]])
-    first = place_label((30, 10), boxes[1], boxes, [], (200, 200))
-    assert first == (50, 50, 80, 60)
-    second = place_label((30, 10), boxes[1], boxes, [first], (200, 200))
-    assert second == (50, 100, 80, 110)
+    box = [50, 60, 90, 100]
+    labels = labels_of([0, 0, 200, 200], box)
+    assert labels.place((30, 10), box) == (50, 50, 80, 60)
+    assert labels.place((30, 10), box) == (50, 100, 80, 110)
+
+
+def test_labels_together_hide_no_more_than_one_may():
+    """Each of these takes a fifth of the large box, where a quarter may be hidden."""
+    labels = labels_of([0, 0, 100, 10], [0, 12, 1, 13], picture=(100, 13))
+    assert labels.place((20, 10), [0, 0, 20, 10]) is not None
+    assert labels.hidden[0] == pytest.approx(0.2)
+    assert labels.place((20, 10), [50, 0, 70, 10]) is None
 
 
 def test_a_label_that_would_hide_an_object_wherever_it_stands_is_left_out():
     x, y = np.meshgrid(np.arange(0, 60, 6.0), np.arange(0, 60, 6.0))
     boxes = np.stack([x, y, x + 5, y + 5], axis=-1).reshape(-1, 4)
-    assert place_label((30, 10), boxes[44], boxes, [], (60, 60)) is None
+    assert Labels(boxes, (60, 60)).place((30, 10), boxes[44]) is None
 
 
 def test_no_small_object_is_hidden_by_a_label():
