@@ -116,6 +116,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or "allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
 
 
+def tells_of_a_worker(error: BaseException) -> bool:
+    """Whether it is torch's about a killed loader process, raised amid whatever was being done."""
+    return "DataLoader worker" in str(error)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether the error only tells that another process of the run has ended."""
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moco_det.common.checkpoint_files import seal
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, tells_of_a_worker
 from moco_det.common.files import replacing
 from moco_det.common.resnets import infer_architecture
 from moco_det.common.weight_checks import shorten
@@ -79,6 +79,8 @@ def _write(path: Path, content: Mapping[str, object]) -> None:
             else:
                 torch.save(dict(content), file)
         except RuntimeError as error:  # how torch reports a full disk
+            if tells_of_a_worker(error):
+                raise
             raise OSError(str(error).splitlines()[0].split(". ")[0]) from error
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, tells_of_a_worker
 from moco_det.common.files import RunFiles, claimed, replacing
 from moco_det.common.processes import all_objects, print_on_main
 from moco_det.common.resume_state import (
@@ -117,6 +117,8 @@ def save(state: dict, path: Path) -> None:
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        if tells_of_a_worker(error):
+            raise
         kept = f"the previous {path} is intact" if path.exists() else "no earlier one exists"
         raise UserError(f"could not save {path} (disk full?): {error}; {kept}") from error
 

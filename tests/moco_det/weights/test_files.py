@@ -113,3 +113,13 @@ def test_bfloat16_is_written_as_float32_without_loss(tmp_path):
     found = read_state_dict(tmp_path / "w.pkl")[0]["a"]
     assert found.dtype == torch.float32
     assert torch.equal(found, values.float())
+
+
+def test_a_worker_that_is_killed_meanwhile_is_no_full_disk(tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        write_weights(tmp_path / "model.pth", {"model": {}})
+    assert list(tmp_path.iterdir()) == []

@@ -159,3 +159,18 @@ def test_generators_continue_where_they_were_saved(tmp_path):
     assert draws() != expected
     checkpoints.restore_rng(checkpoints.load(tmp_path / LAST)["rng"][0])
     assert draws() == expected
+
+
+def test_a_worker_that_is_killed_while_a_checkpoint_is_written_is_no_full_disk(
+    tmp_path, monkeypatch
+):
+    """torch raises its error about it wherever the process is."""
+
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+        checkpoints.save({}, tmp_path / "checkpoint_last.pth.tar")
+    assert not isinstance(raised.value, UserError)
+    assert list(tmp_path.iterdir()) == []
