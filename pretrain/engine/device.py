@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from moco_det.common.errors import UserError, one_line
+from moco_det.common.gpus import has_bfloat16
 from moco_det.common.processes import all_objects, from_main, print_on_main
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import AMP_DTYPES
@@ -69,7 +70,7 @@ def settle_precision(wanted: str, device: torch.device, checkpoint: Checkpoint |
         if before not in AMP_DTYPES:
             raise UserError(f"{checkpoint.path}: entry config.amp is {one_line(before, 60)}")
         return before
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or not has_bfloat16(device):
         return "none"
     print_on_main("mixed precision: bf16 (--amp none for float32, the paper's)")
     return "bf16"

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
+from moco_det.common.gpus import HostCopy
 from moco_det.common.processes import (
     StopRequest,
     end_run,
@@ -293,20 +294,6 @@ class Report(NamedTuple):
     others: dict[str, float]
 
 
-class Arrival:
-    """A GPU's tensor on its way to the host, which goes on meanwhile."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.copy.copy_(tensor, non_blocking=True)
-        self.done = torch.cuda.Event()
-        self.done.record()
-
-    def wait(self) -> torch.Tensor:
-        self.done.synchronize()
-        return self.copy
-
-
 class MetricMeter:
     """Means of the named values over the steps since the last report, and where the time went.
 
@@ -339,7 +326,7 @@ class MetricMeter:
         sums = self.sums / world_size()
         if world_size() > 1:
             dist.all_reduce(sums)
-        arrival = None if self.sent_at_once else Arrival(sums)
+        arrival = None if self.sent_at_once else HostCopy(sums)
         self.sent = sums, arrival, self.steps, self.waiting
         self._begin_sums()
 

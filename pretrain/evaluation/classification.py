@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.gpus import upload
 from moco_det.common.processes import broadcast_buffers, rank, world_size
 from pretrain.data.images import DistributedBatchSampler, Loading
 from pretrain.data.labelled import LabelledBatches
@@ -27,7 +28,6 @@ from pretrain.engine.optimization import ScheduledSGD, parallelize
 from pretrain.engine.trainer import Task, Trainer
 from pretrain.evaluation.features import SplitFeatures, encode, extract, pooled
 from pretrain.moco.grouped_batchnorm import group_batchnorm
-from pretrain.moco.instance_discrimination import send
 
 BEST = "checkpoint_best.pth.tar"
 
@@ -188,7 +188,7 @@ class FeatureBatches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for keys in self.sampler:
-            indices = send(torch.tensor([index for _, index in keys]), self.labels.device)
+            indices = upload(torch.tensor([index for _, index in keys]), self.labels.device)
             yield self.features[indices], self.labels[indices]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco_det.common.gpus import upload
 from moco_det.common.processes import gather, rank, world_size
 from pretrain.moco.grouped_batchnorm import group_batchnorm
 
@@ -64,7 +65,7 @@ class InstanceDiscrimination(nn.Module):
         order = torch.arange(len(indices))
         if self.shuffle_bn:
             order = shuffle_index(seed, step, len(indices))
-        return *views, send(order, views[0].device)
+        return *views, upload(order, views[0].device)
 
     def enqueue(self, keys: torch.Tensor) -> None:
         """Keep the keys of this step (B x C) for later ones, where the mechanism has a queue."""
@@ -159,14 +160,6 @@ def embed(
     pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
     pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     return F.normalize(encoder(pixels).float(), dim=1)
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small CPU tensor on `device`. A GPU copies it in its own time: from memory that is not
-    pinned the host would wait until it has done so, and before that all else it was given."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def shuffle_index(seed: int, step: int, batch_size: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco_det.common.gpus import upload
 from moco_det.common.processes import gather, rank, world_size
-from pretrain.moco.instance_discrimination import InstanceDiscrimination, send, step_generator
+from pretrain.moco.instance_discrimination import InstanceDiscrimination, step_generator
 
 
 class MemoryBank(InstanceDiscrimination):
@@ -59,7 +60,7 @@ class MemoryBank(InstanceDiscrimination):
     ) -> tuple[torch.Tensor, ...]:
         (im_q,) = views
         negatives = draw_others(seed, step, self.negatives, len(self.bank), indices)
-        return im_q, send(indices, im_q.device), send(negatives, im_q.device)
+        return im_q, upload(indices, im_q.device), upload(negatives, im_q.device)
 
     def forward(
         self, im_q: torch.Tensor, indices: torch.Tensor, negatives: torch.Tensor

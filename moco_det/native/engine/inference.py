@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moco_det.common.gpus import HostCopy
 from moco_det.common.processes import (
     gather_objects,
     is_main,
@@ -29,7 +30,6 @@ from moco_det.evaluation import evaluate, print_table
 from moco_det.evaluation.predictions import prediction_record, save_predictions
 from moco_det.native.data.loader import build_test_loader, without_annotations
 from moco_det.native.engine.solver import build_optimizer
-from moco_det.native.modeling.layers import HostCopy
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.parity.probe import EngineProbe
 

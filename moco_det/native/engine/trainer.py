@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from moco_det.common.errors import UserError
 from moco_det.common.files import make_folder, write_text
+from moco_det.common.gpus import HostCopy
 from moco_det.common.processes import (
     StopRequest,
     end_run,
@@ -60,7 +61,6 @@ from moco_det.native.engine.solver import (
     lay_out_momentum,
 )
 from moco_det.native.modeling.layers import (
-    HostCopy,
     accumulate_gradients,
     half_precision,
     on_gpu,

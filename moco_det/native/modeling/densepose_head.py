@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
+from moco_det.common.gpus import upload
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, DensePosePoints
 from moco_det.native.modeling.boxes import Losses, SampledProposals, Size
-from moco_det.native.modeling.layers import kaiming_fill, upload
+from moco_det.native.modeling.layers import kaiming_fill
 
 # -- network --------------------------------------------------------------------------------------
 

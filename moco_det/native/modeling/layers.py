@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_det.common.errors import UserError
+from moco_det.common.gpus import has_bfloat16
 
 # -- kernels --------------------------------------------------------------------------------------
 
@@ -43,41 +43,9 @@ def kernels_of(device_type: str) -> Iterator[None]:
         _asked.pop()
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; the host does not wait for the copy."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
-class HostCopy:
-    """A tensor, or those in dicts and lists, on the way to the host while the device works on."""
-
-    def __init__(self, value: Any):
-        self._value = _to_host(value)
-        self._copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if self._copied:
-            self._copied.record()
-
-    def wait(self) -> Any:
-        """`value` with its tensors on the CPU."""
-        if self._copied:
-            self._copied.synchronize()
-        return self._value
-
-
-def _to_host(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_host(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_to_host(entry) for entry in value]
-    # From a GPU into pinned memory.
-    return value.detach().to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
-
-
 def half_precision(device: torch.device) -> torch.dtype:
     """bfloat16, which needs no scaling of the loss; float16 on GPUs that have no bfloat16."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and not has_bfloat16(device):
         return torch.float16
     return torch.bfloat16
 

@@ -14,8 +14,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from moco_det.common.gpus import upload
 from moco_det.native.modeling.boxes import Losses, Masks, SampledProposals, Size
-from moco_det.native.modeling.layers import ConvNorm, on_gpu, upload
+from moco_det.native.modeling.layers import ConvNorm, on_gpu
 
 
 class ClassConv(nn.Conv2d):

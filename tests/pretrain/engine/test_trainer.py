@@ -181,7 +181,7 @@ def reports_arrive_late(monkeypatch):
         meter.sent_at_once = False
         send(meter)
 
-    monkeypatch.setattr(trainer_module, "Arrival", Late)
+    monkeypatch.setattr(trainer_module, "HostCopy", Late)
     monkeypatch.setattr(MetricMeter, "send", sent_late)
 
 
