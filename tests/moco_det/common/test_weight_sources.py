@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from weight_arrays import ARRAYS, FILE, assert_equal
 
 from moco_det.common.errors import UserError
 from moco_det.common.weight_sources import (
@@ -26,20 +27,6 @@ from moco_det.common.weight_sources import (
     read_state_dict,
 )
 from moco_det.weights.files import write_weights
-
-ARRAYS = {
-    "stem.conv1.weight": torch.arange(6.0).reshape(2, 3),
-    "stem.conv1.norm.num_batches_tracked": torch.tensor(7),  # no dimensions
-}
-METADATA = {"__author__": "MOCO", "matching_heuristics": True, "requires": {"A.B": [1]}}
-FILE = {"model": ARRAYS} | METADATA
-
-
-def assert_equal(weights, expected=ARRAYS):
-    assert list(weights) == list(expected)
-    for name, value in expected.items():
-        assert weights[name].dtype == value.dtype
-        assert torch.equal(weights[name], value)
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 4, 5])

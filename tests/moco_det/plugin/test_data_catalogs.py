@@ -11,6 +11,7 @@ import pytest
 import torch
 from densepose_symmetries import write_symmetries
 from PIL import Image
+from recorder import Recorder
 from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_densepose import write_tiny_densepose
 from tiny_semantic import write_tiny_semantic
@@ -225,17 +226,6 @@ def test_classes_and_tasks_that_do_not_fit(plugin, catalogs, coco, semantic, par
 
 
 # -- loaders --------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Keeps the arguments of its calls."""
-
-    def __init__(self, result=None):
-        self.calls, self.result = [], result
-
-    def __call__(self, *args, **kwargs):
-        self.calls.append((args, kwargs))
-        return self.result
 
 
 def test_a_test_loader_has_no_label_maps(plugin, catalogs, semantic, monkeypatch):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorder import Recorder
 from tiny_semantic import write_tiny_segmentor, write_tiny_semantic
 from tiny_voc import write_tiny_config, write_tiny_voc
 from torch import nn
@@ -19,17 +20,6 @@ def load(plugin, tmp_path):
     path = write_tiny_config(tmp_path / "tiny.yaml", write_tiny_voc(tmp_path / "voc"))
     out = ["OUTPUT_DIR", str(tmp_path / "out")]
     return lambda *opts: plugin.extensions.load_config(str(path), [*out, *opts])
-
-
-class Recorder:
-    """Keeps the arguments of its calls."""
-
-    def __init__(self, result=None):
-        self.calls, self.result = [], result
-
-    def __call__(self, *args, **kwargs):
-        self.calls.append((args, kwargs))
-        return self.result
 
 
 # -- a step ---------------------------------------------------------------------------------------
