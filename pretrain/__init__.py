@@ -4,7 +4,7 @@ Start with `main.py`: it reads the flags, builds what they name and trains. From
 through `data` (files to views), `moco` (views to logits) and `engine` (logits to a checkpoint).
 
     main linear knn embed doctor   commands: flags, then what they ask for; nobody imports a command
-    flags.py                 their flags, recipes and launch: the last to see an argparse.Namespace
+    flags/                   their flags, recipes and launch: the last to see an argparse.Namespace
     data/                    images to batches
     moco/                    the papers' algorithms
     engine/                  the training loop and what it leaves on the disk

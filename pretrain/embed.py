@@ -20,10 +20,11 @@ import torch
 from moco_det.common.files import check_output_file, replacing
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main
-from pretrain import flags
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.evaluation.embedding import draw_sheet, embed, write_embedding
 from pretrain.evaluation.features import load_encoder, pooled
+from pretrain.flags.evaluation import parse_embed
+from pretrain.flags.launch import launch, loading
 
 
 def write_features(args: argparse.Namespace, device: torch.device) -> None:
@@ -35,8 +36,8 @@ def write_features(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)
     backbone = pooled(encoder.to(device, memory_format=torch.channels_last))
-    loading = flags.loading(args, device, args.seed)
-    found = embed(backbone, args.data, args.image_size, loading, device, AMP_DTYPES[args.amp])
+    batching = loading(args, device, args.seed)
+    found = embed(backbone, args.data, args.image_size, batching, device, AMP_DTYPES[args.amp])
     if is_main():
         write_embedding(Path(args.output), found)
         if args.sheet:
@@ -48,4 +49,4 @@ def write_features(args: argparse.Namespace, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    flags.launch(write_features, flags.parse_embed)
+    launch(write_features, parse_embed)

@@ -22,7 +22,8 @@ from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.knn import KnnMonitor
-from pretrain.flags import launch, parse_knn
+from pretrain.flags.evaluation import parse_knn
+from pretrain.flags.launch import launch
 
 
 def classify(args: argparse.Namespace, device: torch.device) -> None:

@@ -51,7 +51,8 @@ from pretrain.evaluation.classification import (
     validation_line,
 )
 from pretrain.evaluation.features import RANDOM, SplitFeatures, load_encoder, pooled
-from pretrain.flags import launch, loading, parse_linear, run_settings
+from pretrain.flags.evaluation import parse_linear
+from pretrain.flags.launch import launch, loading, run_settings
 from pretrain.moco.grouped_batchnorm import choose_bn_groups
 
 

@@ -31,7 +31,8 @@ from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedul
 from pretrain.engine.pretraining import MoCoPretraining
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.knn import KnnMonitor
-from pretrain.flags import launch, loading, parse_pretraining, run_settings
+from pretrain.flags.launch import launch, loading, run_settings
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.encoders import build_encoder
 from pretrain.moco.grouped_batchnorm import choose_bn_groups

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from paths import CONFIGS, EXPERIMENTS
 
-from pretrain.flags import parse_linear, parse_pretraining
+from pretrain.flags.evaluation import parse_linear
+from pretrain.flags.pretraining import parse_pretraining
 
 # Sections 3 and 4 of MoCo v1, the official code for what they leave open. They have float32, "auto"
 # takes bf16 on GPUs.

@@ -12,7 +12,7 @@ from PIL import Image
 from moco_det.common.errors import UserError
 from pretrain.embed import write_features
 from pretrain.evaluation.embedding import Embedding, draw_sheet, nearest
-from pretrain.flags import parse_embed
+from pretrain.flags.evaluation import parse_embed
 
 FLAGS = ["-a", "resnet18", "--image-size", "32"]
 

@@ -10,7 +10,7 @@ from noisy_colours import slow_features
 from sklearn.neighbors import KNeighborsClassifier
 
 from moco_det.common.errors import UserError
-from pretrain.flags import parse_knn
+from pretrain.flags.evaluation import parse_knn
 from pretrain.knn import classify
 
 

@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import BEST
-from pretrain.flags import parse_linear
+from pretrain.flags.evaluation import parse_linear
 from pretrain.linear import build_encoder, classify
 
 CPU = torch.device("cpu")

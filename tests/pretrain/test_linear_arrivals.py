@@ -6,7 +6,8 @@ import torch
 from pretrain.data.labelled import find_splits
 from pretrain.evaluation.classification import FeatureBatches, FineTuning, LinearProbe
 from pretrain.evaluation.features import SplitFeatures
-from pretrain.flags import loading, parse_linear
+from pretrain.flags.evaluation import parse_linear
+from pretrain.flags.launch import loading
 from pretrain.linear import build_encoder, build_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -28,7 +28,7 @@ from pretrain.engine import checkpoints, pretraining
 from pretrain.engine.checkpoints import LAST
 from pretrain.engine.device import compile_encoders
 from pretrain.evaluation import knn
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import pretrain
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
 

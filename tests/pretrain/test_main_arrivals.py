@@ -8,7 +8,8 @@ from torch import nn
 
 from pretrain.engine.optimization import LARS
 from pretrain.engine.trainer import RunSettings
-from pretrain.flags import loading, parse_pretraining, run_settings
+from pretrain.flags.launch import loading, run_settings
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import build_model, build_source, build_task
 from pretrain.moco.end_to_end import EndToEnd
 from pretrain.moco.losses import NCE, InfoNCE

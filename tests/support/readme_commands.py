@@ -122,7 +122,7 @@ def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
 
     with (
         patch.object(argparse.ArgumentParser, "parse_args", parse_args),
-        patch("pretrain.flags.launch", launch),
+        patch("pretrain.flags.launch.launch", launch),
         patch("sys.argv", [str(script), *arguments]),
     ):
         try:

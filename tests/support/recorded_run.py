@@ -15,7 +15,7 @@ import webdataset
 
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.engine.pretraining import MoCoPretraining
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import pretrain
 
 SIZE = 32

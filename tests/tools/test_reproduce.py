@@ -22,7 +22,7 @@ from moco_det.benchmark.jobs import preflight
 from moco_det.benchmark.synthetic import tasks
 from moco_det.common.resnets import Architecture
 from moco_det.common.weight_layouts import rename
-from pretrain.flags import parse_linear
+from pretrain.flags.evaluation import parse_linear
 from pretrain.linear import classify
 
 main = load_command("tools/reproduce.py").main

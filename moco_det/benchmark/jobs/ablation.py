@@ -43,11 +43,13 @@ from moco_det.common.documents import (
     read_mapping,
     shown,
 )
-from moco_det.common.errors import UserError, one_line
+from moco_det.common.errors import UserError, nearest, one_line
 from moco_det.common.installation import own_file
-from pretrain import flags
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.features import RANDOM
+from pretrain.flags.common import as_flags
+from pretrain.flags.evaluation import knn_parser, linear_parser, parse_knn, parse_linear
+from pretrain.flags.pretraining import parse_pretraining, pretraining_parser
 
 FOLDER = own_file("pretrain")
 KEYS = ("recipe", "base", "grid", "rows", "untrained", "seeds", "knn", "linear")
@@ -93,13 +95,13 @@ def read_ablation(path: Path) -> Ablation:
     for key in content:
         if key not in KEYS:
             name = one_line(key, 60)
-            raise UserError(f"unknown key '{name}' in {path}{flags.nearest(name, KEYS)}")
-    base = _flags(content, "base", path, flags.pretraining_parser())
+            raise UserError(f"unknown key '{name}' in {path}{nearest(name, KEYS)}")
+    base = _flags(content, "base", path, pretraining_parser())
     if "recipe" in content:
         base = ["--recipe", os.path.realpath(path.parent / str(content["recipe"])), *base]
     rows = [Variant(UNTRAINED, base)] if content.get("untrained") else []
     for values in _variants(content, path):
-        varied = flags.as_flags(values, flags.pretraining_parser(), str(path))
+        varied = as_flags(values, pretraining_parser(), str(path))
         rows.append(Variant(" ".join(varied) or "(base)", base + varied))
     names = [row.name for row in rows]
     for name in names:
@@ -111,12 +113,12 @@ def read_ablation(path: Path) -> Ablation:
             f"'seeds' in {path} must be a number of at least 1, not {shown(seeds)} (and of at "
             f"most {MOST})"
         )
-    knn = _flags(content, "knn", path, flags.knn_parser())
-    return Ablation(rows, seeds, knn, _flags(content, "linear", path, flags.linear_parser()))
+    knn = _flags(content, "knn", path, knn_parser())
+    return Ablation(rows, seeds, knn, _flags(content, "linear", path, linear_parser()))
 
 
 def _flags(content: dict, key: str, path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    return flags.as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
+    return as_flags(_mapping(content, key, path), parser, f"'{key}' of {path}")
 
 
 def _mapping(content: dict, key: str, path: Path) -> dict:
@@ -207,7 +209,7 @@ class Trial:
         common = ["--seed", str(self.seed)]
         common += ["--workers", str(self.workers)] if self.workers is not None else []
         pretrain = [*self.variant.flags, *common, "--output", str(self.folder), "--resume", "auto"]
-        args = self._accepted(flags.parse_pretraining, pretrain)
+        args = self._accepted(parse_pretraining, pretrain)
         checkpoint = str(self.folder / LAST) if self.variant.trained else RANDOM
         common += ["--pretrained", checkpoint, "--arch", args.arch]
         common += ["--image-size", str(args.image_size)]
@@ -215,8 +217,8 @@ class Trial:
         neighbours = [*common, *self.ablation.knn, "--output", str(self.folder / "knn.json")]
         probe = [*common, *self.ablation.linear, "--output", str(self.folder / "linear")]
         probe += ["--resume", "auto"]
-        self._accepted(flags.parse_knn, neighbours)
-        self._accepted(flags.parse_linear, probe)
+        self._accepted(parse_knn, neighbours)
+        self._accepted(parse_linear, probe)
         data, commands = str(self.data), {}
         if self.variant.trained:
             commands["pretrain"] = [str(FOLDER / "main.py"), data, *pretrain]
@@ -230,7 +232,7 @@ class Trial:
         Where from and how a run is launched is not among it, nor is what it keeps on disk.
         """
         given = [*self.variant.flags, "--seed", str(self.seed)]
-        args, parser = self._accepted(flags.parse_pretraining, given), flags.pretraining_parser()
+        args, parser = self._accepted(parse_pretraining, given), pretraining_parser()
         return {
             "pretrain": {
                 key: value

@@ -20,9 +20,10 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import file_hash
 from moco_det.common.installation import own_file
 from moco_det.datasets import data_root
-from pretrain import flags
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import BEST
+from pretrain.flags.common import as_flags
+from pretrain.flags.evaluation import linear_parser, parse_linear
 
 TOP1, TOP5 = "classification/top1", "classification/top5"  # as metrics.json calls a detector's
 # What the runner passes itself, or what would make another experiment of the run.
@@ -99,14 +100,14 @@ def run_flags(run: ClassifierRun) -> list[str]:
     """The flags of the run as words. Raises UserError for one that the command does not know."""
     values = dict(run.flags)
     recipe = values.pop("recipe", None)
-    words = flags.as_flags(values, flags.linear_parser(), f"the flags of {run.name}")
+    words = as_flags(values, linear_parser(), f"the flags of {run.name}")
     return [*(["--recipe", recipe] if recipe else []), *words]
 
 
 def parsed(run: ClassifierRun) -> Namespace:
     """What the command will make of its flags. Raises UserError for what it refuses."""
     words = [str(data_folder(run)), *run_flags(run)]
-    return accepted(flags.parse_linear, words, run.name)
+    return accepted(parse_linear, words, run.name)
 
 
 def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = ()) -> Job:
@@ -135,7 +136,7 @@ def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = 
 
 def identity(run: ClassifierRun) -> dict[str, Any]:
     """See `Job`: the flags that are not at their defaults, less those that no number depends on."""
-    defaults, pretrained = flags.linear_parser(), run.flags["pretrained"]
+    defaults, pretrained = linear_parser(), run.flags["pretrained"]
     settings = {
         name: value
         for name, value in vars(parsed(run)).items()
@@ -167,5 +168,5 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         found[name] = {"true": True, "false": False}.get(text, text)
         if "," in text:
             found[name] = text.split(",")
-    flags.as_flags(found, flags.linear_parser(), "--linear")
+    as_flags(found, linear_parser(), "--linear")
     return found

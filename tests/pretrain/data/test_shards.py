@@ -35,7 +35,7 @@ from pretrain.data.shards import (
     find_shards,
     is_shards,
 )
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import build_source, pretrain
 
 CPU = torch.device("cpu")

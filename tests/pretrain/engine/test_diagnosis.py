@@ -16,7 +16,7 @@ from pretrain.doctor import main
 from pretrain.engine import diagnosis
 from pretrain.engine.checkpoints import LAST
 from pretrain.engine.diagnosis import Doctor, examine
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import pretrain
 
 # 48 images in batches of 16 are three steps an epoch. The linear rule gives 0.0019 for that batch.

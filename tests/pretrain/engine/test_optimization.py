@@ -10,7 +10,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from pretrain.engine.optimization import LARS, ScheduledSGD, build_schedule
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 
 
 def schedule(*flags: str, steps_per_epoch: int = 10):

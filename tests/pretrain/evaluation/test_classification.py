@@ -20,7 +20,7 @@ from pretrain.evaluation.classification import (
     correct_within,
     frozen_state,
 )
-from pretrain.flags import parse_linear
+from pretrain.flags.evaluation import parse_linear
 from pretrain.linear import classify
 
 pytestmark = pytest.mark.usefixtures("one_thread")

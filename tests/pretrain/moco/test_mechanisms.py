@@ -15,7 +15,7 @@ from moco_det.common.errors import UserError
 from pretrain import main
 from pretrain.engine.checkpoints import LAST
 from pretrain.engine.optimization import LARS, parallelize
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import pretrain
 from pretrain.moco.end_to_end import EndToEnd
 from pretrain.moco.instance_discrimination import shuffle_index

@@ -24,7 +24,8 @@ from moco_det.benchmark.jobs.ablation import (
 from moco_det.benchmark.jobs.job import unfinished
 from moco_det.benchmark.report.tables import ablation_table, means_table
 from moco_det.common.errors import UserError
-from pretrain import flags
+from pretrain.flags.evaluation import parse_knn, parse_linear
+from pretrain.flags.pretraining import parse_pretraining
 
 FILES = sorted((CONFIGS / "ablations").glob("*.yaml"))
 DATA = Path("DATA")
@@ -79,25 +80,25 @@ def test_a_trial_is_three_commands_with_what_they_share(tmp_path):
     commands = chain.commands()
     assert [Path(c[0]).name for c in commands.values()] == ["main.py", "knn.py", "linear.py"]
     assert all(Path(command[0]).is_file() for command in commands.values())
-    pretrain = flags.parse_pretraining(commands["pretrain"][1:])
+    pretrain = parse_pretraining(commands["pretrain"][1:])
     assert (pretrain.arch, pretrain.image_size, pretrain.moco_k) == ("resnet34", 40, 64)
     assert (pretrain.seed, pretrain.resume, pretrain.workers) == (7, "auto", 2)
     checkpoint = str(tmp_path / "out" / "checkpoint_last.pth.tar")
-    for args in (flags.parse_knn(commands["knn"][1:]), flags.parse_linear(commands["linear"][1:])):
+    for args in (parse_knn(commands["knn"][1:]), parse_linear(commands["linear"][1:])):
         assert (args.pretrained, args.arch, args.image_size) == (checkpoint, "resnet34", 40)
         assert args.small_stem
         assert (args.seed, args.workers, args.data) == (7, 2, "DATA")
-    assert flags.parse_knn(commands["knn"][1:]).k == 5
-    probe = flags.parse_linear(commands["linear"][1:])
+    assert parse_knn(commands["knn"][1:]).k == 5
+    probe = parse_linear(commands["linear"][1:])
     assert (probe.lr, probe.cache_features, probe.resume) == (0.1, True, "auto")
-    assert flags.parse_linear(commands["linear"][1:]).output == str(tmp_path / "out" / "linear")
+    assert parse_linear(commands["linear"][1:]).output == str(tmp_path / "out" / "linear")
 
 
 def test_an_untrained_encoder_is_evaluated_only(tmp_path):
     content = ablation(tmp_path, rows=[{}], untrained=True)
     chain = Trial(content.rows[0], 1, tmp_path, content, tmp_path, DATA)
     assert list(chain.commands()) == ["knn", "linear"]
-    assert flags.parse_knn(chain.commands()["knn"][1:]).pretrained == "random"
+    assert parse_knn(chain.commands()["knn"][1:]).pretrained == "random"
 
 
 def test_measures_are_read_from_what_the_commands_leave(tmp_path):
@@ -186,7 +187,7 @@ def varied(name: str, flag: str) -> list:
     """The values of `flag` over the trained rows of an ablation of the repository."""
     path = CONFIGS / "ablations" / name
     commands = [chain.commands()["pretrain"] for chain in chains(path) if chain.variant.trained]
-    return [getattr(flags.parse_pretraining(command[1:]), flag) for command in commands]
+    return [getattr(parse_pretraining(command[1:]), flag) for command in commands]
 
 
 def test_the_ablations_vary_what_the_paper_varies():

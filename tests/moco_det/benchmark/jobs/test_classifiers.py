@@ -15,7 +15,7 @@ from moco_det.benchmark.jobs.classifiers import (
 from moco_det.benchmark.jobs.grid import ClassifierExperiment, ClassifierRun
 from moco_det.benchmark.jobs.runs import Settings
 from moco_det.common.errors import UserError
-from pretrain.flags import parse_linear
+from pretrain.flags.evaluation import parse_linear
 
 EXPERIMENT = ClassifierExperiment("linear", "A classifier", "imagenet", epochs=10, trials=2)
 

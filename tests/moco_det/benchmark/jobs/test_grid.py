@@ -14,7 +14,7 @@ from moco_det.benchmark.jobs.classifiers import parsed
 from moco_det.benchmark.jobs.grid import FOLDER as DATA
 from moco_det.benchmark.jobs.grid import Experiment, load_grid
 from moco_det.common.errors import UserError
-from pretrain.flags import parse_pretraining
+from pretrain.flags.pretraining import parse_pretraining
 
 GOLDEN = yaml.safe_load((FOLDER / "paper_transfer.yaml").read_text())
 

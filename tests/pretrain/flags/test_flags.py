@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moco_det.common.errors import UserError
-from pretrain import flags
-from pretrain.flags import parse_knn, parse_linear, parse_pretraining
+from pretrain.flags.common import RANGES, as_flags
+from pretrain.flags.evaluation import knn_parser, linear_parser, parse_knn, parse_linear
+from pretrain.flags.launch import launch, loading, run_settings
+from pretrain.flags.pretraining import parse_pretraining, pretraining_parser
 
 
 def test_a_flag_beside_a_recipe_wins(tmp_path):
@@ -87,9 +89,9 @@ def test_defaults_of_fine_tuning_are_the_papers_and_flags_win_over_recipes(repos
 @pytest.mark.parametrize(
     ("parser", "parse"),
     [
-        (flags.pretraining_parser, parse_pretraining),
-        (flags.linear_parser, parse_linear),
-        (flags.knn_parser, lambda argv: parse_knn([*argv, "--pretrained", "random"])),
+        (pretraining_parser, parse_pretraining),
+        (linear_parser, parse_linear),
+        (knn_parser, lambda argv: parse_knn([*argv, "--pretrained", "random"])),
     ],
     ids=["pretraining", "linear", "knn"],
 )
@@ -104,14 +106,14 @@ def test_every_command_has_the_flags_of_the_launch_and_no_abbreviations(parser, 
 
 def test_a_mapping_becomes_flags_that_argparse_reads_back():
     values = {"moco_k": 64, "mlp": True, "cos": False, "schedule": [3, 5], "batch-size": 8}
-    parser = flags.pretraining_parser()
-    given = flags.as_flags(values, parser, "here")
+    parser = pretraining_parser()
+    given = as_flags(values, parser, "here")
     assert given[:4] == ["--moco-k", "64", "--mlp", "--no-cos"]
     args = parser.parse_args(["DATA", *given])
     assert (args.moco_k, args.mlp, args.cos, args.batch_size) == (64, True, False, 8)
     assert args.schedule == [3, 5]
     with pytest.raises(UserError, match="unknown key 'recipe' in here"):  # recipes do not nest
-        flags.as_flags({"recipe": "other.yaml"}, parser, "here")
+        as_flags({"recipe": "other.yaml"}, parser, "here")
 
 
 @pytest.mark.parametrize(
@@ -128,12 +130,12 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
 
 def test_settings_of_a_run_are_those_of_its_flags():
     args = parse_pretraining(["images", "-b", "32", "-j", "4", "--output", "out", "--epochs", "3"])
-    settings = flags.run_settings(args, seed=5)
+    settings = run_settings(args, seed=5)
     assert (str(settings.output), settings.batch_size, settings.epochs) == ("out", 32, 3)
     assert settings.config == vars(args) | {"seed": 5}
-    loading = flags.loading(args, torch.device("cpu"), seed=5)
-    assert (loading.batch_size, loading.seed, loading.workers) == (32, 5, 4)
-    assert not loading.pin_memory
+    batches = loading(args, torch.device("cpu"), seed=5)
+    assert (batches.batch_size, batches.seed, batches.workers) == (32, 5, 4)
+    assert not batches.pin_memory
 
 
 def test_a_launch_passes_flags_and_device_and_ends_with_an_exit_code(monkeypatch, capsys):
@@ -149,7 +151,7 @@ def test_a_launch_passes_flags_and_device_and_ends_with_an_exit_code(monkeypatch
         raise UserError("nothing there")
 
     with pytest.raises(SystemExit) as ended:
-        flags.launch(fail, parse)
+        launch(fail, parse)
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: nothing there\n"
     assert ran == [(["DATA"], "cpu")]
@@ -181,9 +183,9 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 
 def test_every_number_has_a_range():
-    parsers = (flags.pretraining_parser(), flags.linear_parser(), flags.knn_parser())
+    parsers = (pretraining_parser(), linear_parser(), knn_parser())
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
-    assert numbers == flags.RANGES.keys()
+    assert numbers == RANGES.keys()
 
 
 def test_a_recipe_s_number_is_refused_with_its_key(tmp_path):

@@ -1,0 +1,124 @@
+"""The flags of linear.py, knn.py and embed.py, which judge a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from moco_det.common.errors import UserError
+from pretrain.engine.optimization import AMP_DTYPES
+from pretrain.flags.common import (
+    KNN_BANK,
+    PRETRAINED,
+    add_training_flags,
+    base_parser,
+    check,
+    check_ranges,
+    check_training,
+    parse_with_recipe,
+)
+
+
+def linear_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Train a classifier on a pretrained encoder: a linear one on its frozen features, or end "
+        "to end.",
+        data="ImageFolder root: train/CLASS and val/CLASS; or iNaturalist 2018",
+        arch="that of the checkpoint",
+    )
+    add_training_flags(parser)
+    add = parser.add_argument
+    add("--pretrained", default="", metavar="WEIGHTS", help=PRETRAINED)
+    add("--finetune", action="store_true", help="train all weights, not only a linear classifier")
+    add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
+    add = parser.add_argument_group("beyond the official code").add_argument
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--cache-features", action="store_true",
+        help="train on features of centre crops, computed once")  # fmt: skip
+    add("--bn-groups", default=None, type=int,
+        help="--finetune: BN groups per process; default: of about 32 images each")  # fmt: skip
+    add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
+    parser.set_defaults(
+        output="output/linear", epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0
+    )
+    return parser
+
+
+def parse_linear(argv: list[str]) -> argparse.Namespace:
+    """Flags over recipe over the protocol's defaults, checked. Raises UserError."""
+    parser = linear_parser()
+    args = parse_with_recipe(parser, argv)
+    if args.finetune:
+        # The papers' values where they give one (lr of A.7, steps of A.6); "the typical ResNet
+        # implementation in PyTorch" has momentum 0.9 and weight decay 1e-4 on all parameters.
+        parser.set_defaults(output="output/finetune", lr=0.03, schedule=[70, 90], weight_decay=1e-4)
+        args = parse_with_recipe(parser, argv)
+    check_training(args)
+    check(args, ["eval_every"], lambda count: count >= 1, "at least 1")
+    if args.finetune and args.cache_features:
+        raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
+    if args.bn_groups and not args.finetune:
+        raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
+    check_ranges(args)
+    return args
+
+
+def knn_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Classify DATA/val by the nearest neighbours in DATA/train on a checkpoint's frozen "
+        "features.",
+        data="ImageFolder root: train/CLASS and val/CLASS",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
+    add("-k", "--neighbours", default=200, type=int, dest="k", help="how many neighbours vote")
+    add("-t", "--temperature", "--sigma", default=0.07, type=float,
+        help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
+    add("--knn-bank", **KNN_BANK)
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--seed", default=0, type=int, help="of --pretrained random's weights, and of --knn-bank")
+    add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
+    return parser
+
+
+def parse_knn(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = knn_parser().parse_args(argv)
+    if args.k < 1 or args.image_size < 1:
+        raise UserError("--neighbours and --image-size must be at least 1")
+    check(args, ["max_image_pixels", "knn_bank"], lambda count: count >= 1, "at least 1")
+    check(args, ["temperature"], lambda value: value > 0, "above 0")
+    check_ranges(args)
+    return args
+
+
+def embed_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Write a checkpoint's features of any images, with their names, and a sheet of nearest "
+        "neighbours.",
+        data="any folder of images, or tar shards as for main.py",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
+    add("--output", required=True, metavar="FILE", help="features and names: .npz or .parquet")
+    add("--sheet", metavar="FILE.png", help="draw some images, each with those nearest to it")
+    add("--queries", default=12, type=int, help="rows of the sheet")
+    add("-k", "--neighbours", default=8, type=int, dest="k", help="of each row of the sheet")
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--seed", default=0, type=int, help="of the sheet's rows, and of --pretrained random")
+    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    parser.set_defaults(batch_size=1)
+    return parser
+
+
+def parse_embed(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = embed_parser().parse_args(argv)
+    check(args, ["k", "queries", "image_size", "max_image_pixels"], lambda n: n >= 1, "at least 1")
+    if Path(args.output).suffix not in (".npz", ".parquet"):
+        raise UserError(f"--output {args.output}: features are written as .npz or .parquet")
+    if args.sheet and Path(args.sheet).suffix != ".png":
+        raise UserError(f"--sheet {args.sheet}: the sheet is a .png")
+    check_ranges(args)
+    return args

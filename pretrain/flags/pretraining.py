@@ -1,0 +1,122 @@
+"""The flags of pretrain/main.py: the official code's, those of the papers' ablations, and ours."""
+
+import argparse
+
+from moco_det.common.errors import UserError
+from pretrain.data.shards import is_shards
+from pretrain.engine.device import COMPILE
+from pretrain.flags.common import (
+    KNN_BANK,
+    SWITCH,
+    add_training_flags,
+    base_parser,
+    check,
+    check_ranges,
+    check_training,
+    parse_with_recipe,
+)
+from pretrain.moco import MECHANISMS
+from pretrain.moco.losses import LOSSES
+
+
+def pretraining_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Pretrain a ResNet with MoCo, end-to-end or with a memory bank, on unlabelled images.",
+        data="ImageFolder root (train/, optionally val/), any folder, or tar shards: "
+        "'train-{000000..000146}.tar', '*.tar', a URL, 'pipe:COMMAND'",
+        arch="a ResNet; see moco/encoders.py for all",
+    )
+    add_training_flags(parser)
+    add_moco_flags(parser)
+    add = parser.add_argument_group("beyond the official code").add_argument
+    add("--compile", default="auto", choices=COMPILE,
+        help="the encoders; auto: on a GPU, where it works and the run is long enough")  # fmt: skip
+    add("--small-stem", action=SWITCH, default=False, help="3x3 stem for 32-pixel images")
+    add("--augment-on", default="auto", choices=("auto", "cpu", "device"),
+        help="where views get colours, blur and flips: in the loading processes or on the device, "
+        "which auto takes where it is a GPU")  # fmt: skip
+    add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
+    add("--knn-bank", **KNN_BANK)
+    add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
+    add("--keep", default=2, type=int, help="epoch checkpoints to keep")
+    add("--samples-per-epoch", default=None, type=int,
+        help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
+    add("--shuffle-buffer", default=1000, type=int,
+        help="tar shards: samples in each worker's shuffle buffer")  # fmt: skip
+    parser.set_defaults(
+        output="output", epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4
+    )
+    return parser
+
+
+def add_moco_flags(parser: argparse.ArgumentParser) -> None:
+    """The official code's flags of the algorithm, and those of the papers' ablations."""
+    add = parser.add_argument_group("MoCo").add_argument
+    add("--moco-dim", default=128, type=int, help="feature dimension")
+    add("--moco-k", default=65536, type=int, help="keys in the queue, or drawn from the bank")
+    add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
+    add("--moco-t", default=0.07, type=float, help="temperature")
+    add("--mlp", action=SWITCH, default=False, help="v2: MLP head")
+    add("--aug-plus", action=SWITCH, default=False, help="v2: augmentation with blur")
+    add("--cos", action=SWITCH, default=False, help="v2: cosine schedule")
+    add("--bn-groups", default=None, type=int,
+        help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
+
+    add = parser.add_argument_group("ablations of the papers").add_argument
+    add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
+    add("--loss", default="infonce", choices=LOSSES)
+    add("--shuffle-bn", action=SWITCH, default=True, help="encode keys in shuffled order")
+    add("--bank-momentum", default=0.5, type=float, help="of the memory bank's rows, in [0, 1)")
+    add("--color-strength", default=0.5, type=float,
+        help="of the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
+    add("--crop-min", default=0.2, type=float, help="least area of a crop; 0.08 is SimCLR's")
+    add("--optimizer", default="sgd", choices=("sgd", "lars"), help="LARS as in SimCLR")
+    add("--warmup-epochs", default=0, type=int, help="of a learning rate that rises from 0")
+    add("--iterations", default=None, type=int, help="length of the run, instead of --epochs")
+    add("--lr-decay", default=0.9, type=float, help="factor of --lr-decay-every")
+    add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
+
+
+def parse_pretraining(argv: list[str]) -> argparse.Namespace:
+    """Flags over recipe over defaults, checked. Raises UserError."""
+    args = parse_with_recipe(pretraining_parser(), argv)
+    counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer", "knn_bank"]
+    counts += ["iterations", "lr_decay_every", "samples_per_epoch"]
+    check_training(args)
+    check(args, counts, lambda count: count >= 1, "at least 1")
+    check(args, ["moco_m", "bank_momentum"], lambda value: 0 <= value < 1, "in [0, 1)")
+    check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
+    check(args, ["crop_min"], lambda value: 0 < value <= 1, "above 0 and at most 1")
+    if args.warmup_epochs >= args.epochs and not args.iterations:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs}: there are --epochs {args.epochs}")
+    if args.cos and args.lr_decay_every:
+        raise UserError("--cos and --lr-decay-every are two schedules: pass one of them")
+    if args.deterministic and args.compile == "on":
+        raise UserError(
+            "--deterministic wants the same kernels each time, and --compile on whatever it finds "
+            "the fastest: pass one of them"
+        )
+    if args.color_strength != 0.5 and not args.aug_plus:
+        raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
+    _check_shards(args)
+    check_ranges(args)
+    return args
+
+
+def _check_shards(args: argparse.Namespace) -> None:
+    """Raises UserError where the flags do not go with the kind of DATA."""
+    shards = is_shards(args.data)
+    if args.samples_per_epoch and not shards:
+        raise UserError("--samples-per-epoch belongs to tar shards: a folder's images are counted")
+    if shards and args.mechanism == "memory-bank":
+        raise UserError(
+            "--mechanism memory-bank keeps a feature for every place in a folder; the samples "
+            "of tar shards have no such places: pass a folder of images as DATA"
+        )
+    if shards and not (args.samples_per_epoch or args.iterations):
+        raise UserError(
+            "tar shards do not tell how many samples they hold: pass --samples-per-epoch N "
+            "(1281167 for ImageNet) with --epochs, or the length of the run as --iterations N"
+        )
+    if args.samples_per_epoch and args.samples_per_epoch < args.batch_size:
+        raise UserError("--samples-per-epoch must be at least --batch-size")
