@@ -1,9 +1,13 @@
 """Images to checkpoint: self-supervised pretraining, and what its encoder is worth by itself.
 
-Start with `main.py`: it reads the flags, builds what they name and trains. From there a step goes
-through `data` (files to views), `moco` (views to logits) and `engine` (logits to a checkpoint).
+    from pretrain import MoCo, pretrain    # the algorithm, and a whole run of any backbone
+
+Start with `run.py`: it builds what the flags of `main.py`, or a program's arguments, name, and
+trains. From there a step goes through `data` (files to views), `moco` (views to logits) and
+`engine` (logits to a checkpoint).
 
     main linear knn embed doctor   commands: flags, then what they ask for; nobody imports a command
+    run.py                   one run of pretraining, for main.py and for Python programs
     flags/                   their flags, recipes and launch: the last to see an argparse.Namespace
     data/                    images to batches
     moco/                    the papers' algorithms
@@ -12,3 +16,15 @@ through `data` (files to views), `moco` (views to logits) and `engine` (logits t
 
 Of `moco_det` only `moco_det.common` is known here: the checkpoint is the interface to detection.
 """
+
+import importlib
+
+# Imported when they are first asked for: torch takes seconds.
+_HOMES = {"MoCo": "pretrain.moco.momentum_contrast", "pretrain": "pretrain.run"}
+__all__ = ["MoCo", "pretrain"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

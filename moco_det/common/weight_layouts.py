@@ -270,13 +270,36 @@ def find_wrapped_layout(names: Iterable[str]) -> tuple[Layout | None, dict[str, 
     return find_layout(inner.values()), inner
 
 
-def find_backbone(names: Iterable[str]) -> Backbone:
+def given_backbone(metadata: Mapping[str, object]) -> str:
+    """The class of the network that a Python program had pretrained here in place of a ResNet of a
+    known name, as `pretrain.pretrain` notes it in a checkpoint's flags; "" in other files."""
+    flags = metadata.get("config")
+    given = flags.get("backbone") if isinstance(flags, Mapping) else None
+    return one_line(given, 100) if isinstance(given, str) else ""
+
+
+def find_backbone(names: Iterable[str], metadata: Mapping[str, object] | None = None) -> Backbone:
     """Which of a file's names are its ResNet's.
+
+    Args:
+        metadata: of the file, as `read_state_dict` returns it.
 
     Raises:
         UserError: an unknown layout, names that such a file does not have, or two ResNets.
     """
-    names = tuple(names)
+    try:
+        return _find_backbone(tuple(names))
+    except UserError as error:
+        given = given_backbone(metadata or {})
+        if not given:
+            raise
+        raise UserError(
+            f"it holds the backbone of a Python program, a {given}, and only a program with that "
+            "network can load it (pretrain/README.md, From Python): commands know ResNets"
+        ) from error
+
+
+def _find_backbone(names: tuple[str, ...]) -> Backbone:
     layout, inner = find_wrapped_layout(names)
     if layout is None:
         raise UserError(unknown_layout(names))

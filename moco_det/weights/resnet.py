@@ -57,7 +57,7 @@ def find_resnet(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> S
         UserError: an unknown layout, a small stem, another architecture than `metadata["arch"]`, or
             arrays that are unexpected, missing, of the wrong shape or not finite, with names.
     """
-    backbone = find_backbone(weights)
+    backbone = find_backbone(weights, metadata)
     resnet, layout = backbone.arrays(weights), backbone.layout
     _refuse_small_stem(resnet, layout, metadata)
     architecture = _decide_architecture(resnet, layout, metadata)

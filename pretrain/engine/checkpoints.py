@@ -3,7 +3,7 @@
 Schema (a plain dict, loadable with `weights_only=True`); the first four entries are those of
 facebookresearch/moco, so its tools read our files and this file reads its released ones:
     epoch        epochs completed
-    arch         torchvision's name of the encoder
+    arch         torchvision's name of the encoder; the class of a backbone that a program gave
     state_dict   "module.encoder_q...", "module.encoder_k...", "module.queue", "module.queue_ptr";
                  a memory bank has "module.bank" for the last three, end-to-end nothing
     optimizer    SGD's state
@@ -48,6 +48,7 @@ from moco_det.common.resume_state import (
     newest_whole,
 )
 from moco_det.common.weight_checks import checked_weights, describe_stripping, unwrapped
+from moco_det.common.weight_layouts import given_backbone
 
 LAST = "checkpoint_last.pth.tar"
 NUMBERED = "checkpoint_{:04d}.pth.tar"
@@ -232,8 +233,15 @@ def tell_of_later_epoch(path: Path, state: dict) -> None:
 def check_arch(checkpoint: Checkpoint, arch: str) -> None:
     """Raises UserError where the checkpoint is of another encoder than `arch`."""
     path, state = checkpoint
-    if state.get("arch", arch) != arch:
-        raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
+    if state.get("arch", arch) == arch:
+        return
+    given = given_backbone(state)
+    if given:
+        raise UserError(
+            f"{path} holds the backbone of a Python program, a {given}, not a {arch}: resume it by "
+            "pretrain.pretrain with that backbone"
+        )
+    raise UserError(f"{path} holds a {state['arch']}, not a {arch}: pass -a {state['arch']}")
 
 
 def weights(state: dict) -> dict[str, torch.Tensor]:

@@ -137,6 +137,9 @@ class Trainer:
         self.log = RunLog(self.output, self.step)
         self.meter = MetricMeter(next(task.model.parameters()).device, task.measures)
         self.begun_report: Report | None = None
+        self.last_values: dict[str, float] = {}  # the latest of each name that was logged
+        for record in self.log.kept:
+            self._remember(record)
         if doctor:
             for record in self.log.kept:
                 doctor.hear(record)
@@ -218,6 +221,7 @@ class Trainer:
         """
         step = self.step if step is None else step
         self.log.write(step, values)
+        self._remember(values)
         findings = self.doctor.hear({"step": step, **values}) if self.doctor else []
         loss = values.get("loss", 0.0)
         if not math.isfinite(loss):
@@ -225,6 +229,9 @@ class Trainer:
             raise UserError(findings[0].text if findings else unheard)
         for text in ([line] if line else []) + findings:
             print_on_main(str(text))
+
+    def _remember(self, values: dict) -> None:
+        self.last_values |= {n: v for n, v in values.items() if n not in ("flags", "step")}
 
     def save(self, name: str = checkpoints.LAST) -> None:
         """Write the run's state to `name` in its folder. Collective."""

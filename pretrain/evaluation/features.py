@@ -30,7 +30,7 @@ from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledImages, LabelledSplit, centre_crop
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
-from pretrain.moco.encoders import ARCHITECTURES, build_encoder
+from pretrain.moco.encoders import ARCHITECTURES, build_encoder, with_fc
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
 # In place of a source of weights: the encoder as it is initialised, and torchvision's weights of
@@ -81,7 +81,7 @@ def read_backbone(pretrained: str, arch: str) -> dict[str, torch.Tensor]:
         checkpoints.check_arch(Checkpoint(Path(source), metadata), arch)
     checkpoints.tell_of_later_epoch(Path(source), metadata)
     try:
-        found = find_backbone(held)
+        found = find_backbone(held, metadata)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     vocabulary = found.layout.vocabulary
@@ -105,8 +105,8 @@ def _supervised(arch: str) -> str:
 
 
 def pooled(encoder: nn.Module) -> nn.Module:
-    """The encoder up to its global average pooling: images -> (N, D)."""
-    return nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
+    """The encoder up to its head, whose weights it shares: images -> (N, D)."""
+    return with_fc(encoder, nn.Identity())
 
 
 def encode(

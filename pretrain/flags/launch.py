@@ -34,21 +34,23 @@ def launch(run: Callable, parse: Callable[[list[str]], argparse.Namespace]) -> N
     The process ends with the exit codes of `moco_det.common.errors`.
     """
     with exit_cleanly():
-        args = parse(sys.argv[1:])
-        if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
-            _join(run, args, "env://", *torchrun_ranks())
-            return
-        check_launch(args)
-        if args.multiprocessing_distributed:
-            local = torch.cuda.device_count() or 1
-            nodes, node = max(args.world_size, 1), max(args.rank, 0)
-            url = args.dist_url or free_local_url()
-            ranks = local, node * local, nodes * local
-            spawn(_run_spawned, (run, args), *ranks, url, args.dist_backend)
-        elif args.world_size > 1:
-            _join(run, args, args.dist_url, args.rank, args.world_size, args.gpu or 0)
-        else:
-            run(args, _device(args.gpu or 0))
+        start(run, parse(sys.argv[1:]))
+
+
+def start(run: Callable, args: argparse.Namespace):
+    """`launch` of parsed flags. Returns what `run` does, unless it runs in processes of its own."""
+    if args.dist_url == "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return _join(run, args, "env://", *torchrun_ranks())
+    check_launch(args)
+    if args.multiprocessing_distributed:
+        local = torch.cuda.device_count() or 1
+        nodes, node = max(args.world_size, 1), max(args.rank, 0)
+        url = args.dist_url or free_local_url()
+        ranks = local, node * local, nodes * local
+        return spawn(_run_spawned, (run, args), *ranks, url, args.dist_backend)
+    if args.world_size > 1:
+        return _join(run, args, args.dist_url, args.rank, args.world_size, args.gpu or 0)
+    return run(args, _device(args.gpu or 0))
 
 
 def check_launch(args: argparse.Namespace) -> None:
@@ -74,12 +76,12 @@ def check_launch(args: argparse.Namespace) -> None:
         check_url(args.dist_url, hosted_here=args.rank <= 0)
 
 
-def _join(run: Callable, args, url: str, rank: int, world_size: int, local_rank: int) -> None:
+def _join(run: Callable, args, url: str, rank: int, world_size: int, local_rank: int):
     """Become process `rank` of `world_size` and run."""
     device = _device(local_rank)
     group = process_group(url, rank, world_size, local_rank, args.dist_backend)
     with group if world_size > 1 else contextlib.nullcontext():
-        run(args, device)
+        return run(args, device)
 
 
 def _run_spawned(run: Callable, args) -> None:

@@ -1,8 +1,12 @@
 """The flags of pretrain/main.py: the official code's, those of the papers' ablations, and ours."""
 
 import argparse
+import os
+from os import PathLike
+from typing import Any, NoReturn
 
-from moco_det.common.errors import UserError
+from moco_det.common.documents import shown
+from moco_det.common.errors import UserError, nearest
 from pretrain.data.shards import is_shards
 from pretrain.engine.device import COMPILE
 from pretrain.flags.common import (
@@ -77,9 +81,11 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
 
 
-def parse_pretraining(argv: list[str]) -> argparse.Namespace:
+def parse_pretraining(
+    argv: list[str], parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """Flags over recipe over defaults, checked. Raises UserError."""
-    args = parse_with_recipe(pretraining_parser(), argv)
+    args = parse_with_recipe(parser or pretraining_parser(), argv)
     counts = ["moco_dim", "moco_k", "keep", "shuffle_buffer", "knn_bank"]
     counts += ["iterations", "lr_decay_every", "samples_per_epoch"]
     check_training(args)
@@ -120,3 +126,49 @@ def _check_shards(args: argparse.Namespace) -> None:
         )
     if args.samples_per_epoch and args.samples_per_epoch < args.batch_size:
         raise UserError("--samples-per-epoch must be at least --batch-size")
+
+
+# -- from Python ----------------------------------------------------------------------------------
+
+# Of the command alone: a program's processes are there already, or those of torchrun.
+LAUNCH = {"world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed"}
+
+
+def pretraining_keywords() -> dict[str, Any]:
+    """The flags as names of Python's, and their defaults."""
+    parser = pretraining_parser()
+    names = {action.dest for action in parser._actions if action.option_strings}
+    names -= {"help", *LAUNCH}
+    return {a.dest: parser.get_default(a.dest) for a in parser._actions if a.dest in names}
+
+
+def parse_keywords(data: str | PathLike, given: dict[str, Any]) -> argparse.Namespace:
+    """What the same flags would give; None stands for the default. Raises UserError."""
+    parser = pretraining_parser()
+    parser.error = _refuse  # in place of an exit
+    known = pretraining_keywords().keys()
+    words = []
+    for name, value in given.items():
+        if name not in known:
+            launched = f"; torchrun starts the processes of {name}" if name in LAUNCH else ""
+            raise UserError(f"unknown argument {name}{launched or nearest(name, known)}")
+        words += _flag(next(a for a in parser._actions if a.dest == name), value)
+    return parse_pretraining([*words, "--", os.fspath(data)], parser)
+
+
+def _flag(action: argparse.Action, value: Any) -> list[str]:
+    """The words of a command that give a flag this value."""
+    name = next(option for option in action.option_strings if option.startswith("--"))
+    if value is None:
+        return []
+    if action.nargs == 0:  # one that takes no value: it stands there, or its opposite if it has one
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {shown(value)}: it takes True or False")
+        return [name] if value else [o for o in action.option_strings if o.startswith("--no-")]
+    if isinstance(value, list | tuple):
+        return [name, *map(str, value)]
+    return [f"{name}={value}"]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)

@@ -1,8 +1,11 @@
 """BatchNorm over groups of a batch, so that one process can do what several GPUs do."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco_det.common.errors import UserError
 
@@ -115,13 +118,52 @@ def _of_images(statistic: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return statistic.expand(-1, len(x) // len(statistic), -1, -1, -1).flatten(0, 1)
 
 
+class GroupedForward:
+    """What makes any other kind of BatchNorm, mixed into it, do the same as GroupedBatchNorm2d.
+
+    Its own forward pass takes the groups in turn, whatever it does beside normalising (timm's
+    BatchNormAct2d has the activation in it). The rows of the batch are image after image.
+    """
+
+    groups = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any shape that the kind takes; in training N must be a multiple of `groups`."""
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        if len(x) % self.groups:
+            raise UserError(
+                f"a {type(self).__name__} gets {len(x)} rows, which cannot be split into "
+                f"{self.groups} BN groups of equal size"
+            )
+        tracked, normalised = self.track_running_stats, []
+        try:
+            for group in x.chunk(self.groups):
+                normalised.append(super().forward(group))
+                self.track_running_stats = False  # running statistics are those of the first group
+        finally:
+            self.track_running_stats = tracked
+        return torch.cat(normalised)
+
+
+@cache
+def _grouped(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(f"Grouped{kind.__name__}", (GroupedForward, kind), {})
+
+
 def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
-    """Make every BatchNorm2d of `model` normalise by `groups` groups, in place; keys are kept."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.__class__ = GroupedBatchNorm2d
-            layer.groups = groups
+    """Make every BatchNorm of `model` normalise by `groups` groups, in place; keys are kept."""
+    for layer in batchnorms(model):
+        if not isinstance(layer, (GroupedBatchNorm2d, GroupedForward)):
+            plain = type(layer) is nn.BatchNorm2d and layer.affine
+            plain = plain and layer.track_running_stats and layer.momentum is not None
+            layer.__class__ = GroupedBatchNorm2d if plain else _grouped(type(layer))
+        layer.groups = groups
     return model
+
+
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
 
 
 def choose_bn_groups(

@@ -10,11 +10,11 @@ from pretrain.engine.optimization import LARS
 from pretrain.engine.trainer import RunSettings
 from pretrain.flags.launch import loading, run_settings
 from pretrain.flags.pretraining import parse_pretraining
-from pretrain.main import build_model, build_source, build_task
 from pretrain.moco.end_to_end import EndToEnd
 from pretrain.moco.losses import NCE, InfoNCE
 from pretrain.moco.memory_bank import MemoryBank
 from pretrain.moco.momentum_contrast import MoCo
+from pretrain.run import build_model, build_source, build_task
 
 CPU = torch.device("cpu")
 FLAGS = ["-a", "resnet18w0.25x", "-b", "8", "-j", "0", "--moco-dim", "12", "--moco-k", "30",

@@ -36,7 +36,8 @@ from pretrain.data.shards import (
     is_shards,
 )
 from pretrain.flags.pretraining import parse_pretraining
-from pretrain.main import build_source, pretrain
+from pretrain.main import pretrain
+from pretrain.run import build_source
 
 CPU = torch.device("cpu")
 COUNTS = [9, 12, 10, 11, 8, 10, 13]  # samples of each shard

@@ -178,7 +178,7 @@ class LastColumn(nn.Module):
 
 def test_leak_of_batch_statistics(images, tmp_path, monkeypatch):
     """Without shuffling, a query's companions are its key's: they solve the pretext task."""
-    monkeypatch.setattr("pretrain.main.build_encoder", lambda arch, dim, *_: BatchReader(dim))
+    monkeypatch.setattr("pretrain.run.build_encoder", lambda arch, dim, *_: BatchReader(dim))
     flags = ["--bn-groups", "4", "--moco-m", "0", "--lr", "0.001", "--iterations", "24"]
     flags += ["--knn-every", "4"]
     run(images, tmp_path / "leaking", *flags, "--no-shuffle-bn")

@@ -12,7 +12,7 @@ from fork_server import run_in_two_processes
 from mean_colour import MeanColour, NormalisedColour, features, features_by_group, views
 
 from moco_det.common.errors import UserError
-from pretrain import main
+from pretrain import run as pretraining_run
 from pretrain.engine.checkpoints import LAST
 from pretrain.engine.optimization import LARS, parallelize
 from pretrain.flags.pretraining import parse_pretraining
@@ -263,11 +263,12 @@ def test_the_log_says_what_the_keys_are(one_process):
 def test_what_simclr_has_beyond_v2_arrives(images, monkeypatch):
     """LARS with its own weight decay, which leaves SGD's at 0; two views of smaller crops."""
     drawn = []
-    monkeypatch.setattr(main, "MoCoAugmentation", lambda *given: drawn.append(given))
+    monkeypatch.setattr(pretraining_run, "MoCoAugmentation", lambda *given: drawn.append(given))
     args = parse_pretraining([str(images), *FLAGS, *METHODS["simclr"], "--amp", "none"])
-    source = main.build_source(args, torch.device("cpu"), seed=0)
+    source = pretraining_run.build_source(args, torch.device("cpu"), seed=0)
     assert drawn == [(32, True, 1.0, 0.08)]
-    sgd = main.build_task(args, main.build_model(args, source.samples), source, 0).optimizer.sgd
+    model = pretraining_run.build_model(args, source.samples)
+    sgd = pretraining_run.build_task(args, model, source, 0).optimizer.sgd
     assert isinstance(sgd, LARS) and (sgd.decay, sgd.trust) == (1e-6, 0.001)
     assert [group["weight_decay"] for group in sgd.param_groups] == [0]
 
