@@ -36,6 +36,9 @@ DENSEPOSE = ["scipy"]  # reads the files of the body model, too
 # Reads tar shards for pretraining.
 WEBDATASET = ["webdataset>=1.0"]
 
+# pretrain/voc_svm.py; scipy reads the lists of Stanford Cars for pretrain/linear.py.
+EVALUATION = ["scikit-learn>=1.3", "scipy"]
+
 # Weights of the Hugging Face Hub, and the files that most of them are.
 HUB = ["huggingface_hub>=0.23", "safetensors>=0.4"]
 
@@ -85,9 +88,11 @@ setup(
         "webdataset": WEBDATASET,
         "slurm": SLURM,
         "parquet": ["pyarrow"],  # pretrain/embed.py
+        "evaluation": EVALUATION,
         "hub": HUB,
         "test": [
-            *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", "scikit-learn"],
+            *["pytest", "pytest-xdist>=3.2", "ruff", "scipy"],
+            *EVALUATION,
             *LVIS,
             *CITYSCAPES,
             *WEBDATASET,

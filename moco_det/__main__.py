@@ -13,6 +13,7 @@ COMMANDS = {
     "pretrain": "pretrain/main.py",
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",
+    "voc-svm": "pretrain/voc_svm.py",
     "embed": "pretrain/embed.py",
     "doctor": "pretrain/doctor.py",
     "convert": "tools/convert_to_d2.py",

@@ -20,6 +20,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import check_output_file, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
+from pretrain.data.benchmarks import FOLDERS, find_dataset
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.knn import KnnMonitor
 from pretrain.flags.evaluation import parse_knn
@@ -32,14 +33,17 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     if args.output:
         on_main(check_output_file, args.output, "--output")
     data = Path(args.data)
-    if not KnnMonitor.applies_to(data):
+    splits = None
+    if args.dataset != FOLDERS or args.download:
+        splits = find_dataset(args.dataset, data, args.download)
+    elif not KnnMonitor.applies_to(data):
         raise UserError(f"{data} lacks class folders: DATA needs train/CLASS and val/CLASS")
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     workers = workers_per_process(args.workers)
     votes = args.k, args.temperature, args.knn_bank, args.seed
-    knn = KnnMonitor(data, args.image_size, workers, device, *votes)
+    knn = KnnMonitor(data, args.image_size, workers, device, *votes, splits=splits)
     top1 = knn.top1(encoder)
     print_on_main(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
     if args.output and is_main():

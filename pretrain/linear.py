@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 pretrain/linear.py DATA --pretrained CHECKPOINT
     python pretrain/linear.py DATA --resume output/linear/checkpoint_best.pth.tar --evaluate
     python pretrain/linear.py DATA --finetune --pretrained CHECKPOINT
+    python pretrain/linear.py DATA --recipe configs/linear/food101_r50.yaml --pretrained CHECKPOINT
 
 Flags are those of facebookresearch/moco's main_lincls.py, with a few more. The learning rate is
 for a global batch of 256, the total over all processes, and is not scaled automatically: with
@@ -12,7 +13,8 @@ another --batch-size B pass 30 * B / 256. An epoch's last, incomplete batch is d
 
 With --finetune all weights are trained, under batch statistics, and the defaults are A.7's --lr
 0.03, A.6's --schedule 70 90 and --wd 1e-4 (arXiv:1911.05722). DATA may be iNaturalist 2018 as it is
-published (A.6), for both protocols.
+published (A.6), and with --dataset one of torchvision's data sets, for both protocols; --list and
+--train-share take a part of its labels.
 
 Every process holds the features of all validation images, with --cache-features of all training
 images as well: 10 GB for ImageNet and a ResNet-50.
@@ -33,8 +35,14 @@ from torch import nn
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, world_size
+from pretrain.data.benchmarks import find_dataset
 from pretrain.data.images import Loading
-from pretrain.data.labelled import LabelledBatches, LabelledSplit, find_splits
+from pretrain.data.labelled import (
+    LabelledBatches,
+    LabelledSplit,
+    class_balanced,
+    listed_images,
+)
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import seed_run, settle_precision
@@ -70,7 +78,8 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
         seed = seed_run(args.seed, checkpoint, args.deterministic)
         args.amp = settle_precision(args.amp, device, checkpoint)
         batching = loading(args, device, seed)
-        classes, train, val = find_splits(Path(args.data))
+        classes, train, val = find_dataset(args.dataset, Path(args.data), args.download)
+        train = labelled_part(train, args, seed)
         if checkpoint:
             check_classes(checkpoint, classes)
         encoder = build_encoder(args, len(classes), checkpoint)
@@ -86,6 +95,13 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
             task = build_task(args, encoder, classes, train, features, batching)
             describe(args, task, train, len(classes), seed)
             Trainer(task, run_settings(args, seed), stop, checkpoint).train()
+
+
+def labelled_part(train: LabelledSplit, args: argparse.Namespace, seed: int) -> LabelledSplit:
+    """What is trained on, of all that the data set has for it."""
+    if args.list:
+        return listed_images(train, Path(args.list))
+    return class_balanced(train, args.train_share, seed) if args.train_share else train
 
 
 def build_encoder(

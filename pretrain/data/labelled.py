@@ -1,9 +1,13 @@
-"""Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, their batches."""
+"""Labelled images: class folders as in ImageNet, the lists of iNaturalist 2018, their batches.
+
+Data sets that torchvision knows are in `benchmarks.py`, VOC's labels of several classes in
+`voc_labels.py`.
+"""
 
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+from moco_det.common.documents import shown
 from moco_det.common.errors import UserError
+from moco_det.common.files import read_regular
 from moco_det.common.images import UnreadableImage, read_image
 from pretrain.data.images import (
     Loading,
@@ -45,6 +51,40 @@ class LabelledSplit:
     def fingerprint(self) -> dict:
         """For the processes of a run, and a checkpoint, to be compared by."""
         return fingerprint(map(os.fsencode, self.paths), self.labels)
+
+    def file(self, index: int) -> str:
+        """What image `index` is called in messages; a path, where it is a file of its own."""
+        return str(self.folder / self.paths[index])
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index`, uint8 (H, W, 3). Raises UnreadableImage."""
+        return read_image(self.file(index))
+
+    def subset(self, indices: np.ndarray, name: str = "") -> "LabelledSplit":
+        """Those of its images that have these indices, in this order.
+
+        Args:
+            name: for messages, instead of its own.
+        """
+        paths = [self.paths[index] for index in indices]
+        return replace(self, name=name or self.name, paths=paths, labels=self.labels[indices])
+
+
+@dataclass(frozen=True)
+class LabelledArrays(LabelledSplit):
+    """A split whose images are no files of their own.
+
+    Args:
+        images: uint8 (M, H, W, 3); the paths are names for messages.
+    """
+
+    images: np.ndarray = field(kw_only=True)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def subset(self, indices: np.ndarray, name: str = "") -> "LabelledArrays":
+        return replace(super().subset(indices, name), images=self.images[indices])
 
 
 Splits = tuple[list[str], LabelledSplit, LabelledSplit]
@@ -99,6 +139,71 @@ def list_class_folders(folder: Path, classes: list[str]) -> LabelledSplit:
     return LabelledSplit(str(folder), folder, paths, indices)
 
 
+# -- a part of the labels -------------------------------------------------------------------------
+
+
+def class_balanced(split: LabelledSplit, share: float, seed: int) -> LabelledSplit:
+    """A share of a split's images, drawn by the seed: as large a share of each class.
+
+    Of every class at least one image is taken, as long as it has any.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(split.labels):
+        members = np.flatnonzero(split.labels == label)
+        chosen.append(rng.permutation(members)[: max(1, round(share * len(members)))])
+    indices = np.sort(np.concatenate(chosen))
+    return split.subset(indices, f"{100 * share:g} % of {split.name}")
+
+
+def listed_images(split: LabelledSplit, path: Path) -> LabelledSplit:
+    """Those images of a split that a file lists, in the order of the split.
+
+    Each line is an image's path in the split, or its file's name alone, as in SimCLR's lists of 1 %
+    and 10 % of ImageNet.
+
+    Raises:
+        UserError: the split lacks one of them, or has several of the name.
+    """
+    wanted = set(read_lines(path))
+    if not wanted:
+        raise UserError(f"--list {path} lists no image")
+    index_of = {name: index for index, name in enumerate(split.paths) if name in wanted}
+    missing = wanted - index_of.keys()
+    alike: dict[str, list[int]] = {}
+    for index, name in enumerate(split.paths):
+        if os.path.basename(name) in missing:
+            alike.setdefault(os.path.basename(name), []).append(index)
+    absent = sorted(missing - alike.keys())
+    if absent:
+        raise UserError(
+            f"--list {path} has {len(absent)} image(s) that {split.name} lacks: "
+            f"{', '.join(shown(name) for name in absent[:3])}"
+        )
+    several = sorted(name for name, indices in alike.items() if len(indices) > 1)
+    if several:
+        raise UserError(
+            f"--list {path}: {split.name} has several images called {several[0]}: write their "
+            "paths within it"
+        )
+    indices = [*index_of.values(), *(indices[0] for indices in alike.values())]
+    return split.subset(np.unique(indices), f"{path} of {split.name}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not blank, without space around them.
+
+    Raises UserError for what is no text in UTF-8."""
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8 ({error.reason})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+# -- iNaturalist 2018 -----------------------------------------------------------------------------
+
+
 def find_inaturalist(data: Path) -> tuple[list[str], LabelledSplit, LabelledSplit]:
     """The official layout of iNaturalist 2018; classes are the categories of train2018.json.
 
@@ -148,6 +253,9 @@ def read_inaturalist(path: Path) -> tuple[set[int], list[str], list[int]]:
     return categories, list(paths.values()), [labels[image] for image in paths]
 
 
+# -- crops and batches ----------------------------------------------------------------------------
+
+
 class LabelledImages(Dataset):
     """index -> view (S, S, 3) uint8 and class index; -1 - index for an unreadable image.
 
@@ -164,23 +272,20 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.split.paths)
 
-    def file(self, index: int) -> str:
-        return str(self.split.folder / self.split.paths[index])
-
     def unreadable(self, labels: torch.Tensor) -> set[str]:
         """The files that loaded `labels` say are unreadable, each with the reason."""
         return {self._unreadable(index) for index in (-1 - labels[labels < 0]).tolist()}
 
     def _unreadable(self, index: int) -> str:
         try:
-            read_image(self.file(index))  # once more: a label has no room for the reason
+            self.split.read(index)  # once more: a label has no room for the reason
         except UnreadableImage as error:
             return f"{error.name}: {error.reason}"
-        return f"{self.file(index)}: it could not be read a moment ago"
+        return f"{self.split.file(index)}: it could not be read a moment ago"
 
     def __getitem__(self, index: int):
         try:
-            image = read_image(self.file(index))
+            image = self.split.read(index)
         except UnreadableImage:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8), -1 - index
         return self.transform(image), self.split.labels[index]

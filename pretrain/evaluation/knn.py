@@ -9,7 +9,7 @@ Shape legend:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moco_det.common.errors import UserError, is_out_of_memory
 from moco_det.common.processes import all_objects, from_main, gather, gather_rows, world_size
 from pretrain.data.augmentations import resize_and_center_crop
-from pretrain.data.labelled import LabelledImages, LabelledSplit, find_class_folders
+from pretrain.data.labelled import LabelledImages, LabelledSplit, Splits, find_class_folders
 from pretrain.data.listing import class_folders
 from pretrain.evaluation.features import extract, extract_share, pooled
 
@@ -101,6 +101,7 @@ class KnnMonitor:
     Args:
         k, temperature: of `weighted_knn`; the temperature is sigma in later code of its authors.
         bank_size: so many images of train, drawn by `seed`; None for all.
+        splits: classes, train and val, where DATA has no class folders.
     """
 
     data: Path
@@ -111,9 +112,10 @@ class KnnMonitor:
     temperature: float = 0.07
     bank_size: int | None = None
     seed: int = 0
+    splits: Splits | None = None
 
     def __post_init__(self):
-        self.classes, bank, queries = find_class_folders(self.data)
+        self.classes, bank, queries = self.splits or find_class_folders(self.data)
         self.bank = self._images(sampled(bank, self.bank_size, self.seed))
         self.queries = self._images(queries)
 
@@ -198,7 +200,7 @@ def sampled(split: LabelledSplit, size: int | None, seed: int) -> LabelledSplit:
     if size is None or size >= len(split.paths):
         return split
     chosen = np.sort(np.random.default_rng(seed).permutation(len(split.paths))[:size])
-    return replace(split, paths=[split.paths[i] for i in chosen], labels=split.labels[chosen])
+    return split.subset(chosen)
 
 
 def padded(rows: Tensor, count: int) -> Tensor:

@@ -122,6 +122,7 @@ RANGES = {
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
     "knn_bank": (1, 10**9), "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
     "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
+    "train_share": (0, 1), "cost": (0, 10**9),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip
 

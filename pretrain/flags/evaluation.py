@@ -1,10 +1,13 @@
-"""The flags of linear.py, knn.py and embed.py, which judge a checkpoint."""
+"""The flags of linear.py, knn.py, voc_svm.py, summary.py and embed.py, which judge a checkpoint."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from moco_det.common.errors import UserError
+from pretrain.data.benchmarks import BENCHMARKS, FOLDERS
 from pretrain.engine.optimization import AMP_DTYPES
+from pretrain.evaluation.svm import COST, COSTS, FOLDS
 from pretrain.flags.common import (
     KNN_BANK,
     PRETRAINED,
@@ -21,7 +24,7 @@ def linear_parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "Train a classifier on a pretrained encoder: a linear one on its frozen features, or end "
         "to end.",
-        data="ImageFolder root: train/CLASS and val/CLASS; or iNaturalist 2018",
+        data="ImageFolder root: train/CLASS and val/CLASS; iNaturalist 2018; or as --dataset says",
         arch="that of the checkpoint",
     )
     add_training_flags(parser)
@@ -36,6 +39,11 @@ def linear_parser() -> argparse.ArgumentParser:
     add("--bn-groups", default=None, type=int,
         help="--finetune: BN groups per process; default: of about 32 images each")  # fmt: skip
     add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
+    add_dataset_flags(add)
+    add("--list", default=None, metavar="FILE",
+        help="train on the images of this list alone: paths in train, or file names")  # fmt: skip
+    add("--train-share", default=None, type=float, metavar="SHARE",
+        help="train on this share of each class's images, drawn by the seed")  # fmt: skip
     parser.set_defaults(
         output="output/linear", epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0
     )
@@ -57,8 +65,18 @@ def parse_linear(argv: list[str]) -> argparse.Namespace:
         raise UserError("--cache-features belongs to a frozen backbone: drop it, or --finetune")
     if args.bn_groups and not args.finetune:
         raise UserError("--bn-groups belongs to --finetune: frozen BN has no groups")
+    if args.list and args.train_share:
+        raise UserError("--list and --train-share both say what is trained on: pass one of them")
+    check(args, ["train_share"], lambda share: 0 < share <= 1, "above 0 and at most 1")
     check_ranges(args)
     return args
+
+
+def add_dataset_flags(add: Callable) -> None:
+    add("--dataset", default=FOLDERS, choices=[FOLDERS, *BENCHMARKS],
+        help="what DATA holds: class folders (or iNaturalist 2018), or a data set as torchvision "
+        "lays it out, evaluated on its official test split")  # fmt: skip
+    add("--download", action="store_true", help="have torchvision fetch --dataset into DATA")
 
 
 def knn_parser() -> argparse.ArgumentParser:
@@ -74,6 +92,7 @@ def knn_parser() -> argparse.ArgumentParser:
     add("-t", "--temperature", "--sigma", default=0.07, type=float,
         help="a neighbour's vote is exp(cosine / this)")  # fmt: skip
     add("--knn-bank", **KNN_BANK)
+    add_dataset_flags(add)
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
     add("--seed", default=0, type=int, help="of --pretrained random's weights, and of --knn-bank")
     add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
@@ -87,6 +106,43 @@ def parse_knn(argv: list[str]) -> argparse.Namespace:
         raise UserError("--neighbours and --image-size must be at least 1")
     check(args, ["max_image_pixels", "knn_bank"], lambda count: count >= 1, "at least 1")
     check(args, ["temperature"], lambda value: value > 0, "above 0")
+    check_ranges(args)
+    return args
+
+
+def voc_svm_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Classify VOC 2007 by linear SVMs on a checkpoint's frozen features.",
+        data="VOC2007: ImageSets/ and JPEGImages/, in it, in VOC2007/ or in VOCdevkit/VOC2007/",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
+    add("--cost", default=COST, type=float, metavar="C", help="of every SVM")
+    add("--cross-validate", action="store_true",
+        help=f"choose each class's cost among {', '.join(map(str, COSTS))} by {FOLDS} folds of "
+        "train, as VISSL does, instead of --cost")  # fmt: skip
+    add("--difficult", default="ignored", choices=("ignored", "negative"),
+        help="images with difficult objects of a class alone: left out, as VOC says, or negatives, "
+        "as the paper's public code has them")  # fmt: skip
+    add("--train-split", default="trainval", help="to train on")
+    add("--test-split", default="test", help="to evaluate on")
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--seed", default=0, type=int, help="of the solver, and of --pretrained random's weights")
+    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    add("--output", default=None, metavar="FILE", help="write mAP and APs as JSON as well")
+    parser.set_defaults(batch_size=1)
+    return parser
+
+
+def parse_voc_svm(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked. Raises UserError."""
+    args = voc_svm_parser().parse_args(argv)
+    check(args, ["image_size", "max_image_pixels"], lambda count: count >= 1, "at least 1")
+    check(args, ["cost"], lambda cost: cost > 0, "above 0")
+    if args.cross_validate and args.cost != COST:
+        raise UserError("--cross-validate chooses the costs: drop it, or --cost")
     check_ranges(args)
     return args
 
