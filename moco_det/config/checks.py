@@ -1,7 +1,8 @@
 """Whether the keys of a config fit each other, the data sets and the weights, in either engine.
 
 All of it is asked before anything runs. What a key means often depends on
-MODEL.META_ARCHITECTURE: a `SemanticSegmentor` labels pixels, every other model finds objects.
+MODEL.META_ARCHITECTURE: a `SemanticSegmentor` labels pixels, a `DepthEstimator` says how far away
+they are, every other model finds objects.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from moco_det.densepose import body
 from moco_det.evaluation import rehearse
 
 SEMANTIC = "SemanticSegmentor"
+DEPTH = "DepthEstimator"
+DEPTH_HEAD = "FCNDepthHead"
 
 
 def is_semantic(cfg) -> bool:
@@ -27,14 +30,24 @@ def is_semantic(cfg) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == SEMANTIC
 
 
+def is_depth(cfg) -> bool:
+    """Whether the model predicts how far away each pixel is."""
+    return cfg.MODEL.META_ARCHITECTURE == DEPTH
+
+
+def is_per_pixel(cfg) -> bool:
+    """Whether the model predicts something of every pixel, and knows no objects."""
+    return is_semantic(cfg) or is_depth(cfg)
+
+
 def num_classes_key(cfg) -> str:
     """The key that says how many classes the model tells apart."""
-    section = "SEM_SEG_HEAD" if is_semantic(cfg) else "ROI_HEADS"
+    section = "SEM_SEG_HEAD" if is_per_pixel(cfg) else "ROI_HEADS"
     return f"MODEL.{section}.NUM_CLASSES"
 
 
 def num_classes(cfg) -> int:
-    return (cfg.MODEL.SEM_SEG_HEAD if is_semantic(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    return (cfg.MODEL.SEM_SEG_HEAD if is_per_pixel(cfg) else cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
 
 # -- data sets ------------------------------------------------------------------------------------
@@ -67,19 +80,32 @@ def check_keypoints(cfg, dataset: Dataset) -> None:
 
 def check_dataset(cfg, dataset: Dataset) -> None:
     """UserError unless `dataset` has what the model learns, and as many classes as it."""
-    labelled = dataset.evaluator == "sem_seg"
-    if labelled != is_semantic(cfg):
-        has, learns = ("label maps", "objects") if labelled else ("objects", "label maps")
-        raise UserError(
-            f"dataset {dataset.name} has {has}, but MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE} learns from {learns}"
-        )
+    check_kind(cfg, dataset.name, dataset.evaluator)
     if cfg.MODEL.DENSEPOSE_ON and dataset.evaluator != "densepose":
         raise UserError(
             f"dataset {dataset.name} has no dense pose, but MODEL.DENSEPOSE_ON is True: take "
             "densepose_coco_2014_*, densepose:ANNOTATIONS.json:IMAGE_DIR, or set it to False"
         )
-    check_class_count(cfg, dataset.name, dataset.classes)
+    if not is_depth(cfg):
+        check_class_count(cfg, dataset.name, dataset.classes)
+
+
+def check_kind(cfg, name: str, evaluator: str) -> None:
+    """UserError unless data set `name` has what the model learns from.
+
+    Args:
+        evaluator: of the data set, which says what it has.
+    """
+    of_evaluator = {"sem_seg": "label maps", "depth": "depth maps"}
+    has = of_evaluator.get(evaluator, "objects")
+    learns = {SEMANTIC: "label maps", DEPTH: "depth maps"}.get(
+        cfg.MODEL.META_ARCHITECTURE, "objects"
+    )
+    if has != learns:
+        raise UserError(
+            f"dataset {name} has {has}, but MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE} learns from {learns}"
+        )
 
 
 def check_class_count(cfg, name: str, classes: Sequence[str]) -> None:
@@ -93,7 +119,7 @@ def check_class_count(cfg, name: str, classes: Sequence[str]) -> None:
 
 def wanted_of(cfg) -> Wanted:
     """What the model learns from the annotations of objects."""
-    if is_semantic(cfg):
+    if is_per_pixel(cfg):
         return NOTHING
     model = cfg.MODEL
     return Wanted(
@@ -138,46 +164,115 @@ def check_metric_files(cfg) -> None:
 # -- training input --------------------------------------------------------------------------------
 
 
+# Keys of the input that only models of pixels know, and what each is off at.
+_PER_PIXEL_INPUT = {"RANDOM_SCALE": (), "SCALE_CHOICES": (), "FIXED_SIZE": (), "RANDOM_ROTATION": 0}
+
+
 def check_input(cfg, crops_objects: bool) -> None:
     """UserError where a key of the training input is not supported for the model's task.
 
     Args:
         crops_objects: whether the engine knows INPUT.CROP for detectors too. Neither knows
-            INPUT.RANDOM_SCALE for them; Detectron2 would train without it, in silence.
+            INPUT.RANDOM_SCALE and the like for them; Detectron2 would train without it, in silence.
     """
-    if is_semantic(cfg):
-        _check_semantic_input(cfg)
-    elif cfg.INPUT.RANDOM_SCALE:
-        raise UserError(
-            f"INPUT.RANDOM_SCALE {tuple(cfg.INPUT.RANDOM_SCALE)} is for {SEMANTIC} only: set it to "
-            "() and use INPUT.MIN_SIZE_TRAIN"
-        )
-    elif cfg.INPUT.CROP.ENABLED and not crops_objects:
+    if is_per_pixel(cfg):
+        _check_scales(cfg)
+        _check_frame(cfg)
+        _check_crop(cfg)
+        _check_pixel_head(cfg)
+        return
+    for key, off in _PER_PIXEL_INPUT.items():
+        value = cfg.INPUT[key]
+        if value != off:
+            value = tuple(value) if isinstance(off, tuple) else value
+            instead = " and use INPUT.MIN_SIZE_TRAIN" if "SCALE" in key else ""
+            raise UserError(
+                f"INPUT.{key} {value} is for {SEMANTIC} only: set it to {off}{instead}"
+            )
+    if cfg.INPUT.CROP.ENABLED and not crops_objects:
         raise UserError(
             f"INPUT.CROP.ENABLED is True: the native engine crops for {SEMANTIC} only; set it to "
             "False, or use --engine detectron2"
         )
 
 
-def _check_semantic_input(cfg) -> None:
-    scale, crop = tuple(cfg.INPUT.RANDOM_SCALE), cfg.INPUT.CROP
+def _check_scales(cfg) -> None:
+    scale, choices = tuple(cfg.INPUT.RANDOM_SCALE), tuple(cfg.INPUT.SCALE_CHOICES)
     if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
         raise UserError(f"INPUT.RANDOM_SCALE is {scale}: set it to () or (smallest, largest)")
+    if scale and choices:
+        raise UserError(
+            f"INPUT.RANDOM_SCALE is {scale} and INPUT.SCALE_CHOICES {choices}: set one of them "
+            "to ()"
+        )
+
+
+def _check_frame(cfg) -> None:
+    size, crop = tuple(cfg.INPUT.FIXED_SIZE), cfg.INPUT.CROP
+    if not size:
+        if cfg.INPUT.RANDOM_ROTATION:
+            raise UserError(
+                f"INPUT.RANDOM_ROTATION is {cfg.INPUT.RANDOM_ROTATION:g}, which takes an "
+                "INPUT.FIXED_SIZE (height, width) to turn in"
+            )
+        if is_depth(cfg):
+            raise UserError(
+                f"INPUT.FIXED_SIZE is (): set it to (height, width); {DEPTH} can tell depths only "
+                "in images of one size"
+            )
+        return
+    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise UserError(f"INPUT.FIXED_SIZE is {size}: set it to () or (height, width) in pixels")
+    if crop.ENABLED:
+        raise UserError(f"INPUT.FIXED_SIZE is {size}: set INPUT.CROP.ENABLED False, or it to ()")
+
+
+def _check_crop(cfg) -> None:
+    crop = cfg.INPUT.CROP
     if crop.ENABLED and crop.TYPE != "absolute":
         raise UserError(f"INPUT.CROP.TYPE is {crop.TYPE!r}: {SEMANTIC} takes 'absolute' crops only")
     if crop.ENABLED and not (
         len(crop.SIZE) == 2 and all(isinstance(side, int) and side > 0 for side in crop.SIZE)
     ):
         raise UserError(f"INPUT.CROP.SIZE is {crop.SIZE}: set it to [height, width] in pixels")
+
+
+def _check_pixel_head(cfg) -> None:
+    model, head = cfg.MODEL, cfg.MODEL.SEM_SEG_HEAD
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise UserError(
             f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, which counts annotated "
-            f"objects: {SEMANTIC} takes TrainingSampler only"
+            f"objects: {model.META_ARCHITECTURE} takes TrainingSampler only"
         )
-    if cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE != IGNORED:
+    if head.IGNORE_VALUE != IGNORED:
         raise UserError(
-            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}: label maps "
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}: label maps "
             f"are read with {IGNORED} for what is ignored"
+        )
+    if (head.NAME == DEPTH_HEAD) != is_depth(cfg):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {model.META_ARCHITECTURE} and MODEL.SEM_SEG_HEAD.NAME "
+            f"{head.NAME}: {DEPTH} and {DEPTH_HEAD} go together, and only they"
+        )
+    if is_depth(cfg) and head.NUM_CLASSES != 1:
+        raise UserError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {head.NUM_CLASSES}: {DEPTH_HEAD} predicts one "
+            "number for each pixel; set it to 1"
+        )
+
+
+OPTIMIZERS = ("SGD", "Adam")
+
+
+def check_solver(cfg) -> None:
+    """UserError for an optimizer that there is not, or one that lacks what is asked of it."""
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: use {' or '.join(OPTIMIZERS)}")
+    if solver.NESTEROV and solver.OPTIMIZER != "SGD":
+        raise UserError(
+            f"SOLVER.NESTEROV is True, which {solver.OPTIMIZER} does not have: set it to False, "
+            "or SOLVER.OPTIMIZER SGD"
         )
 
 
@@ -198,7 +293,7 @@ def check_dilated_c5(cfg: CfgNode) -> None:
 
 
 def semantic_feature(cfg, strides: Mapping[str, int]) -> str:
-    """The feature map that FCN16Head works on.
+    """The feature map that FCN16Head or FCNDepthHead works on.
 
     Args:
         strides: of the backbone's feature maps, by name.
@@ -335,7 +430,7 @@ def plan_batch(cfg, processes: int) -> BatchPlan:
             f"{accumulation}"
         )
     # Of semantic segmentation 0.003 on VOC, 0.01 on Cityscapes (appendix A.5).
-    paper_lr = None if is_semantic(cfg) else PAPER_LR
+    paper_lr = None if is_per_pixel(cfg) else PAPER_LR
     return BatchPlan(images, processes, accumulation, cfg.MODEL.RESNETS.NORM, paper_lr)
 
 
