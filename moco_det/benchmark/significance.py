@@ -62,6 +62,13 @@ class Difference:
         """Whether it exceeds what is expected of chance."""
         return self.margin is not None and abs(self.value) > self.margin
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the difference; None: unknown."""
+        if self.margin is None:
+            return None
+        return self.value - self.margin, self.value + self.margin
+
 
 def difference_from_published(
     trials: Sequence[float], mean: float, n: int, known: KnownDeviation | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
-from moco_det.benchmark.jobs.job import RUNNING, Job, JobFolder, script_job
+from moco_det.benchmark.jobs.job import RUNNING, Job, JobFolder, cores, script_job
 from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report.quickstart import collect, draw_pairs, write_report
@@ -29,6 +29,7 @@ from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
 MOST_SEEDS = 1000
+MOST_AT_A_TIME = 4  # detectors side by side on a CPU: each takes a gigabyte
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
 
 
@@ -197,7 +198,9 @@ def run(plan: Quickstart) -> Path:
     run_in_order(prepared)
     convert({"moco": plan.checkpoint}, plan.output)
     detectors = [plan.settings.job(run) for run in plan.runs()]
-    failed = run_side_by_side(detectors, gpu_slots(plan.settings.gpus, None))
+    # On a CPU, two of one thread each end sooner than one after the other of two threads.
+    at_a_time = min(cores(), len(detectors), MOST_AT_A_TIME)
+    failed = run_side_by_side(detectors, gpu_slots(plan.settings.gpus, at_a_time))
     if failed:
         names = ", ".join(job.name for job in failed)
         raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")

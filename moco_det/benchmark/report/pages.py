@@ -105,7 +105,7 @@ def line_chart(
     lines: Sequence[tuple[str, Points]],
     x_label: str,
     y_label: str,
-    reference: tuple[float, str] | None = None,
+    references: Sequence[tuple[float, str]] = (),
     percent: bool = False,
     dots: bool = False,
 ) -> Markup:
@@ -113,12 +113,12 @@ def line_chart(
 
     Args:
         lines: the CSS class of each, and its points.
-        reference: a dashed level, and the name that is written on it.
+        references: dashed levels, and the name that is written on each.
         percent: keep 0 in the picture, so that a small gain does not look like a large one.
         dots: mark the points.
     """
     xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points] + ([reference[0]] if reference else [])
+    ys = [y for _, points in lines for _, y in points] + [level for level, _ in references]
     y_ticks = nice_ticks(0.0 if percent else min(ys), max(ys))
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     return render(
@@ -129,7 +129,7 @@ def line_chart(
         y=_scale(y_ticks[0], y_ticks[-1], bottom, top),
         x_ticks=[tick for tick in nice_ticks(0.0, max(xs), 6) if tick <= max(xs)],
         y_ticks=y_ticks, tick_text=tick_text, lines=lines, x_label=x_label, y_label=y_label,
-        reference=reference, dots=dots,
+        references=references, dots=dots,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from moco_det.benchmark.jobs.job import Job, JobFolder, environment
 from moco_det.benchmark.jobs.runs import RunFolder
 from moco_det.benchmark.report import pages
 from moco_det.benchmark.report.pages import Points, render
+from moco_det.benchmark.report.tables import SIGNIFICANT
+from moco_det.benchmark.significance import Difference, Summary, difference_of_trials
 from moco_det.common.documents import read_json_lines
 from moco_det.common.errors import UserError
 from moco_det.common.files import write_text
@@ -42,11 +44,13 @@ class Pretraining:
     """Curves over epochs: `loss` as logged, `knn` the monitor's top-1 accuracy.
 
     Epoch 0 of `knn` is the random encoder; it is empty where there are no validation labels.
+    `knn_chance`: what guessing among the classes reaches; None: unknown.
     """
 
     loss: Points
     chance_loss: float
     knn: Points
+    knn_chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,10 @@ class Results:
     settings: Mapping[str, str]
 
     def comparison(self, metric: str) -> "PairedComparison":
-        random = [pair.random[metric] for pair in self.detection]
-        moco = [pair.moco[metric] for pair in self.detection]
-        differences = tuple(map(operator.sub, moco, random))
-        return PairedComparison(statistics.fmean(random), statistics.fmean(moco), differences)
+        return PairedComparison(
+            random_trials=tuple(pair.random[metric] for pair in self.detection),
+            moco_trials=tuple(pair.moco[metric] for pair in self.detection),
+        )
 
     def rows(self, metric: str) -> list[tuple[str, float, float]]:
         """(name, random, MoCo) of each seed and, of several, of their mean."""
@@ -112,20 +116,45 @@ class Results:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Means of one metric over the seeds, and MoCo's lead over random weights in each of them."""
+    """One metric of all seeds' detectors, those from random weights and those from MoCo's."""
 
-    random: float
-    moco: float
-    differences: tuple[float, ...]
+    random_trials: tuple[float, ...]
+    moco_trials: tuple[float, ...]
+
+    @property
+    def random(self) -> float:
+        return self.random_summary.mean
+
+    @property
+    def moco(self) -> float:
+        return self.moco_summary.mean
+
+    @property
+    def random_summary(self) -> Summary:
+        return Summary.of(self.random_trials)
+
+    @property
+    def moco_summary(self) -> Summary:
+        return Summary.of(self.moco_trials)
+
+    @property
+    def gain(self) -> Difference:
+        """Of the means, judged as every difference of a reproduction is."""
+        return difference_of_trials(self.moco_trials, self.random_trials)
 
     @property
     def difference(self) -> float:
         return self.moco - self.random
 
     @property
+    def differences(self) -> tuple[float, ...]:
+        """MoCo's lead in each seed."""
+        return tuple(map(operator.sub, self.moco_trials, self.random_trials))
+
+    @property
     def difference_sd(self) -> float | None:
         """Sample standard deviation of the differences; None of a single seed."""
-        return statistics.stdev(self.differences) if len(self.differences) > 1 else None
+        return Summary.of(self.differences).sd
 
 
 # -- from the files of a finished run -------------------------------------------------------------
@@ -149,7 +178,7 @@ def collect(plan, prepared: Sequence[Job], seconds: float) -> Results:
         created=pages.now(),
         seconds=round(seconds, 1),
         data=_data(plan),
-        pretraining=read_pretraining(plan.pretrain_folder / "metrics.jsonl"),
+        pretraining=read_pretraining(plan.pretrain_folder / "metrics.jsonl", plan.images),
         detection=[
             DetectorPair(seed, random=read_ap(random), moco=read_ap(moco))
             for seed, random, moco in zip(
@@ -188,15 +217,22 @@ def _data(plan) -> dict[str, str]:
     }
 
 
-def read_pretraining(path: Path) -> Pretraining:
-    """From pretraining's metrics.jsonl."""
+def read_pretraining(path: Path, images: Path) -> Pretraining:
+    """From pretraining's metrics.jsonl; `images`: what it was trained on."""
     lines = read_json_lines(path, "the log", finite=False)
     training = [line for line in lines if "loss" in line]
     return Pretraining(
         loss=[[line["epoch"], line["loss"]] for line in training],
         chance_loss=training[-1]["chance_loss"],
         knn=[[line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line],
+        knn_chance=_chance(images / "val"),
     )
+
+
+def _chance(labelled: Path) -> float | None:
+    """Top-1 of guessing among the class folders of `labelled`; None where there are none."""
+    classes = sum(path.is_dir() for path in labelled.iterdir()) if labelled.is_dir() else 0
+    return 100 / classes if classes else None
 
 
 def read_ap(folder: RunFolder) -> dict[str, float]:
@@ -256,11 +292,22 @@ def write_report(results: Results, pairs: Sequence[PicturePair], folder: Path) -
 def as_json(results: Results) -> dict:
     """The content of report.json: the results, less the texts of the settings, plus the means."""
     ap50 = results.comparison("AP50")
+    gain = ap50.gain
     headline = {
         "seconds": results.seconds,
         "knn_top1": results.knn_top1,
         "ap50": {"random": ap50.random, "moco": ap50.moco},
-        "ap50_difference": {"mean": ap50.difference, "standard_deviation": ap50.difference_sd},
+        "ap50_difference": {
+            "mean": ap50.difference,
+            "standard_deviation": ap50.difference_sd,
+            "n": len(ap50.differences),
+            "interval": gain.interval,
+            "significant": gain.significant,
+        },
+        "ap50_summary": {
+            "random": asdict(ap50.random_summary),
+            "moco": asdict(ap50.moco_summary),
+        },
     }
     return headline | {k: v for k, v in asdict(results).items() if k not in ("settings", "seconds")}
 
@@ -275,6 +322,7 @@ def render_page(results: Results, pairs: Sequence[PicturePair]) -> Markup:
         metrics=METRICS,
         pairs=pairs,
         score_shown=pages.SCORE_SHOWN,
+        mark=SIGNIFICANT,
         commands="\n\n".join(step["command"] for step in results.steps),
     )
 

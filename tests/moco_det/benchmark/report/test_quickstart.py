@@ -23,7 +23,8 @@ from moco_det.common.errors import UserError
 from moco_det.datasets import get_dataset
 
 # By hand: means (40+30)/2 and (52+36)/2; differences 12 and 6, their mean 9 and, with n - 1 = 1,
-# their standard deviation sqrt(3^2 + 3^2) = 4.24.
+# their standard deviation sqrt(3^2 + 3^2) = 4.24. Variances 50 and 128, pooled (1 + 1 degrees of
+# freedom) 89; t = 4.303: the difference of the means is 9 +- 4.303 sqrt(89 (1/2 + 1/2)) = 40.59.
 DETECTION = [
     DetectorPair(
         seed=5,
@@ -45,6 +46,7 @@ RESULTS = quickstart.Results(
         loss=[[0.5, 6.0], [1.0, 6.5], [1.5, 5.0], [2.0, 4.0]],
         chance_loss=math.log(1025),
         knn=[[0, 21.25], [1, 40.0], [2, 63.75]],
+        knn_chance=12.5,
     ),
     detection=DETECTION,
     detection_loss={
@@ -69,6 +71,13 @@ def test_statistics_by_hand():
     assert replace(RESULTS, detection=DETECTION[:1]).comparison("AP75").difference_sd is None
 
 
+def test_the_verdict_is_that_of_a_reproduction_by_hand():
+    ap50 = RESULTS.comparison("AP50")
+    assert (ap50.random_summary.sd, ap50.moco_summary.sd) == pytest.approx((50**0.5, 128**0.5))
+    assert ap50.gain.interval == pytest.approx((9 - 40.594, 9 + 40.594), abs=1e-3)
+    assert not ap50.gain.significant
+
+
 def test_json_has_the_promised_keys(tmp_path):
     quickstart.write_report(RESULTS, [], tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
@@ -76,12 +85,20 @@ def test_json_has_the_promised_keys(tmp_path):
     assert content["knn_top1"] == {"random": 21.25, "moco": 63.75}
     assert content["ap50"] == {"random": 35.0, "moco": 44.0}
     assert content["detection"] == [asdict(pair) for pair in DETECTION]
-    assert content["ap50_difference"]["mean"] == 9.0
+    assert content["ap50_difference"] == {
+        "mean": 9.0,
+        "standard_deviation": pytest.approx(18**0.5),
+        "n": 2,
+        "interval": pytest.approx([-31.594, 49.594], abs=1e-3),
+        "significant": False,
+    }
+    assert content["ap50_summary"]["moco"] == {"mean": 44.0, "sd": pytest.approx(128**0.5), "n": 2}
     assert set(content) == {
-        *("seconds", "knn_top1", "ap50", "ap50_difference", "title", "created", "data"),
+        *("seconds", "knn_top1", "ap50", "ap50_difference", "ap50_summary", "title", "created"),
+        "data",
         *("pretraining", "detection", "detection_loss", "steps", "environment"),
     }
-    assert set(content["pretraining"]) == {"loss", "chance_loss", "knn"}
+    assert set(content["pretraining"]) == {"loss", "chance_loss", "knn", "knn_chance"}
 
 
 def test_page_is_well_formed_and_fetches_nothing():
@@ -102,6 +119,8 @@ def test_every_number_is_on_the_page():
         assert f"{value:.1f}" in text
     for difference in ("+12.0", "+6.0", "+9.0", "−0.5", "+42.5", "4.2 points"):
         assert difference in text
+    for words in ("44.0 ± 11.3", "35.0 ± 7.1", "−31.6 to +49.6", "guessing: 12.5 %"):
+        assert words in text
     for words in ("8 min 05 s", "1 min 05 s", "2.9.9", "A CPU, 2 cores", "seed 5", "seed 6"):
         assert words in text
 
@@ -131,6 +150,26 @@ def test_words_follow_the_numbers(gains, words):
     text = Page(quickstart.render_page(replace(RESULTS, detection=detection), [])).text
     assert words in text
     assert ("higher" in text) == (sum(gains) > 0)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    # Two equal pairs have no deviation; the third's margin is 4.303 sqrt(50/2 (1/2 + 1/2)) = 21.5.
+    [([4, 4], "MoCo helps: "), ([-4, -4], "MoCo hurts: "), ([1, 11], "Not settled: ")],
+)
+def test_the_verdict_follows_the_interval(gains, verdict):
+    values = {"AP": 9.0, "AP75": 9.0, "AP50": 40.0}
+    detection = [
+        DetectorPair(i, values, values | {"AP50": 40.0 + gain}) for i, gain in enumerate(gains)
+    ]
+    text = Page(quickstart.render_page(replace(RESULTS, detection=detection), [])).text
+    assert verdict in text
+    assert ("does not hold zero" in text) == (verdict != "Not settled: ")
+
+
+def test_without_classes_to_guess_among_there_is_no_chance():
+    unknown = replace(RESULTS, pretraining=replace(RESULTS.pretraining, knn_chance=None))
+    assert "guessing: 12.5" not in Page(quickstart.render_page(unknown, [])).text
 
 
 def test_without_a_knn_monitor_the_report_says_so(tmp_path):
@@ -164,9 +203,14 @@ def test_pretraining_curves(tmp_path):
         {"step": 2, "epoch": 1, "knn_top1": 31.5},
     ]
     write_lines(tmp_path / "metrics.jsonl", lines)
-    assert quickstart.read_pretraining(tmp_path / "metrics.jsonl") == Pretraining(
+    read = quickstart.read_pretraining(tmp_path / "metrics.jsonl", tmp_path / "images")
+    assert read == Pretraining(
         loss=[[0.5, 6.0], [1.0, 5.0]], chance_loss=6.9, knn=[[0, 20.0], [1, 31.5]]
     )
+    for name in ("cat", "cow", "dog", "emu"):
+        (tmp_path / "images/val" / name).mkdir(parents=True)
+    read = quickstart.read_pretraining(tmp_path / "metrics.jsonl", tmp_path / "images")
+    assert read.knn_chance == 25.0
 
 
 @pytest.fixture
