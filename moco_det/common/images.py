@@ -27,7 +27,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.files import NotRegularFile, open_regular
+from moco_det.common.files import MAX_PIXELS, NotRegularFile, open_regular
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,7 +45,6 @@ REDUCTIONS = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-MAX_PIXELS = 178_956_970  # of an image, unless more are allowed; Pillow's limit
 _ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
