@@ -36,6 +36,9 @@ DENSEPOSE = ["scipy"]  # reads the files of the body model, too
 # Reads tar shards for pretraining.
 WEBDATASET = ["webdataset>=1.0"]
 
+# The SVMs of pretrain/voc_svm.py.
+EVALUATION = ["scikit-learn"]
+
 # Weights of the Hugging Face Hub, and the files that most of them are.
 HUB = ["huggingface_hub>=0.23", "safetensors>=0.4"]
 
@@ -84,10 +87,11 @@ setup(
         "densepose": DENSEPOSE,
         "webdataset": WEBDATASET,
         "slurm": SLURM,
+        "evaluation": EVALUATION,
         "parquet": ["pyarrow"],  # pretrain/embed.py
         "hub": HUB,
         "test": [
-            *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", "scikit-learn"],
+            *["pytest", "pytest-xdist>=3.2", "ruff", "scipy", *EVALUATION],
             *LVIS,
             *CITYSCAPES,
             *WEBDATASET,

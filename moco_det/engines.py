@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-
 from typing import TYPE_CHECKING
 
 from moco_det.common.errors import UserError

@@ -7,10 +7,16 @@
 Flags are those of facebookresearch/moco's main_moco.py, with a few more.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.pretraining import parse_pretraining
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(
+        parse_pretraining
+    )  # --help and mistakes end here, before the imports that take seconds
 
 import argparse
 from pathlib import Path
@@ -20,9 +26,10 @@ import torch
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
+from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
-from pretrain.data.shards import ShardSource, find_shards, is_shards
+from pretrain.data.shards import ShardSource, find_shards
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import seed_run, settle_precision
@@ -32,7 +39,6 @@ from pretrain.engine.pretraining import MoCoPretraining
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.knn import KnnMonitor
 from pretrain.flags.launch import launch, loading, run_settings
-from pretrain.flags.pretraining import parse_pretraining
 from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.encoders import build_encoder
 from pretrain.moco.grouped_batchnorm import choose_bn_groups

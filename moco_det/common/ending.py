@@ -6,6 +6,7 @@ Light enough to be imported before everything else: see `errors.start_command`.
 import contextlib
 import multiprocessing.util
 import os
+import select
 import signal
 import sys
 import threading
@@ -68,15 +69,15 @@ def flush_output() -> bool:
 
     What is printed to nobody goes nowhere from then on, without an error.
     """
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
+        output, reader = sys.stdout.fileno(), select.poll()
+        reader.register(output, 0)
+        if reader.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
+            return False
         sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return False
-    except (AttributeError, OSError, ValueError):  # there is no stdout, or it is closed
-        pass
     return True
 
 

@@ -251,8 +251,34 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
 # -- flags -----------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default where it has one that its help does not name.
+
+    A description of several lines is printed as it is laid out.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            text = text.removesuffix(" (default: %(default)s)")  # added before Python 3.13
+            default = "yes" if default else "no"
+        nothing = default is None or default is False or default in ("", [], argparse.SUPPRESS)
+        if nothing or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown})".replace("%", "%%")
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake with one line instead of all flags."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -285,11 +311,7 @@ def _before_separator(args: Sequence[str]) -> list[str]:
 
 def command_parser(description: str, exit_codes: str | None = None) -> CommandParser:
     """The parser of a command whose --help prints both texts, the first as it is laid out."""
-    return CommandParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=exit_codes and f"exit codes: {exit_codes}",
-    )
+    return CommandParser(description=description, epilog=exit_codes and f"exit codes: {exit_codes}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.files import MAX_PIXELS, NotRegularFile, open_regular
+from moco_det.common.files import NotRegularFile, open_regular
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels the right way up
     2: Image.Transpose.FLIP_LEFT_RIGHT,

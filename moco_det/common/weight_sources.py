@@ -31,7 +31,7 @@ from torch import Tensor
 from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import replacing
-from moco_det.common.official_weights import OFFICIAL, Official
+from moco_det.common.official_weights import OFFICIAL
 from moco_det.common.processes import print_on_main
 from moco_det.common.weight_checks import FLOATS, checked_weights
 from moco_det.common.weight_layouts import DETECTRON2, ENTRIES, NETWORK, find_backbone, name_map

@@ -13,7 +13,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=argparse.REMAINDER,
         action=_Pairs,
         metavar="KEY VALUE",
-        help="config keys to override",
+        help="config keys to override (default: none)",
     )
 
 
@@ -26,8 +26,11 @@ def add_config_file(
     )
 
 
-def add_config_option(parser: argparse.ArgumentParser, help: str = "config keys") -> None:
+def add_config_option(
+    parser: argparse.ArgumentParser, help: str = "config keys to override"
+) -> None:
     """KEY VALUE pairs as a flag, --opts, which others may follow."""
+    help += " (default: none)"
     parser.add_argument(
         "--opts", nargs="+", default=[], action=_Pairs, metavar="KEY VALUE", help=help
     )

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from moco_det.common.errors import UserError
-from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.flags.common import (
+    AMP,
     KNN_BANK,
     PRETRAINED,
     add_training_flags,
@@ -26,7 +26,8 @@ def linear_parser() -> argparse.ArgumentParser:
     )
     add_training_flags(parser)
     add = parser.add_argument
-    add("--pretrained", default="", metavar="WEIGHTS", help=PRETRAINED)
+    add("--pretrained", default="", metavar="WEIGHTS",
+        help=f"{PRETRAINED}; no default, but --evaluate needs none")  # fmt: skip
     add("--finetune", action="store_true", help="train all weights, not only a linear classifier")
     add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
     add = parser.add_argument_group("beyond the official code").add_argument
@@ -76,7 +77,8 @@ def knn_parser() -> argparse.ArgumentParser:
     add("--knn-bank", **KNN_BANK)
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
     add("--seed", default=0, type=int, help="of --pretrained random's weights, and of --knn-bank")
-    add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
+    add("--output", default=None, metavar="FILE",
+        help="write the accuracy as JSON as well; default: no file")  # fmt: skip
     return parser
 
 
@@ -101,13 +103,15 @@ def embed_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
     add("--output", required=True, metavar="FILE", help="features and names: .npz or .parquet")
-    add("--sheet", metavar="FILE.png", help="draw some images, each with those nearest to it")
-    add("--queries", default=12, type=int, help="rows of the sheet")
-    add("-k", "--neighbours", default=8, type=int, dest="k", help="of each row of the sheet")
+    add("--sheet", metavar="FILE.png",
+        help="draw some images, each with those nearest to it; default: no sheet")  # fmt: skip
+    add("--queries", default=12, type=int, help="images that the sheet has a row for")
+    add("-k", "--neighbours", default=8, type=int, dest="k", help="images in each row of the sheet")
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--amp", default="none", choices=AMP, help="mixed precision of the encoder")
     add("--seed", default=0, type=int, help="of the sheet's rows, and of --pretrained random")
-    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    add("--max-unreadable", default=0.01, type=float,
+        help="share of the images that may be unreadable")  # fmt: skip
     parser.set_defaults(batch_size=1)
     return parser
 
