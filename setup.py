@@ -87,8 +87,8 @@ setup(
         "densepose": DENSEPOSE,
         "webdataset": WEBDATASET,
         "slurm": SLURM,
-        "parquet": ["pyarrow"],  # pretrain/embed.py
         "evaluation": EVALUATION,
+        "parquet": ["pyarrow"],  # pretrain/embed.py
         "hub": HUB,
         "test": [
             *["pytest", "pytest-xdist>=3.2", "ruff", "scipy"],

@@ -5,6 +5,8 @@ import runpy
 import sys
 
 import moco_det
+from moco_det.common import ending
+from moco_det.common.errors import exit_cleanly
 from moco_det.common.installation import own_file
 
 # What a user calls it -> the script; in the order of the way from images to a table.
@@ -30,19 +32,20 @@ COMMANDS = {
 
 def main() -> None:
     """Run the script of the first argument with the others, as if it had been called itself."""
+    ending.prepare_end()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(
-            f"usage: moco-det COMMAND ...; moco-det COMMAND --help lists its flags\n\n{listing()}"
-        )
-    elif name == "--version":
-        print(moco_det.__version__)
-    elif name not in COMMANDS:
-        sys.exit(f"error: unknown command {name!r}; there are {', '.join(COMMANDS)}")
-    else:
-        script = str(own_file(COMMANDS[name]))
-        sys.argv = [script, *sys.argv[2:]]
-        runpy.run_path(script, run_name="__main__")
+    with exit_cleanly():
+        if name in ("-h", "--help"):
+            usage = "usage: moco-det COMMAND ...; moco-det COMMAND --help lists its flags"
+            print(f"{usage}\n\n{listing()}")
+        elif name == "--version":
+            print(moco_det.__version__)
+        elif name not in COMMANDS:
+            sys.exit(f"error: unknown command {name!r}; there are {', '.join(COMMANDS)}")
+        else:
+            script = str(own_file(COMMANDS[name]))
+            sys.argv = [script, *sys.argv[2:]]
+            runpy.run_path(script, run_name="__main__")
 
 
 def listing() -> str:

@@ -2,20 +2,14 @@
 
 import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 from moco_det.common.errors import UserError
-from moco_det.common.files import RunFiles
-from moco_det.parity.probe import EngineProbe
+
+if TYPE_CHECKING:  # the names of the engines are asked for before torch is imported
+    from moco_det.parity.probe import EngineProbe
 
 ENGINES = ("auto", "native", "detectron2")
-
-# What training leaves in OUTPUT_DIR with either engine.
-RUN_FILES = RunFiles(
-    marks=("last_checkpoint",),
-    others=("model_*.pth", "metrics.json", "events.out.tfevents.*"),
-    flag="OUTPUT_DIR",
-    resume="--resume",
-)
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:
@@ -53,7 +47,7 @@ def detectron2_problem() -> str | None:
     return None
 
 
-def probe_class(engine: str) -> type[EngineProbe]:
+def probe_class(engine: str) -> "type[EngineProbe]":
     """The `Probe` of the "native" or the "detectron2" engine."""
     module = {"native": "native.engine.inference", "detectron2": "plugin.probe"}[engine]
     return importlib.import_module(f"moco_det.{module}").Probe

@@ -7,10 +7,14 @@
 The features are the backbone's, averaged over the centre crop, in front of the projection head.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.evaluation import parse_embed
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_embed)  # --help and mistakes end here, before the imports that take seconds
 
 import argparse
 from pathlib import Path
@@ -23,7 +27,6 @@ from moco_det.common.processes import is_main, on_main, print_on_main
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.evaluation.embedding import draw_sheet, embed, write_embedding
 from pretrain.evaluation.features import load_encoder, pooled
-from pretrain.flags.evaluation import parse_embed
 from pretrain.flags.launch import launch, loading
 
 

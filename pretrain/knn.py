@@ -6,10 +6,14 @@
 The weighted kNN of Wu et al. 2018 (Sec. 3.4): nothing is trained.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.evaluation import parse_knn
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_knn)  # --help and mistakes end here, before the imports that take seconds
 
 import argparse
 from pathlib import Path
@@ -23,7 +27,6 @@ from moco_det.common.processes import is_main, on_main, print_on_main, workers_p
 from pretrain.data.benchmarks import FOLDERS, find_dataset
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.knn import KnnMonitor
-from pretrain.flags.evaluation import parse_knn
 from pretrain.flags.launch import launch
 
 

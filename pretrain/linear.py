@@ -20,10 +20,14 @@ Every process holds the features of all validation images, with --cache-features
 images as well: 10 GB for ImageNet and a ResNet-50.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.evaluation import parse_linear
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_linear)  # --help and mistakes end before the imports that take seconds
 
 import argparse
 import contextlib
@@ -59,7 +63,6 @@ from pretrain.evaluation.classification import (
     validation_line,
 )
 from pretrain.evaluation.features import RANDOM, SplitFeatures, load_encoder, pooled
-from pretrain.flags.evaluation import parse_linear
 from pretrain.flags.launch import launch, loading, run_settings
 from pretrain.moco.grouped_batchnorm import choose_bn_groups
 

@@ -7,17 +7,20 @@
 Flags are those of facebookresearch/moco's main_moco.py, with a few more.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.pretraining import parse_pretraining
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_pretraining)  # --help and mistakes end before the imports that take seconds
 
 import argparse
 
 import torch
 
 from pretrain.flags.launch import launch
-from pretrain.flags.pretraining import parse_pretraining
 from pretrain.run import train
 
 

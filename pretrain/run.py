@@ -19,9 +19,10 @@ from torch import nn
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
+from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
-from pretrain.data.shards import ShardSource, find_shards, is_shards
+from pretrain.data.shards import ShardSource, find_shards
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import seed_run, settle_precision

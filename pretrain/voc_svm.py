@@ -10,10 +10,14 @@ negatives, the setting of "Revisiting Contrastive Methods" (arXiv:2106.05967). T
 the mean area under the interpolated precision-recall curve, as in its code and in VISSL.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.evaluation import parse_voc_svm
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_voc_svm)  # --help and mistakes end before the imports that take seconds
 
 import argparse
 from pathlib import Path
@@ -31,7 +35,6 @@ from pretrain.data.voc_labels import VocLabels, find_voc
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.evaluation.features import SplitFeatures, load_encoder, pooled
 from pretrain.evaluation.svm import COSTS, NEEDS, ClassResult, classify_all
-from pretrain.flags.evaluation import parse_voc_svm
 from pretrain.flags.launch import launch, loading
 
 

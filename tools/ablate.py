@@ -10,46 +10,42 @@ the others go on, and the command ends with code 1. moco_det/benchmark/jobs/abla
 what the file holds.
 """
 
-from moco_det.common.ending import start_command
-
-if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
 import argparse
-import sys
 from pathlib import Path
 
-from moco_det.benchmark.jobs import ablation
-from moco_det.benchmark.jobs.job import provenance
-from moco_det.benchmark.jobs.runner import exit_on_signals
-from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
-from moco_det.common.errors import at_least, command_parser, exit_cleanly
-from moco_det.common.files import make_folder
+try:
+    from moco_det.common.errors import at_least, command_parser, exit_cleanly, start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
 from moco_det.common.installation import yaml_path
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add(
-        "ablation",
-        type=lambda text: Path(yaml_path(text)),
-        metavar="YAML",
-        help="one of configs/ablations/",
-    )
+    add("ablation", type=lambda text: Path(yaml_path(text)), metavar="YAML",
+        help="one of configs/ablations/")  # fmt: skip
     add("--data", type=Path, required=True, metavar="DIR", help="ImageFolder root")
     add("--output", type=Path, metavar="DIR", help="default: output/ablations/NAME-OF-YAML")
-    add("--seeds", type=int, help="runs of each row, instead of the number in the file")
-    add("-j", "--workers", type=at_least(0, 1024), help="data loading processes of a run")
-    add(
-        "--nproc-per-node",
-        type=at_least(1, 1024),
-        default=1,
-        metavar="N",
-        help="more than 1: through torchrun",
-    )
+    add("--seeds", type=int, metavar="N", help="runs of each row (default: as in the file)")
+    add("-j", "--workers", type=at_least(0, 1024), metavar="N",
+        help="data loading processes of a run (default: as of pretrain/main.py)")  # fmt: skip
+    add("--nproc-per-node", type=at_least(1, 1024), default=1, metavar="N",
+        help="processes of a run; more than 1: through torchrun")  # fmt: skip
     add("--dry-run", action="store_true", help="list the runs; print the table so far")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
+
+import sys
+
+from moco_det.benchmark.jobs import ablation
+from moco_det.benchmark.jobs.job import provenance
+from moco_det.benchmark.jobs.runner import exit_on_signals
+from moco_det.benchmark.report.tables import ablation_table, means_table, write_ablation
+from moco_det.common.files import make_folder
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,13 +15,138 @@ python tools/benchmark.py detector-step --config-file configs/coco_R50_FPN_1x_mo
     --image-size 800 1216 --batch-size 2 16 --device cuda
 """
 
-from moco_det.common.ending import start_command
-
-if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
 import argparse
 from pathlib import Path
+
+try:
+    from moco_det.common.errors import (
+        CommandParser,
+        UserError,
+        at_least,
+        exit_cleanly,
+        start_command,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.config.flags import add_config_arguments
+from moco_det.engines import ENGINES, choose_engine, require_detectron2
+from pretrain.flags.common import AMP
+from pretrain.flags.pretraining import MECHANISMS
+
+COUNT, MANY = at_least(1, 10**6), at_least(1, 10**8)
+COMPILED = ("off", "on", "graphs")  # of `pretrain_step`: encoders; the last as CUDA graphs
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, (add_flags, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        add_flags(command)
+        if name not in ON_THE_CPU:
+            command.add_argument("--device",
+                help="what computes (default: cuda where there is a GPU)")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--arch", default="resnet50", help="the encoder")
+    add("--batch-size", type=COUNT, default=16, help="images")
+    add("--image-size", type=COUNT, default=224, help="side of a view in pixels")
+    add("--amp", nargs="+", default=["none", "bf16"], choices=AMP,
+        help="a row each; the last is that of other rows, here and below")  # fmt: skip
+    add("--bn-groups", nargs="+", type=COUNT, default=[], metavar="N",
+        help="a row each for N groups of batch norm (default: main.py's)")  # fmt: skip
+    add("--compile", nargs="+", default=["off"], choices=COMPILED,
+        help="of the encoders, a row each; graphs: as CUDA graphs")  # fmt: skip
+    add("--deterministic", action="store_true", help="a row with such kernels, too")
+    add("--rounds", type=COUNT, default=5, help="times that each row is timed, in turn")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="a folder of photographs")
+    add("--image-size", type=COUNT, default=224, help="side of a view in pixels")
+    add("--batch-size", type=COUNT, default=256, help="images, of the device's part")
+    add("--rounds", type=COUNT, default=5, help="times that each row is timed, in turn")
+
+
+def add_bank_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=MANY, default=100_000, help="of the bank; ImageNet has 1,281,167")
+    add("--dim", type=COUNT, default=2048, help="of a feature")
+    add("--queries", type=COUNT, default=256, help="images to classify")
+    add("--classes", type=COUNT, default=1000, help="of the images")
+    add("--neighbours", type=COUNT, default=200, help="that vote")
+
+
+def add_annotation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=MANY, default=11_800, help="of the file; COCO has 118,000")
+    add("--objects", type=MANY, default=82_800, help="of the file; COCO has 828,000")
+    add("--processes", type=COUNT, default=8, help="that share it")
+
+
+def add_cost_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mechanisms", nargs="+", default=["moco", "end-to-end"], choices=MECHANISMS,
+        help="a row each for every batch size")  # fmt: skip
+    add("--batch-sizes", type=COUNT, nargs="+", default=[256, 4096], help="images, global")
+    add("--arch", default="resnet50", help="the encoder")
+    add("--image-size", type=COUNT, default=224, help="side of a view in pixels")
+    add("--processes", type=COUNT, help="one GPU each (default: the GPUs that there are, or 1)")
+    add("--amp", default="none", choices=AMP, help="mixed precision of the encoders")
+    add("--steps", type=COUNT, default=5, help="number of timed steps")
+
+
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    add_engine_flags(parser)
+    add = parser.add_argument
+    add("--image-size", type=COUNT, nargs=2, default=(480, 640), metavar=("H", "W"), help="pixels")
+    add("--batch-size", type=COUNT, nargs="+", default=[2], help="images, a row each")
+    add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"), help="a row each")
+    add("--rounds", type=COUNT, default=3, help="times that each row is timed, in turn")
+    add("--compile", action="store_true", help="--engine's backbone")
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    add_engine_flags(parser)
+    parser.add_argument("--images", type=COUNT, default=100, help="of the shorter of two runs")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    add = parser.add_argument
+    add("--engine", default="native", choices=ENGINES[1:], help="the one to time")
+    add("--versus", default="detectron2", choices=ENGINES[1:], help="the one to time it against")
+
+
+def add_all_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the file and the page")
+    add("--images", type=Path, metavar="DIR",
+        help="photographs for data-path (default: some are drawn)")  # fmt: skip
+    add("--minutes", type=at_least(1, 10_000), default=8,
+        help="what does not fit into them is left out")  # fmt: skip
+
+
+# What is measured -> its flags, and what it is.
+COMMANDS = {
+    "pretrain-step": (add_step_flags, "one MoCo v2 step against the official code's"),
+    "data-path": (add_data_flags, "two v2 views of a file against torchvision + PIL"),
+    "knn-bank": (add_bank_flags, "the kNN monitor on a bank of drawn features"),
+    "annotation-memory": (add_annotation_flags, "a drawn COCO file in several processes"),
+    "pretrain-cost": (add_cost_flags, "memory and hours: Table 3 of MoCo v2"),
+    "detector-step": (add_detector_flags, "a detector's iteration, engine by engine"),
+    "evaluation": (add_evaluation_flags, "a detector's evaluation, from files to metrics"),
+    "all": (add_all_flags, "all of these, to a JSON file and a page"),
+}
+ON_THE_CPU = ("annotation-memory",)
+
+if __name__ == "__main__":
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
+
 from tempfile import TemporaryDirectory
 
 import torch
@@ -32,109 +157,19 @@ from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios,
 from moco_det.benchmark.evaluation_speed import evaluation_rates
 from moco_det.benchmark.jobs.job import cores, processor
 from moco_det.benchmark.pretrain_step import NAMES
-from moco_det.common.errors import CommandParser, UserError, at_least, exit_cleanly
 from moco_det.common.files import make_folder
-from moco_det.config.loading import add_config_arguments
-from moco_det.engines import ENGINES, choose_engine, require_detectron2
-from pretrain.engine.optimization import AMP_DTYPES
-from pretrain.moco import MECHANISMS
-
-COUNT, MANY = at_least(1, 10**6), at_least(1, 10**8)
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    gpus = torch.cuda.device_count()
+    if args.command not in ON_THE_CPU and args.device is None:
+        args.device = "cuda" if gpus else "cpu"
+    if args.command == "pretrain-cost" and args.processes is None:
+        args.processes = max(1, gpus)
     print(f"machine: {machine(getattr(args, 'device', 'cpu'))}", flush=True)
     with exit_cleanly():
-        args.report(args)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = CommandParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    step = commands.add_parser("pretrain-step", help="one MoCo v2 step against the official code's")
-    step.add_argument("--arch", default="resnet50")
-    step.add_argument("--batch-size", type=COUNT, default=16)
-    step.add_argument("--image-size", type=COUNT, default=224)
-    step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    step.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=AMP_DTYPES,
-        help="a row each; the last is that of other rows, here and below")  # fmt: skip
-    step.add_argument("--bn-groups", nargs="+", type=COUNT, default=[], help="default: main.py's")
-    step.add_argument("--compile", nargs="+", default=["off"], choices=pretrain_step.COMPILED,
-        help="of the encoders; graphs: as CUDA graphs")  # fmt: skip
-    step.add_argument("--deterministic", action="store_true", help="a row with such kernels, too")
-    step.add_argument("--rounds", type=COUNT, default=5)
-    step.set_defaults(report=report_step)
-
-    data = commands.add_parser("data-path", help="two v2 views of a file against torchvision + PIL")
-    data.add_argument("--images", type=Path, required=True, metavar="DIR")
-    data.add_argument("--image-size", type=COUNT, default=224)
-    data.add_argument("--batch-size", type=COUNT, default=256, help="of the device's part")
-    data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    data.add_argument("--rounds", type=COUNT, default=5)
-    data.set_defaults(report=report_data)
-
-    bank = commands.add_parser("knn-bank", help="the kNN monitor on a bank of drawn features")
-    bank.add_argument("--images", type=MANY, default=100_000, help="ImageNet has 1,281,167")
-    bank.add_argument("--dim", type=COUNT, default=2048)
-    bank.add_argument("--queries", type=COUNT, default=256)
-    bank.add_argument("--classes", type=COUNT, default=1000)
-    bank.add_argument("--neighbours", type=COUNT, default=200)
-    bank.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    bank.set_defaults(report=report_bank)
-
-    file = commands.add_parser("annotation-memory", help="a drawn COCO file in several processes")
-    file.add_argument("--images", type=MANY, default=11_800, help="COCO has 118,000")
-    file.add_argument("--objects", type=MANY, default=82_800, help="COCO has 828,000")
-    file.add_argument("--processes", type=COUNT, default=8)
-    file.set_defaults(report=report_annotations)
-
-    cost = commands.add_parser("pretrain-cost", help="memory and hours: Table 3 of MoCo v2")
-    cost.add_argument("--mechanisms", nargs="+", default=["moco", "end-to-end"], choices=MECHANISMS)
-    cost.add_argument("--batch-sizes", type=COUNT, nargs="+", default=[256, 4096], help="global")
-    cost.add_argument("--arch", default="resnet50")
-    cost.add_argument("--image-size", type=COUNT, default=224)
-    cost.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    cost.add_argument("--processes", type=COUNT, default=max(1, torch.cuda.device_count()),
-        help="one GPU each")  # fmt: skip
-    cost.add_argument("--amp", default="none", choices=AMP_DTYPES)
-    cost.add_argument("--steps", type=COUNT, default=5, help="number of timed steps")
-    cost.set_defaults(report=report_cost)
-
-    detector = commands.add_parser("detector-step", help="a detector's iteration, engine by engine")
-    add_config_arguments(detector)
-    detector.add_argument("--engine", default="native", choices=ENGINES[1:])
-    detector.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
-    detector.add_argument(
-        "--image-size", type=COUNT, nargs=2, default=(480, 640), metavar=("H", "W")
-    )
-    detector.add_argument("--batch-size", type=COUNT, nargs="+", default=[2])
-    detector.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16"))
-    detector.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    detector.add_argument("--rounds", type=COUNT, default=3)
-    detector.add_argument("--compile", action="store_true", help="--engine's backbone")
-    detector.set_defaults(report=report_detector)
-
-    test = commands.add_parser("evaluation", help="a detector's evaluation, from files to metrics")
-    add_config_arguments(test)
-    test.add_argument("--engine", default="native", choices=ENGINES[1:])
-    test.add_argument("--versus", default="detectron2", choices=ENGINES[1:])
-    test.add_argument("--images", type=COUNT, default=100, help="of the shorter of two runs")
-    test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    test.set_defaults(report=report_evaluation)
-
-    whole = commands.add_parser("all", help="all of these, to a JSON file and a page")
-    whole.add_argument("--output", type=Path, required=True, metavar="DIR")
-    whole.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    whole.add_argument("--images", type=Path, metavar="DIR",
-        help="photographs for data-path; without, some are drawn")  # fmt: skip
-    whole.add_argument("--minutes", type=at_least(1, 10_000), default=8,
-        help="what does not fit into them is left out")  # fmt: skip
-    whole.set_defaults(report=report_all)
-    return parser.parse_args()
+        REPORTS[args.command](args)
 
 
 def report_all(args: argparse.Namespace) -> None:
@@ -267,6 +302,17 @@ def machine(device: str) -> str:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
+
+REPORTS = {
+    "pretrain-step": report_step,
+    "data-path": report_data,
+    "knn-bank": report_bank,
+    "annotation-memory": report_annotations,
+    "pretrain-cost": report_cost,
+    "detector-step": report_detector,
+    "evaluation": report_evaluation,
+    "all": report_all,
+}
 
 if __name__ == "__main__":
     main()

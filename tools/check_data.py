@@ -11,17 +11,42 @@ of zero area; missing masks and keypoints; broken dense pose, and files of the b
 needs; classes that do not fit the model; wrong versions.
 """
 
-from moco_det.common.ending import start_command
+import argparse
+
+try:
+    from moco_det.common.errors import command_parser, exit_cleanly, start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.config.flags import add_config_arguments
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__, "0 no problem; 1 problems, or an error")
+    add_config_arguments(parser)
+    add = parser.add_argument
+    add("--images", type=_count, default=100, metavar="N",
+        help="images and label maps to decode of each set, or 'all'")  # fmt: skip
+    add("--list", type=int, default=10, metavar="N",
+        help="problems of each kind to print for each set; 0 for all")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int | None:
+    """The number, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'")
+    return int(text)
+
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
-import argparse
 import sys
 
-from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.images import allow_pixels
-from moco_det.config.loading import add_config_arguments, load_config
+from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import describe, examine, table
 
 
@@ -36,26 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(describe(report, args.list), end="\n\n")
     print(table(reports))
     sys.exit(any(report.problems for report in reports))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, "0 no problem; 1 problems, or an error")
-    add_config_arguments(parser)
-    add = parser.add_argument
-    add("--images", type=_count, default=100, metavar="N",
-        help="images and label maps to decode of each set, or 'all' (default 100)")  # fmt: skip
-    add("--list", type=int, default=10, metavar="N",
-        help="problems of each kind to print for each set; 0 for all (default 10)")  # fmt: skip
-    return parser.parse_args(arguments)
-
-
-def _count(text: str) -> int | None:
-    """The number, or None for "all"."""
-    if text == "all":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,41 @@ Gradients are computed in float64, because rounding would decide on which side o
 lie; everything else in float32. Needs Detectron2, but no data set.
 """
 
-from moco_det.common.ending import start_command
+import argparse
+
+try:
+    from moco_det.common.errors import (
+        UserError,
+        at_least,
+        command_parser,
+        exit_cleanly,
+        start_command,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.config.flags import add_config_arguments
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    codes = "0 all within the tolerance; 1 a larger difference, or an error"
+    parser = command_parser(__doc__, codes)
+    add_config_arguments(parser)
+    add = parser.add_argument
+    add("--weights", metavar="FILE",
+        help="converted backbone or detector (default: random weights)")  # fmt: skip
+    add("--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
+    add("--images", type=int, default=2, metavar="N", help="drawn images of the batch")
+    add("--seed", type=at_least(0, 2**32 - 1), default=0, help="of images, weights and samples")
+    add("--tolerance", type=float, default=1e-4, help="largest relative difference")
+    return parser.parse_args(arguments)
+
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
-import argparse
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
 import torch
 
-from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
-from moco_det.config.loading import add_config_arguments, load_config
+from moco_det.config.loading import load_config
 from moco_det.engines import require_detectron2
 from moco_det.native.engine.inference import Probe
 from moco_det.parity import comparison as parity
@@ -33,21 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     with exit_cleanly():
         check(args)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    codes = "0 all within the tolerance; 1 a larger difference, or an error"
-    parser = command_parser(__doc__, codes)
-    add_config_arguments(parser)
-    add = parser.add_argument
-    add(
-        "--weights", metavar="FILE", help="converted backbone or detector (default: random weights)"
-    )
-    add("--image-size", type=int, nargs=2, default=(64, 96), metavar=("H", "W"), help="pixels")
-    add("--images", type=int, default=2, metavar="N")
-    add("--seed", type=at_least(0, 2**32 - 1), default=0)
-    add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
-    return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -4,24 +4,34 @@
 python tools/compare.py moco=output/voc random=output/voc_random
 """
 
-from moco_det.common.ending import start_command
+import argparse
+
+try:
+    from moco_det.common.errors import UserError, command_parser, exit_cleanly, start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a row and an OUTPUT_DIR")
+    return parser.parse_args(arguments)
+
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
 from collections import defaultdict
 from pathlib import Path
 
 from moco_det.benchmark.report.tables import compare_runs, means_table
-from moco_det.common.errors import UserError, command_parser, exit_cleanly
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="a row and an OUTPUT_DIR")
+    args = parse(arguments)
     with exit_cleanly():
         runs = defaultdict(list)
-        for run in parser.parse_args(arguments).runs:
+        for run in args.runs:
             name, equals, folder = run.partition("=")
             if not equals:
                 raise UserError(f"'{run}' is not of the form NAME=DIR")

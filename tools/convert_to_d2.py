@@ -10,20 +10,37 @@ backbone that Detectron2's weights go into is built by the native engine, with D
 OUT is written only if its features res2 to res5 equal the source network's.
 """
 
-from moco_det.common.ending import start_command
+import argparse
+
+try:
+    from moco_det.common.errors import command_parser, exit_cleanly, start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.common.official_weights import OFFICIAL
+from moco_det.weights import SUFFIXES
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    known = "a file, https://..., hf://ORGANISATION/REPOSITORY/FILE, torchvision://resnet50, "
+    add("source", metavar="IN", help=f"{known}{', '.join(OFFICIAL)}")
+    ends = "; ".join(f"{name}: {' or '.join(suffixes)}" for name, suffixes in SUFFIXES.items())
+    add("out", metavar="OUT", help=f"the new file; {ends}")
+    add("--to", choices=SUFFIXES, default="detectron2", help="what is to load it")
+    add("-v", "--verbose", action="store_true", help="list every key")
+    return parser.parse_args(arguments)
+
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
-import argparse
 from pathlib import Path
 
 from torch import nn
 
-from moco_det.common.errors import command_parser, exit_cleanly
 from moco_det.common.files import make_folder
 from moco_det.common.resnets import Architecture
-from moco_det.common.weight_sources import OFFICIAL
 from moco_det.native.modeling.backbones import ResNet
 from moco_det.weights.conversion import TARGETS, convert_file
 
@@ -38,18 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
         print("the config must say:" if args.to == "detectron2" else f"{args.to} needs:")
         for key, value in TARGETS[args.to].needs(conversion.source.architecture).items():
             print(f"  {key}: {value}")
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add = parser.add_argument
-    known = "a file, https://..., hf://ORGANISATION/REPOSITORY/FILE, torchvision://resnet50, "
-    add("source", metavar="IN", help=f"{known}{', '.join(OFFICIAL)}")
-    ends = "; ".join(f"{name}: {' or '.join(to.suffixes)}" for name, to in TARGETS.items())
-    add("out", metavar="OUT", help=f"the new file; {ends}")
-    add("--to", choices=TARGETS, default="detectron2", help="what is to load it")
-    add("-v", "--verbose", action="store_true", help="list every key")
-    return parser.parse_args(arguments)
 
 
 def build_backbone(architecture: Architecture) -> nn.Module:

@@ -8,19 +8,13 @@ Draws a small data set (or takes yours), pretrains a ResNet-18 with MoCo v2 on i
 labels, converts it, and fine-tunes the same detector from it and from random weights.
 """
 
-from moco_det.common.ending import start_command
-
-if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
 import argparse
-import sys
 from pathlib import Path
 
-from moco_det.benchmark.jobs.quickstart import make_plan, run
-from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
-from moco_det.common.errors import command_parser, exit_cleanly
-from moco_det.common.files import make_folder
+try:
+    from moco_det.common.errors import command_parser, exit_cleanly, start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
 from moco_det.common.installation import own_file
 
 RECIPE = own_file("configs/pretrain/quickstart_r18.yaml")
@@ -30,15 +24,30 @@ CONFIG = own_file("configs/quick/quickstart_R18_FPN.yaml")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("output/quickstart"), metavar="DIR")
-    add("--images", type=Path, metavar="DIR", help="your unlabelled images; needs --voc")
+    add("--output", type=Path, default=Path("output/quickstart"), metavar="DIR",
+        help="folder of the data, the runs and the report")  # fmt: skip
+    add("--images", type=Path, metavar="DIR",
+        help="your unlabelled images; needs --voc (default: drawn ones)")  # fmt: skip
     add("--voc", type=Path, metavar="DIR",
-        help="your JPEGImages, Annotations and ImageSets/Main; needs --images")  # fmt: skip
+        help="your JPEGImages, Annotations and ImageSets/Main; needs --images (default: drawn)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="of the data, pretraining and first pair of detectors")
-    add("--seeds", type=int, default=2, help="pairs of detectors to train (default: 2)")
-    add("--recipe", type=Path, default=RECIPE, metavar="YAML", help="flags of pretraining")
-    add("--config-file", type=Path, default=CONFIG, metavar="YAML", help="config of the detector")
+    add("--seeds", type=int, default=2, help="pairs of detectors to train")
+    add("--recipe", type=Path, default=RECIPE, metavar="YAML",
+        help=f"flags of pretraining (default: {RECIPE.name})")  # fmt: skip
+    add("--config-file", type=Path, default=CONFIG, metavar="YAML",
+        help=f"config of the detector (default: {CONFIG.name})")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
+
+import sys
+
+from moco_det.benchmark.jobs.quickstart import make_plan, run
+from moco_det.benchmark.jobs.runner import JobFailed, exit_on_signals
+from moco_det.common.files import make_folder
 
 
 def main(arguments: list[str] | None = None) -> None:

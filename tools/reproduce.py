@@ -15,25 +15,20 @@ resumes from its checkpoint. The NAME of --weights is the paper's row that the c
 compared with (default: moco_in1m); other names become rows of their own.
 """
 
-from moco_det.common.ending import start_command
-
-if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
 import argparse
-import sys
 from pathlib import Path
 
-from moco_det.benchmark.jobs import reproduction
-from moco_det.benchmark.jobs.classifiers import parse_flags
-from moco_det.benchmark.jobs.grid import ClassifierExperiment, load_grid
-from moco_det.benchmark.jobs.job import Job
-from moco_det.benchmark.jobs.runner import exit_on_signals
-from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
-from moco_det.benchmark.jobs.slurm import parse_parameters
-from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
-from moco_det.common.files import make_folder
-from moco_det.config.loading import add_config_option
+try:
+    from moco_det.common.errors import (
+        UserError,
+        at_least,
+        command_parser,
+        exit_cleanly,
+        start_command,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.config.flags import add_config_option
 from moco_det.engines import ENGINES, choose_engine
 
 QUICK_JOBS = 2
@@ -48,33 +43,47 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", nargs="+", default=[], metavar="[NAME=]CKPT",
-        help="a row for each: all that tools/convert_to_d2.py takes")  # fmt: skip
-    add("--tables", nargs="+", default=[], metavar="N", help="2a, 2b, 3, ... or 2, 5, 6 (all)")
+        help="a row for each: all that tools/convert_to_d2.py takes (default: none)")  # fmt: skip
+    add("--tables", nargs="+", default=[], metavar="N",
+        help="2a, 2b, 3, ... or 2, 5, 6 (default: all)")  # fmt: skip
     add("--trials", type=int, metavar="N", help="runs of each row (default: as in the paper)")
     add("--output", type=Path, metavar="DIR", help="default: output/reproduce, or output/quick")
     add("--engine", choices=ENGINES, default="auto", help="as in tools/train_net.py")
-    add("--launcher", choices=("local", "slurm"), default="local")
+    add("--launcher", choices=("local", "slurm"), default="local",
+        help="runs on this machine, or a job for each")  # fmt: skip
     add("--slurm", nargs="+", default=[], metavar="NAME=VALUE",
-        help="for submitit: nodes=2 timeout_min=2880 partition=gpu account=...")  # fmt: skip
-    add(
-        "--gpus-per-run",
-        type=at_least(1, 1024),
-        default=1,
-        metavar="N",
-        help="processes of a run, per machine",
-    )
+        help="for submitit: nodes=2 timeout_min=2880 partition=gpu account=... (default: "
+        "submitit's)")  # fmt: skip
+    add("--gpus-per-run", type=at_least(1, 1024), default=1, metavar="N",
+        help="processes of a run, per machine")  # fmt: skip
     add("--jobs", type=at_least(1, 1024), metavar="N",
         help="runs at a time (default: as the GPUs allow; on a CPU 1, with --quick 2)")  # fmt: skip
-    add("--retries", type=at_least(0), default=1, metavar="N", help="after a failure (default: 1)")
+    add("--retries", type=at_least(0), default=1, metavar="N", help="runs again after a failure")
     add("--quick", action="store_true", help="toy experiments on drawn images: minutes on a CPU")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="list what would run, run nothing")
     mode.add_argument("--status", action="store_true", help="list the state of every run")
     mode.add_argument("--report", action="store_true", help="report what is there, run nothing")
     add("--linear", nargs="+", default=[], metavar="NAME=VALUE",
-        help="flags of pretrain/linear.py, for every classifier: amp=bf16 workers=16")  # fmt: skip
+        help="flags of pretrain/linear.py, for every classifier: amp=bf16 workers=16 (default: "
+        "the protocol's)")  # fmt: skip
     add_config_option(parser, help="config keys, for every detector")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
+
+import sys
+
+from moco_det.benchmark.jobs import reproduction
+from moco_det.benchmark.jobs.classifiers import parse_flags
+from moco_det.benchmark.jobs.grid import ClassifierExperiment, load_grid
+from moco_det.benchmark.jobs.job import Job
+from moco_det.benchmark.jobs.runner import exit_on_signals
+from moco_det.benchmark.jobs.runs import Settings, named_checkpoints
+from moco_det.benchmark.jobs.slurm import parse_parameters
+from moco_det.common.files import make_folder
 
 
 def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:

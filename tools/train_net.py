@@ -7,27 +7,24 @@ python tools/train_net.py --config-file configs/X.yaml --eval-only MODEL.WEIGHTS
 torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/X.yaml
 """
 
-from moco_det.common.ending import start_command
-
-if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
-
 import argparse
-import os
 
-import torch
-
+try:
+    from moco_det.common.errors import (
+        EXIT_INTERRUPTED,
+        UserError,
+        command_parser,
+        exit_cleanly,
+        start_command,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
 from moco_det.common.ending import EXIT_CTRL_C
-from moco_det.common.errors import EXIT_INTERRUPTED, UserError, command_parser, exit_cleanly
-from moco_det.common.files import claimed
-from moco_det.common.images import allow_pixels
-from moco_det.common.launch import launch, torchrun_started_this
-from moco_det.config.loading import add_config_arguments, as_written, load_config
-from moco_det.engines import ENGINES, RUN_FILES, choose_engine
-from moco_det.evaluation import verify_results
+from moco_det.config.flags import add_config_arguments
+from moco_det.engines import ENGINES, choose_engine
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     codes = (
         f"0 done; 1 an error, in one line; {EXIT_INTERRUPTED} SIGTERM and {EXIT_CTRL_C} Ctrl-C, a "
         "checkpoint is saved"
@@ -38,14 +35,36 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
     add("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint, if any")
     add("--overwrite", action="store_true", help="delete the run that OUTPUT_DIR holds")
-    add("--num-gpus", type=int, default=1, help="processes per machine")
-    add("--num-machines", type=int, default=1)
+    add("--num-gpus", type=int, default=1, help="processes per machine, a GPU each")
+    add("--num-machines", type=int, default=1, help="machines of the run")
     add("--machine-rank", type=int, default=0, help="number of this machine")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0 (default: a free port)")
     add("--engine", choices=ENGINES, default="auto", help="auto: detectron2 where it is installed")
     add("--allow-missing", action="store_true",
         help="keep the random values of backbone arrays that MODEL.WEIGHTS lacks")  # fmt: skip
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
+
+import os
+
+import torch
+
+from moco_det.common.images import allow_pixels
+from moco_det.common.launch import launch, torchrun_started_this
+from moco_det.common.run_folders import RunFiles, claimed
+from moco_det.config.loading import as_written, load_config
+from moco_det.evaluation import verify_results
+
+# What training leaves in OUTPUT_DIR with either engine.
+RUN_FILES = RunFiles(
+    marks=("last_checkpoint",),
+    others=("model_*.pth", "metrics.json", "events.out.tfevents.*"),
+    flag="OUTPUT_DIR",
+    resume="--resume",
+)
 
 
 def main(args: argparse.Namespace, engine: str) -> None:
@@ -85,7 +104,7 @@ def check(args: argparse.Namespace, engine: str) -> None:
 
 if __name__ == "__main__":
     with exit_cleanly():
-        arguments = parse_args()
+        arguments = parse()
         engine, reason = choose_engine(arguments.engine)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"engine: {engine} ({reason})", flush=True)

@@ -10,14 +10,57 @@ Boxes with class and score, masks, keypoints with their skeleton, dense pose (po
 a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
 """
 
-from moco_det.common.ending import start_command
+import argparse
+from pathlib import Path
+
+try:
+    from moco_det.common.errors import (
+        UserError,
+        at_least,
+        command_parser,
+        exit_cleanly,
+        start_command,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from moco_det.common.files import MAX_PIXELS, make_folder
+from moco_det.config.flags import add_config_file, add_config_option
+
+SHEET_CELL = 480  # pixels
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", metavar="NAME",
+        help="a name as in DATASETS.TEST (default: the config's)")  # fmt: skip
+    add_config_file(source, help="YAML config: its first test set (default: none)")
+    add = parser.add_argument
+    add("--train", action="store_true", help="draw the config's first training set")
+    add("--predictions", type=Path, metavar="FILE",
+        help="OUTPUT_DIR/inference/NAME.json of a run (default: the annotations)")  # fmt: skip
+    add("--score-threshold", type=float, default=0.5, metavar="S",
+        help="lowest score that is drawn, in [0, 1]")  # fmt: skip
+    add("--beside", action="store_true",
+        help="with --predictions: draw the annotations on the left")  # fmt: skip
+    add("--limit", type=at_least(0), default=20, metavar="N", help="images; 0: all")
+    add("--ids", nargs="+", metavar="ID", help="image ids (default: the first --limit)")
+    add("--max-image-pixels", type=int, metavar="N",
+        help=f"pixels; larger image files are refused (default: the config's, or {MAX_PIXELS})",
+    )  # fmt: skip
+    add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
+    add("--width", type=at_least(1, 10_000), metavar="PIXELS",
+        help=f"of each picture (default: the image's; on a sheet {SHEET_CELL})")  # fmt: skip
+    add("--output", type=Path, default=Path("output/pictures"), metavar="DIR",
+        help="folder of the pictures")  # fmt: skip
+    add_config_option(parser)
+    return parser.parse_args(arguments)
+
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
-import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +68,12 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from moco_det import visualize
-from moco_det.common.errors import UserError, at_least, command_parser, exit_cleanly
-from moco_det.common.files import make_folder
 from moco_det.common.images import allow_pixels
-from moco_det.config.loading import add_config_file, add_config_option, load_config
+from moco_det.config.loading import load_config
 from moco_det.datasets import Dataset, Record, get_dataset
 from moco_det.datasets.problems import SkippedProblems
 from moco_det.evaluation.predictions import read_predictions
 
-SHEET_CELL = 480  # pixels
 NOTHING = {"boxes": [], "scores": [], "classes": [], "sem_seg": []}  # of an image in no prediction
 
 
@@ -64,30 +104,6 @@ def main(arguments: list[str] | None = None) -> None:
             names = [Path(r["file_name"]).name for r in records if r["image_id"] in pictures]
             sheet = visualize.contact_sheet(list(pictures.values()), cell, names)
             save(sheet, args.output, "sheet")
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", metavar="NAME", help="a name as in DATASETS.TEST")
-    add_config_file(source, help="YAML config: its first test set")
-    add = parser.add_argument
-    add("--train", action="store_true", help="draw the config's first training set")
-    add("--predictions", type=Path, metavar="FILE", help="OUTPUT_DIR/inference/NAME.json of a run")
-    add("--score-threshold", type=float, default=0.5, metavar="S",
-        help="lowest drawn (default 0.5)")  # fmt: skip
-    add("--beside", action="store_true",
-        help="with --predictions: draw the annotations on the left")  # fmt: skip
-    add("--limit", type=at_least(0), default=20, metavar="N", help="images; 0: all")
-    add("--ids", nargs="+", metavar="ID", help="image ids")
-    add("--max-image-pixels", type=int, metavar="N", help="refuse larger image files")
-    add("--sheet", action="store_true", help="all on one contact sheet, sheet.png")
-    add("--width", type=at_least(1, 10_000), metavar="PIXELS",
-        help=f"of each picture (default: the image's; on a sheet {SHEET_CELL})")  # fmt: skip
-    add("--output", type=Path, default=Path("output/pictures"), metavar="DIR",
-        help="folder of the pictures (default: output/pictures)")  # fmt: skip
-    add_config_option(parser)
-    return parser.parse_args(arguments)
 
 
 def configured_dataset(args: argparse.Namespace) -> str:

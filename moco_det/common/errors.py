@@ -1,10 +1,14 @@
-"""What a user can put right: one message, an exit code, no traceback; and flags that answer so."""
+"""What a user can put right: one message, an exit code, no traceback; and flags that answer so.
+
+Light enough to be imported before everything else: see `start_command`.
+"""
 
 import argparse
 import contextlib
 import difflib
 import errno
 import importlib
+import importlib.util
 import re
 import sys
 import traceback
@@ -34,12 +38,37 @@ def one_line(text: object, most: int = LONGEST) -> str:
     return clean if len(clean) <= most else f"{clean[:half]} ... {clean[-half:]}"
 
 
+def start_command(parse: Callable[[list[str]], object]) -> None:
+    """To be called in a command before the imports that take seconds.
+
+    `parse` answers --help and mistakes in the flags. Then Ctrl-C ends the command with one line,
+    and so does a package that cannot be imported, until `exit_cleanly` takes over. Once it fails,
+    it ends within `ending.SECONDS`.
+    """
+    ending.prepare_end()
+    sys.excepthook = _tell_uncaught
+    with exit_cleanly():
+        parse(sys.argv[1:])
+    ending.hold_ctrl_c()
+
+
+def _tell_uncaught(kind, error, trace) -> None:
+    if isinstance(error, BrokenPipeError) and not ending.flush_output():
+        return
+    line = str(error) if isinstance(error, UserError) else explained(error)
+    if line is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        _tell(f"error: {line}", consequence=is_lost_peer(error))
+
+
 @contextlib.contextmanager
 def exit_cleanly():
     """Turn what a user can understand into one line on stderr, and give each end its exit code.
 
-    1 for a `UserError` and for what `explained` knows, 130 for Ctrl-C. Other exceptions pass. A
-    command that has begun with `start_command` ends within seconds after any of these.
+    1 for a `UserError` and for what `explained` knows, 130 for Ctrl-C, 141 where nobody reads what
+    is printed any more. Other exceptions pass. A command that has begun with `start_command` ends
+    within seconds after any of these. Of torchrun's processes that fail alike one prints its line.
     """
     print_any_name()
     ending.restore_ctrl_c()
@@ -49,21 +78,30 @@ def exit_cleanly():
         ending.note_failure(end.code if isinstance(end.code, int) else 1)
         raise
     except KeyboardInterrupt:
-        _exit(ending.EXIT_CTRL_C, "interrupted")
+        ending.note_failure(ending.EXIT_CTRL_C)
+        _write("interrupted")
+        sys.exit(ending.EXIT_CTRL_C)
     except Exception as error:
         ending.ignore_children()
+        ending.note_failure(1)
+        if isinstance(error, BrokenPipeError) and not ending.flush_output():
+            sys.exit(ending.EXIT_READER_GONE)
         line = str(error) if isinstance(error, UserError) else explained(error)
         if line is None:
-            ending.note_failure(1)
             raise
-        _exit(1, f"error: {line}")
+        _tell(f"error: {line}", consequence=is_lost_peer(error))
+        sys.exit(1)
 
 
-def _exit(code: int, line: str) -> None:
+def _tell(line: str, consequence: bool = False) -> None:
+    """Why this process fails, unless torchrun ends it because of another."""
+    ending.await_turn(consequence)
+    _write(line)
+
+
+def _write(line: str) -> None:
     sys.stderr.write(f"{line}\n")  # at once: several processes may write to it
     sys.stderr.flush()
-    ending.note_failure(code)
-    sys.exit(code)
 
 
 # -- other packages' errors that are no bug -------------------------------------------------------
@@ -105,6 +143,8 @@ def explained(error: BaseException) -> str | None:
         return f"cannot write{f' {error.filename}' * bool(error.filename)}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename:
         return f"cannot use the path {one_line(error.filename, 200)}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and is_absent(package := error.name or ""):
+        return f"the package {package.split('.')[0]} is not installed: {how_to_install(package)}"
     return None
 
 
@@ -159,6 +199,36 @@ def print_any_name() -> None:
 
 # -- packages that may be absent ------------------------------------------------------------------
 
+# Module -> the extra of setup.py that its package is in; all others are needed by everything.
+EXTRAS = {
+    "cityscapesscripts": "cityscapes",
+    "huggingface_hub": "hub",
+    "lvis": "lvis",
+    "pyarrow": "parquet",
+    "safetensors": "hub",
+    "scipy": "densepose",
+    "sklearn": "evaluation",
+    "submitit": "slurm",
+    "webdataset": "webdataset",
+}
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where pip calls it something else
+
+
+def is_absent(module: str) -> bool:
+    """Whether it belongs to a package of others that is not installed."""
+    top = module.split(".")[0]
+    ours = top in ("", "moco_det", "pretrain")
+    return not ours and importlib.util.find_spec(top) is None
+
+
+def how_to_install(module: str) -> str:
+    """The words for pip, typed in the folder of this project."""
+    top = module.split(".")[0]
+    if top not in EXTRAS:
+        return "pip install -e . in the folder of moco_det"
+    package = DISTRIBUTIONS.get(top, top)
+    return f"pip install {package}, or pip install -e '.[{EXTRAS[top]}]' in the folder of moco_det"
+
 
 def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     """The module of an optional package.
@@ -168,21 +238,47 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
         install: the package as `pip install` knows it.
 
     Raises:
-        UserError: it cannot be imported; names the package.
+        UserError: it cannot be imported; names the package, and its extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{needed_by} needs the package {install}: pip install {install} ({error})"
-        ) from error
+        known = module.split(".")[0] in EXTRAS
+        remedy = how_to_install(module) if known else f"pip install {install}"
+        raise UserError(f"{needed_by} needs the package {install}: {remedy} ({error})") from error
 
 
 # -- flags -----------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default where it has one that its help does not name.
+
+    A description of several lines is printed as it is laid out.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            text = text.removesuffix(" (default: %(default)s)")  # added before Python 3.13
+            default = "yes" if default else "no"
+        nothing = default is None or default is False or default in ("", [], argparse.SUPPRESS)
+        if nothing or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown})".replace("%", "%%")
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake with one line instead of all flags."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -204,6 +300,7 @@ class CommandParser(argparse.ArgumentParser):
         head, unknown, words = message.partition("unrecognized arguments: ")
         flags = [word for word in words.split() if word.startswith("-")]
         near = nearest(flags[0].split("=")[0], self._option_string_actions) if flags else ""
+        ending.await_turn()
         self.exit(2, f"error: {message}{near if unknown else ''} (--help lists the flags)\n")
 
 
@@ -214,11 +311,7 @@ def _before_separator(args: Sequence[str]) -> list[str]:
 
 def command_parser(description: str, exit_codes: str | None = None) -> CommandParser:
     """The parser of a command whose --help prints both texts, the first as it is laid out."""
-    return CommandParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=exit_codes and f"exit codes: {exit_codes}",
-    )
+    return CommandParser(description=description, epilog=exit_codes and f"exit codes: {exit_codes}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,6 @@ REDUCTIONS = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-MAX_PIXELS = 178_956_970  # of an image, unless more are allowed; Pillow's limit
 _ON_ITS_SIDE = 5  # and above: the stored rows are the columns of what is seen
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"

@@ -240,6 +240,8 @@ def _raise_failure(ends: list[tuple[int, int]], first_rank: int, told: dict, pas
         told: by the processes: kind -> the first (rank, text).
         passed: the signals that were passed on.
     """
+    if "unread" in told:
+        sys.exit(ending.EXIT_READER_GONE)
     if "error" in told:
         raise UserError(told["error"][1])
     if "bug" in told:
@@ -295,7 +297,9 @@ def _reported(failures, rank: int) -> Iterator[None]:
     except Exception as error:
         ending.ignore_children()
         kind, text, code = "error", str(error), 1
-        if not isinstance(error, UserError):
+        if isinstance(error, BrokenPipeError) and not ending.flush_output():
+            kind, code = "unread", ending.EXIT_READER_GONE
+        elif not isinstance(error, UserError):
             kind, text = "lost" if is_lost_peer(error) else "error", explained(error)
         if text is None:
             kind, text = "bug", traceback.format_exc()[-LONGEST_REPORT:]

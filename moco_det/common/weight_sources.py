@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torchvision
@@ -31,6 +31,7 @@ from torch import Tensor
 from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import replacing
+from moco_det.common.official_weights import OFFICIAL
 from moco_det.common.processes import print_on_main
 from moco_det.common.weight_checks import FLOATS, checked_weights
 from moco_det.common.weight_layouts import DETECTRON2, ENTRIES, NETWORK, find_backbone, name_map
@@ -43,34 +44,6 @@ SCHEMES = (*WEB, HUB, TORCHVISION, MODEL_ZOO[0])
 
 # torch.hub's: the first digits of the SHA-256; not a date.
 NAMED_HASH = re.compile(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.")
-
-
-class Official(NamedTuple):
-    """Weights of facebookresearch/moco, with the numbers that its READMEs give for them."""
-
-    url: str
-    md5: str  # its first digits
-    training: str
-    top1: float  # of linear classification on ImageNet, in percent
-    voc: tuple[float, float, float]  # AP50, AP, AP75 of VOC 07+12, R50-C4, 24k iterations
-
-    def describe(self) -> str:
-        ap50, ap, ap75 = self.voc
-        return (
-            f"{self.training}, ResNet-50; its authors report {self.top1} % top-1 (linear, ImageNet)"
-            f" and AP50 {ap50}, AP {ap}, AP75 {ap75} (VOC 07+12, R50-C4, 24k iterations)"
-        )
-
-
-_MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/{0}/{0}_pretrain.pth.tar"
-OFFICIAL = {
-    name: Official(_MOCO.format(name), *rest)
-    for name, *rest in (
-        ("moco_v1_200ep", "b251726a", "MoCo v1, 200 epochs", 60.6, (81.5, 55.9, 62.6)),
-        ("moco_v2_200ep", "59fd9945", "MoCo v2, 200 epochs", 67.7, (82.4, 57.0, 63.6)),
-        ("moco_v2_800ep", "a04e12f8", "MoCo v2, 800 epochs", 71.1, (82.5, 57.4, 64.0)),
-    )
-}
 
 
 # -- the arrays of a file -------------------------------------------------------------------------

@@ -186,9 +186,7 @@ def check_input(cfg, crops_objects: bool) -> None:
         if value != off:
             value = tuple(value) if isinstance(off, tuple) else value
             instead = " and use INPUT.MIN_SIZE_TRAIN" if "SCALE" in key else ""
-            raise UserError(
-                f"INPUT.{key} {value} is for {SEMANTIC} only: set it to {off}{instead}"
-            )
+            raise UserError(f"INPUT.{key} {value} is for {SEMANTIC} only: set it to {off}{instead}")
     if cfg.INPUT.CROP.ENABLED and not crops_objects:
         raise UserError(
             f"INPUT.CROP.ENABLED is True: the native engine crops for {SEMANTIC} only; set it to "

@@ -14,7 +14,6 @@ those of `get_cfg()`, and `keys.yaml` says what is special about a key:
 Anything else is an error that names the key and the nearest known one.
 """
 
-import argparse
 import ast
 import difflib
 import os
@@ -27,7 +26,6 @@ from fvcore.common.config import CfgNode
 
 from moco_det.common.documents import read_yaml, shortened, shown
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.installation import yaml_path
 
 # -- the keys -------------------------------------------------------------------------------------
 
@@ -62,47 +60,6 @@ _HERE = Path(__file__).parent
 _DEFAULTS = _with_tuples(read_yaml(_HERE / "defaults.yaml", "the defaults"))
 _LEAVES = dict(leaves(_DEFAULTS))
 KEYS = read_yaml(_HERE / "keys.yaml", "the keys")  # kind of key -> names; see there
-
-# -- the command line -----------------------------------------------------------------------------
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config-file FILE, and KEY VALUE pairs after all flags (`args.opts`)."""
-    add_config_file(parser, required=True)
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        action=_Pairs,
-        metavar="KEY VALUE",
-        help="config keys to override",
-    )
-
-
-def add_config_file(
-    parser: argparse._ActionsContainer, required: bool = False, help: str = "YAML config"
-) -> None:
-    """--config-file FILE alone, for a parser or a group of one."""
-    parser.add_argument(
-        "--config-file", type=yaml_path, required=required, metavar="FILE", help=help
-    )
-
-
-def add_config_option(parser: argparse.ArgumentParser, help: str = "config keys") -> None:
-    """KEY VALUE pairs as a flag, --opts, which others may follow."""
-    parser.add_argument(
-        "--opts", nargs="+", default=[], action=_Pairs, metavar="KEY VALUE", help=help
-    )
-
-
-class _Pairs(argparse.Action):
-    """Stores KEY VALUE pairs; argparse takes all that follows them for more, flags too."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        flags = [value for value in values if value.startswith("--")]
-        if flags:
-            parser.error(f"{flags[0]} comes after KEY VALUE pairs: put all flags before them")
-        setattr(namespace, self.dest, values)
-
 
 # -- the config -----------------------------------------------------------------------------------
 

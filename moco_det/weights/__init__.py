@@ -7,3 +7,12 @@ arrays, is where to start; `weight_sources.py` finds, downloads and reads a file
 takes a whole ResNet out of one, `files.py` fills a detector and writes, and `conversion.py` makes
 one kind of file from another.
 """
+
+# What loads a converted file -> how the file's name may end.
+SUFFIXES = {
+    "detectron2": (".pkl", ".pth"),
+    "torchvision": (".pth", ".pt"),
+    "timm": (".safetensors", ".pth"),
+    "safetensors": (".safetensors",),
+    "mmdetection": (".pth",),
+}

@@ -16,7 +16,8 @@ from moco_det.common.resnets import Architecture
 from moco_det.common.weight_checks import describe_stripping
 from moco_det.common.weight_layouts import DETECTRON2, TORCHVISION, name_map, rename
 from moco_det.common.weight_sources import is_remote, read_state_dict
-from moco_det.weights.files import SAFETENSORS, write_weights
+from moco_det.weights import SUFFIXES
+from moco_det.weights.files import write_weights
 from moco_det.weights.resnet import Source, detectron2_file, find_resnet
 
 TOLERANCE = 1e-5  # of the features of the two networks, absolute
@@ -26,11 +27,10 @@ TOLERANCE = 1e-5  # of the features of the two networks, absolute
 class Target:
     """A library that is to load the new file.
 
-    `suffixes` are of files that it reads; `pack` makes the file's content from the arrays under the
-    names of `vocabulary`; `needs` is what its user has to know, for a network.
+    `pack` makes the file's content from the arrays under the names of `vocabulary`; `needs` is what
+    its user has to know, for a network. SUFFIXES are of files that it reads.
     """
 
-    suffixes: tuple[str, ...]
     vocabulary: str
     pack: Callable[[Source, dict[str, Tensor]], Mapping[str, Any]]
     needs: Callable[[Architecture], Mapping[str, object]]
@@ -58,14 +58,14 @@ def _bare(source: Source, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 TARGETS = {
     "detectron2": Target(
-        (".pkl", ".pth"), "detectron2", lambda source, _: detectron2_file(source),
+        "detectron2", lambda source, _: detectron2_file(source),
         lambda architecture: architecture.config(),
     ),
-    "torchvision": Target((".pth", ".pt"), "torchvision", _bare, _normalisation),
-    "timm": Target((SAFETENSORS, ".pth"), "torchvision", _bare, _normalisation),
-    "safetensors": Target((SAFETENSORS,), "torchvision", _bare, _normalisation),
+    "torchvision": Target("torchvision", _bare, _normalisation),
+    "timm": Target("torchvision", _bare, _normalisation),
+    "safetensors": Target("torchvision", _bare, _normalisation),
     "mmdetection": Target(
-        (".pth",), "torchvision",
+        "torchvision",
         lambda source, weights: {"state_dict": weights, "author": source.layout.author},
         _mmdetection,
     ),
@@ -160,7 +160,7 @@ def convert_file(
 
 
 def _check_paths(source_path: str | Path, path: Path, target: str) -> None:
-    suffixes = TARGETS[target].suffixes
+    suffixes = SUFFIXES[target]
     if path.suffix not in suffixes:
         raise UserError(f"{path}: a file for {target} ends in {' or '.join(suffixes)}")
     here = not is_remote(source_path) and Path(source_path).exists()

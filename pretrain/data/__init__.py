@@ -16,3 +16,11 @@ Batches are functions of the seed alone: they depend neither on the number of pr
 speed of workers, and on where views get their looks to rounding only. What else is computed on a
 batch is no business of this folder.
 """
+
+import re
+from pathlib import Path
+
+
+def is_shards(data: str) -> bool:
+    """Whether DATA names tar files: by a pattern, a URL, or a command after `pipe:`."""
+    return not Path(data).is_dir() and bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))

@@ -330,11 +330,6 @@ class ShardSource:
 MOST_SHARDS = 1_000_000  # LAION-5B has a quarter of it
 
 
-def is_shards(data: str) -> bool:
-    """Whether DATA names tar files: by a pattern, a URL, or a command after `pipe:`."""
-    return not Path(data).is_dir() and bool(re.search(r"^pipe:|://|\.(tar|tgz)\b", data))
-
-
 def find_shards(data: str) -> list[str]:
     """URLs of all shards of DATA: webdataset's notation, and `*`, `?`, `[...]` for local files.
 

@@ -34,7 +34,7 @@ import torch
 
 from moco_det.common.checkpoint_files import UnreadableFile, read_checkpoint
 from moco_det.common.errors import UserError, tells_of_a_worker
-from moco_det.common.files import RunFiles, claimed, replacing
+from moco_det.common.files import replacing
 from moco_det.common.processes import all_objects, print_on_main
 from moco_det.common.resume_state import (
     check_count,
@@ -47,6 +47,7 @@ from moco_det.common.resume_state import (
     entries_of,
     newest_whole,
 )
+from moco_det.common.run_folders import RunFiles, claimed
 from moco_det.common.weight_checks import checked_weights, describe_stripping, unwrapped
 from moco_det.common.weight_layouts import given_backbone
 

@@ -20,10 +20,11 @@ from moco_det.common.errors import UserError, import_optional, one_line
 from moco_det.common.files import replacing
 from moco_det.common.images import UnreadableImage, decode_image, read_image
 from moco_det.common.processes import all_objects, is_main, print_on_main, rank, world_size
+from pretrain.data import is_shards
 from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledSplit, centre_crop
 from pretrain.data.listing import find_images, fingerprint, seen_alike
-from pretrain.data.shards import BrokenShard, Position, Stream, find_shards, is_shards
+from pretrain.data.shards import BrokenShard, Position, Stream, find_shards
 from pretrain.evaluation.features import SplitFeatures, extract
 
 TILE = 112  # pixels of an image of a sheet

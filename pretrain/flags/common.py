@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from moco_det.common.documents import read_mapping, shown
 from moco_det.common.errors import CommandParser, UserError, nearest, one_line
-from moco_det.common.images import MAX_PIXELS
+from moco_det.common.files import MAX_PIXELS
 from moco_det.common.installation import yaml_path
-from moco_det.common.weight_sources import OFFICIAL
-from pretrain.engine.optimization import AMP_DTYPES
+from moco_det.common.official_weights import OFFICIAL
 
+# Of `optimization.AMP_DTYPES`: what flags are made of is imported within the second of --help.
+AMP = ("none", "bf16", "fp16")
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
 KNN_BANK = {
     "default": None,
@@ -28,24 +29,22 @@ TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_imag
 
 def base_parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
     """The flags of every command; `data` and `arch` are help texts."""
-    parser = CommandParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = CommandParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("data", metavar="DATA", help=data)
     add("-a", "--arch", default="resnet50", help=arch)
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
     add("--image-size", default=224, type=int, help="side of a view in pixels")
-    add("--max-image-pixels", default=MAX_PIXELS, type=int, help="larger image files are refused")
+    add("--max-image-pixels", default=MAX_PIXELS, type=int,
+        help="pixels; larger image files are refused")  # fmt: skip
     add = parser.add_argument_group("launch, as in the official code; or use torchrun").add_argument
-    add("--world-size", default=-1, type=int, help="nodes, or processes without the flag below")
-    add("--rank", default=-1, type=int, help="of this node, or process")
-    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://")
-    add("--dist-backend", default="nccl", help="on GPUs; a CPU run always uses gloo")
-    add("--gpu", default=None, type=int, help="the one GPU to use")
+    add("--world-size", default=-1, type=int,
+        help="nodes, or processes without --multiprocessing-distributed; -1: one")  # fmt: skip
+    add("--rank", default=-1, type=int, help="number of this node, or process; -1: 0")
+    add("--dist-url", default=None, help="tcp://HOST:PORT, or env://; default: a free port")
+    add("--dist-backend", default="nccl", help="of torch.distributed on GPUs; CPUs use gloo")
+    add("--gpu", default=None, type=int, help="number of the one GPU to use; default: the first")
     add("--multiprocessing-distributed", action="store_true", help="one process per GPU")
     return parser
 
@@ -54,29 +53,36 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of main_moco.py and main_lincls.py; our commands set the defaults that differ."""
     add = parser.add_argument
     add("--recipe", type=yaml_path, metavar="YAML",
-        help="flags by their long names; a flag given beside it wins")  # fmt: skip
+        help="flags by their long names; a flag given beside it wins; default: none")  # fmt: skip
     add("--output", metavar="DIR", help="folder for checkpoints and logs")
-    add("--epochs", type=int, help="length of the run")
-    add("--start-epoch", default=0, type=int, help="where a new run begins in its schedule")
-    add("-b", "--batch-size", default=256, type=int, help="global: of all processes together")
+    add("--epochs", type=int, help="length of the run in epochs")
+    add("--start-epoch", default=0, type=int,
+        help="epoch of the schedule that a new run begins with")  # fmt: skip
+    add("-b", "--batch-size", default=256, type=int,
+        help="images; global: of all processes together")  # fmt: skip
     add("--lr", "--learning-rate", type=float, dest="lr",
-        help="for a global batch of 256; not scaled automatically")  # fmt: skip
+        help="learning rate, for a global batch of 256; not scaled automatically")  # fmt: skip
     add("--schedule", nargs="*", type=int, help="epochs to divide lr by 10")
-    add("--momentum", default=0.9, type=float, help="of SGD")
-    add("--wd", "--weight-decay", type=float, dest="weight_decay", help="on all parameters")
+    add("--momentum", default=0.9, type=float, help="of SGD, in [0, 1]")
+    add("--wd", "--weight-decay", type=float, dest="weight_decay", help="factor, on all parameters")
     add("-p", "--print-freq", default=10, type=int, help="steps between two log lines")
-    add("--resume", default="", metavar="PATH|auto", help="auto: --output's last one, if any")
+    add("--resume", default="", metavar="PATH|auto",
+        help="checkpoint to go on from; auto: --output's last one, if any; "
+        "default: a new run")  # fmt: skip
     add("--restart-epoch", action="store_true",
         help="resume at the beginning of the epoch, on whatever images")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run that --output holds")
-    add("--seed", default=None, type=int, help="of all draws; kernels of a GPU still round freely")
+    add("--seed", default=None, type=int,
+        help="of all draws; kernels of a GPU still round freely; default: drawn")  # fmt: skip
     add("--deterministic", action=SWITCH, default=False,
         help="on a GPU the same bits each time; steps take about half as long again")  # fmt: skip
-    add("--amp", default="auto", choices=["auto", *AMP_DTYPES],
+    add("--amp", default="auto", choices=["auto", *AMP],
         help="mixed precision of the encoder; auto: a resumed run's own, else bf16 on GPUs that "
         "have it")  # fmt: skip
-    add("--save-steps", default=0, type=int, help="also save the last checkpoint every N steps")
-    add("--max-unreadable", default=0.01, type=float, help="fraction that may be unreadable")
+    add("--save-steps", default=0, type=int,
+        help="also save the last checkpoint every N steps; 0: after epochs only")  # fmt: skip
+    add("--max-unreadable", default=0.01, type=float,
+        help="share of the images that may be unreadable")  # fmt: skip
 
 
 def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moco_det.common.errors import UserError
-from pretrain.data.benchmarks import BENCHMARKS, FOLDERS
-from pretrain.engine.optimization import AMP_DTYPES
-from pretrain.evaluation.svm import COST, COSTS, FOLDS
 from pretrain.flags.common import (
+    AMP,
     KNN_BANK,
     PRETRAINED,
     add_training_flags,
@@ -18,6 +16,11 @@ from pretrain.flags.common import (
     check_training,
     parse_with_recipe,
 )
+
+# Of `data.benchmarks` and `evaluation.svm`, which take longer to import than --help may.
+FOLDERS = "folders"
+DATASETS = (FOLDERS, "cifar10", "food101", "pets", "places365", "cars", "sun397")
+COST, COSTS, FOLDS = 0.5, (0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000), 3
 
 
 def linear_parser() -> argparse.ArgumentParser:
@@ -29,7 +32,8 @@ def linear_parser() -> argparse.ArgumentParser:
     )
     add_training_flags(parser)
     add = parser.add_argument
-    add("--pretrained", default="", metavar="WEIGHTS", help=PRETRAINED)
+    add("--pretrained", default="", metavar="WEIGHTS",
+        help=f"{PRETRAINED}; no default, but --evaluate needs none")  # fmt: skip
     add("--finetune", action="store_true", help="train all weights, not only a linear classifier")
     add("-e", "--evaluate", action="store_true", help="only evaluate --resume on DATA/val")
     add = parser.add_argument_group("beyond the official code").add_argument
@@ -73,7 +77,7 @@ def parse_linear(argv: list[str]) -> argparse.Namespace:
 
 
 def add_dataset_flags(add: Callable) -> None:
-    add("--dataset", default=FOLDERS, choices=[FOLDERS, *BENCHMARKS],
+    add("--dataset", default=FOLDERS, choices=DATASETS,
         help="what DATA holds: class folders (or iNaturalist 2018), or a data set as torchvision "
         "lays it out, evaluated on its official test split")  # fmt: skip
     add("--download", action="store_true", help="have torchvision fetch --dataset into DATA")
@@ -95,7 +99,8 @@ def knn_parser() -> argparse.ArgumentParser:
     add_dataset_flags(add)
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
     add("--seed", default=0, type=int, help="of --pretrained random's weights, and of --knn-bank")
-    add("--output", default=None, metavar="FILE", help="write the accuracy as JSON as well")
+    add("--output", default=None, metavar="FILE",
+        help="write the accuracy as JSON as well; default: no file")  # fmt: skip
     return parser
 
 
@@ -128,7 +133,7 @@ def voc_svm_parser() -> argparse.ArgumentParser:
     add("--train-split", default="trainval", help="to train on")
     add("--test-split", default="test", help="to evaluate on")
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--amp", default="none", choices=AMP, help="mixed precision of the encoder")
     add("--seed", default=0, type=int, help="of the solver, and of --pretrained random's weights")
     add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
     add("--output", default=None, metavar="FILE", help="write mAP and APs as JSON as well")
@@ -157,13 +162,15 @@ def embed_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
     add("--output", required=True, metavar="FILE", help="features and names: .npz or .parquet")
-    add("--sheet", metavar="FILE.png", help="draw some images, each with those nearest to it")
-    add("--queries", default=12, type=int, help="rows of the sheet")
-    add("-k", "--neighbours", default=8, type=int, dest="k", help="of each row of the sheet")
+    add("--sheet", metavar="FILE.png",
+        help="draw some images, each with those nearest to it; default: no sheet")  # fmt: skip
+    add("--queries", default=12, type=int, help="images that the sheet has a row for")
+    add("-k", "--neighbours", default=8, type=int, dest="k", help="images in each row of the sheet")
     add("--small-stem", action="store_true", help="as the encoder was pretrained")
-    add("--amp", default="none", choices=AMP_DTYPES, help="mixed precision of the encoder")
+    add("--amp", default="none", choices=AMP, help="mixed precision of the encoder")
     add("--seed", default=0, type=int, help="of the sheet's rows, and of --pretrained random")
-    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    add("--max-unreadable", default=0.01, type=float,
+        help="share of the images that may be unreadable")  # fmt: skip
     parser.set_defaults(batch_size=1)
     return parser
 

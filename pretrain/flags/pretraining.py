@@ -7,8 +7,7 @@ from typing import Any, NoReturn
 
 from moco_det.common.documents import shown
 from moco_det.common.errors import UserError, nearest
-from pretrain.data.shards import is_shards
-from pretrain.engine.device import COMPILE
+from pretrain.data import is_shards
 from pretrain.flags.common import (
     KNN_BANK,
     SWITCH,
@@ -19,8 +18,11 @@ from pretrain.flags.common import (
     check_training,
     parse_with_recipe,
 )
-from pretrain.moco import MECHANISMS
-from pretrain.moco.losses import LOSSES
+
+# The names of `device.COMPILE`, `moco.MECHANISMS` and `losses.LOSSES`: see `common.AMP`.
+COMPILE = ("auto", "on", "off")
+MECHANISMS = ("moco", "end-to-end", "memory-bank")
+LOSSES = ("infonce", "nce")
 
 
 def pretraining_parser() -> argparse.ArgumentParser:
@@ -34,17 +36,20 @@ def pretraining_parser() -> argparse.ArgumentParser:
     add_moco_flags(parser)
     add = parser.add_argument_group("beyond the official code").add_argument
     add("--compile", default="auto", choices=COMPILE,
-        help="the encoders; auto: on a GPU, where it works and the run is long enough")  # fmt: skip
-    add("--small-stem", action=SWITCH, default=False, help="3x3 stem for 32-pixel images")
+        help="compile the encoders; auto: on a GPU, where it works and the run is long "
+        "enough")  # fmt: skip
+    add("--small-stem", action=SWITCH, default=False,
+        help="3x3 stem of stride 1 for 32-pixel images")  # fmt: skip
     add("--augment-on", default="auto", choices=("auto", "cpu", "device"),
         help="where views get colours, blur and flips: in the loading processes or on the device, "
         "which auto takes where it is a GPU")  # fmt: skip
     add("--knn-every", default=10, type=int, help="epochs between kNN monitors; 0: off")
     add("--knn-bank", **KNN_BANK)
-    add("--save-every", default=0, type=int, help="keep every N-th epoch's checkpoint for good")
-    add("--keep", default=2, type=int, help="epoch checkpoints to keep")
+    add("--save-every", default=0, type=int,
+        help="keep every N-th epoch's checkpoint for good; 0: none")  # fmt: skip
+    add("--keep", default=2, type=int, help="number of epoch checkpoints to keep")
     add("--samples-per-epoch", default=None, type=int,
-        help="tar shards: length of an epoch; default: all --iterations")  # fmt: skip
+        help="tar shards: length of an epoch in samples; default: all --iterations")  # fmt: skip
     add("--shuffle-buffer", default=1000, type=int,
         help="tar shards: samples in each worker's shuffle buffer")  # fmt: skip
     parser.set_defaults(
@@ -56,11 +61,11 @@ def pretraining_parser() -> argparse.ArgumentParser:
 def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     """The official code's flags of the algorithm, and those of the papers' ablations."""
     add = parser.add_argument_group("MoCo").add_argument
-    add("--moco-dim", default=128, type=int, help="feature dimension")
+    add("--moco-dim", default=128, type=int, help="dimension of the features")
     add("--moco-k", default=65536, type=int, help="keys in the queue, or drawn from the bank")
     add("--moco-m", default=0.999, type=float, help="momentum of the key encoder, in [0, 1)")
-    add("--moco-t", default=0.07, type=float, help="temperature")
-    add("--mlp", action=SWITCH, default=False, help="v2: MLP head")
+    add("--moco-t", default=0.07, type=float, help="temperature of the logits")
+    add("--mlp", action=SWITCH, default=False, help="v2: MLP as projection head")
     add("--aug-plus", action=SWITCH, default=False, help="v2: augmentation with blur")
     add("--cos", action=SWITCH, default=False, help="v2: cosine schedule")
     add("--bn-groups", default=None, type=int,
@@ -68,17 +73,22 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("ablations of the papers").add_argument
     add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
-    add("--loss", default="infonce", choices=LOSSES)
+    add("--loss", default="infonce", choices=LOSSES, help="of keys and queries")
     add("--shuffle-bn", action=SWITCH, default=True, help="encode keys in shuffled order")
     add("--bank-momentum", default=0.5, type=float, help="of the memory bank's rows, in [0, 1)")
     add("--color-strength", default=0.5, type=float,
-        help="of the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
-    add("--crop-min", default=0.2, type=float, help="least area of a crop; 0.08 is SimCLR's")
-    add("--optimizer", default="sgd", choices=("sgd", "lars"), help="LARS as in SimCLR")
-    add("--warmup-epochs", default=0, type=int, help="of a learning rate that rises from 0")
-    add("--iterations", default=None, type=int, help="length of the run, instead of --epochs")
-    add("--lr-decay", default=0.9, type=float, help="factor of --lr-decay-every")
-    add("--lr-decay-every", default=None, type=int, metavar="STEPS", help="instead of --schedule")
+        help="factor on the colour jitter of --aug-plus; 1 is SimCLR's")  # fmt: skip
+    add("--crop-min", default=0.2, type=float,
+        help="least area of a crop, as share of its image; 0.08 is SimCLR's")  # fmt: skip
+    add("--optimizer", default="sgd", choices=("sgd", "lars"), help="lars: as in SimCLR")
+    add("--warmup-epochs", default=0, type=int, help="epochs of a learning rate that rises from 0")
+    add(
+        "--iterations", default=None, type=int, help="length of the run in steps; default: --epochs"
+    )
+    add("--lr-decay", default=0.9, type=float,
+        help="factor on the learning rate at --lr-decay-every")  # fmt: skip
+    add("--lr-decay-every", default=None, type=int, metavar="STEPS",
+        help="steps between two decays of the learning rate; default: --schedule")  # fmt: skip
 
 
 def parse_pretraining(

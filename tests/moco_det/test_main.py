@@ -23,7 +23,7 @@ def test_each_script_has_a_name():
     commands = {
         str(path.relative_to(REPOSITORY))
         for path in scripts
-        if "start_command()" in path.read_text()
+        if "start_command(" in path.read_text()
     }
     assert set(COMMANDS.values()) == commands
 

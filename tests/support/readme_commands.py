@@ -1,14 +1,11 @@
 """The commands that READMEs and YAML headers show, as lists of words, and the commands' parsers."""
 
 import argparse
-import importlib.util
 import re
 import runpy
 import shlex
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,36 +105,13 @@ class _Parsed(BaseException):
 
 def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
     """By the command's own parser and checks, which raise SystemExit or UserError."""
-    module = load_script(script)
-    if hasattr(module, "parse"):
-        return module.parse(arguments)
-    original = argparse.ArgumentParser.parse_args
 
-    def parse_args(self, args=None, namespace=None):
-        raise _Parsed(original(self, args, namespace))
+    def parsed(parse_flags):
+        raise _Parsed(parse_flags(arguments))
 
-    def launch(run, parse_flags):  # of pretraining's commands, which parse their recipe as well
-        with patch.object(argparse.ArgumentParser, "parse_args", original):
-            raise _Parsed(parse_flags(arguments))
-
-    with (
-        patch.object(argparse.ArgumentParser, "parse_args", parse_args),
-        patch("pretrain.flags.launch.launch", launch),
-        patch("sys.argv", [str(script), *arguments]),
-    ):
+    with patch("moco_det.common.errors.start_command", parsed):
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
-        except _Parsed as parsed:
-            return parsed.args[0]
+        except _Parsed as flags:
+            return flags.args[0]
     raise AssertionError(f"{script} parses no flags")
-
-
-@cache
-def load_script(path: Path) -> ModuleType:
-    """A command as a module; by its path, since Detectron2's checkout has a package `tools` too."""
-    spec = importlib.util.spec_from_file_location(
-        "_".join(path.with_suffix("").parts), REPOSITORY / path
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

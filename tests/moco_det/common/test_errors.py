@@ -1,12 +1,15 @@
 """What a user sees of errors, and how a command ends."""
 
 import errno
+import re
 import sys
 
 import pytest
 import torch
 
 from moco_det.common.errors import (
+    DISTRIBUTIONS,
+    EXTRAS,
     UserError,
     exit_cleanly,
     explained,
@@ -62,6 +65,39 @@ def test_an_optional_package_that_is_absent():
     with pytest.raises(UserError, match=message) as raised:
         import_optional("no_such", "a test", "no-such")
     assert isinstance(raised.value.__cause__, ImportError)
+
+
+def test_a_missing_package_of_an_extra_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    message = (
+        r"^the SVM needs the package scikit-learn: pip install scikit-learn, or pip install -e "
+        r"'\.\[evaluation\]' in the folder of moco_det \("
+    )
+    with pytest.raises(UserError, match=message):
+        import_optional("sklearn.svm", "the SVM", "scikit-learn")
+
+
+def test_a_missing_package_is_no_bug(monkeypatch):
+    for module, words in (
+        ("safetensors.torch", "safetensors, or pip install -e '.[hub]' in the folder of moco_det"),
+        ("torch.nn", "-e . in the folder of moco_det"),
+    ):
+        package = module.split(".")[0]
+        monkeypatch.setitem(sys.modules, package, None)
+        error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+        assert explained(error) == f"the package {package} is not installed: pip install {words}"
+    for name in ("moco_det.no_such", "json.no_such", None):
+        assert explained(ModuleNotFoundError("No module", name=name)) is None
+
+
+def test_extras_are_those_of_the_installation(repository):
+    setup = (repository / "setup.py").read_text()
+    for module, extra in EXTRAS.items():
+        package = DISTRIBUTIONS.get(module, module)
+        (listed,) = re.findall(rf'^        "{extra}": (\[.*\]|[A-Z]+),', setup, re.M)
+        if not listed.startswith("["):
+            (listed,) = re.findall(rf"^{listed} = (.*)", setup, re.M)
+        assert re.search(rf'"{package}\b', listed, re.I), (module, extra)
 
 
 class OutOfMemoryError(RuntimeError):

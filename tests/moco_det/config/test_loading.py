@@ -1,6 +1,5 @@
 """The configuration against Detectron2's own (recorded, and live where it is installed)."""
 
-import argparse
 import math
 
 import pytest
@@ -11,9 +10,6 @@ from moco_det.common.errors import UserError
 from moco_det.config.loading import (
     KEYS,
     RANGES,
-    add_config_arguments,
-    add_config_file,
-    add_config_option,
     check_value,
     get_cfg,
     leaves,
@@ -248,46 +244,6 @@ def test_inert_sections_and_empty_ones_are_accepted(write):
 def test_odd_number_of_options(write):
     with pytest.raises(UserError, match="'SEED' is left without a value"):
         load_config(write("VERSION: 2\n"), ["SOLVER.MAX_ITER", "1", "SEED"])
-
-
-@pytest.fixture
-def parser():
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    parser.add_argument("--resume", action="store_true")
-    return parser
-
-
-def test_pairs_follow_the_flags(parser):
-    args = parser.parse_args(["--resume", "--config-file", "a.yaml", "SEED", "-1", "VERSION", "2"])
-    assert (args.config_file, args.resume) == ("a.yaml", True)
-    assert args.opts == ["SEED", "-1", "VERSION", "2"]
-    assert parser.parse_args(["--config-file", "a.yaml"]).opts == []
-
-
-@pytest.mark.parametrize("pairs", [["SEED", "1", "--resume"], ["OUTPUT_DIR", "--resume", "x"]])
-def test_a_flag_after_the_pairs_is_named(parser, pairs, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(["--config-file", "a.yaml", *pairs])
-    assert ended.value.code == 2
-    words = "--resume comes after KEY VALUE pairs: put all flags before them"
-    assert words in capsys.readouterr().err
-
-
-def test_the_config_file_is_required(parser, capsys):
-    with pytest.raises(SystemExit):
-        parser.parse_args(["SEED", "1"])
-    assert "--config-file" in capsys.readouterr().err
-
-
-def test_pairs_as_a_flag_may_be_followed_by_others():
-    parser = argparse.ArgumentParser()
-    add_config_file(parser)
-    add_config_option(parser)
-    parser.add_argument("--limit", type=int)
-    args = parser.parse_args(["--opts", "SEED", "1", "--limit", "3"])
-    assert (args.config_file, args.opts, args.limit) == (None, ["SEED", "1"], 3)
-    assert parser.parse_args([]).opts == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import webdataset
 from recorded_run import SIZE, numbered_image, write_shards
 
 from moco_det.common.errors import LONGEST, UserError
+from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.shards import (
     BrokenShard,
@@ -33,7 +34,6 @@ from pretrain.data.shards import (
     ShardSource,
     Stream,
     find_shards,
-    is_shards,
 )
 from pretrain.flags.pretraining import parse_pretraining
 from pretrain.main import pretrain

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from moco_det.common.errors import UserError
-from moco_det.common.files import LOCK, LOCK_WITHOUT_LOCKS, RunFiles, claimed
+from moco_det.common.run_folders import LOCK, LOCK_WITHOUT_LOCKS, RunFiles, claimed
 
 FILES = RunFiles(marks=("run_*.pth",), others=("log*",), flag="--output", resume="--resume auto")
 NOBODY = 2**22 + 1  # above the highest process id of Linux
@@ -23,7 +23,7 @@ def claim(folder, new=True, overwrite=False, reads=()):
 
 def in_another_process(folder) -> subprocess.CompletedProcess:
     script = (
-        "import sys\nsys.path.insert(0, sys.argv[2])\nfrom test_files_run_folder import claim\n"
+        "import sys\nsys.path.insert(0, sys.argv[2])\nfrom test_run_folders import claim\n"
         "with claim(sys.argv[1]):\n    print('held')"
     )
     argv = [sys.executable, "-c", script, str(folder), os.path.dirname(__file__)]
