@@ -402,7 +402,7 @@ def progress_line(epoch: str, left: int, values: dict) -> str:
             optional.
     """
     chance = f" (chance {values['chance_loss']:.2f})" if "chance_loss" in values else ""
-    neighbours = f" nn {values['loss_nn']:.2f}" if "loss_nn" in values else ""
+    neighbours = f" nn {values['loss_nn']:.3g}" if "loss_nn" in values else ""
     fills = (name for name in values if name.endswith("_fill"))
     fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
     eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))

@@ -1,7 +1,8 @@
 """The pretext task, and where its keys come from: MoCo and what the paper compares it with.
 
 Start with `instance_discrimination.py`, what all mechanisms share, then `momentum_contrast.py`,
-the paper's Algorithm 1; `nearest_neighbours.py` builds on it. Everything here is a function of tensors: no files, no flags, no loop.
+the paper's Algorithm 1, on which `nearest_neighbours.py` builds. Everything here is a function of
+tensors: no files, no flags, no loop.
 """
 
 from torch import nn
@@ -28,7 +29,7 @@ def build_mechanism(
     temperature: float = 0.07,
     bn_groups: int = 1,
     shuffle_bn: bool = True,
-    neighbours: int | None = None,
+    neighbours: int = 0,
 ) -> InstanceDiscrimination:
     """One of MECHANISMS, which takes what it needs of the settings.
 
@@ -38,7 +39,7 @@ def build_mechanism(
         samples: images of the data set, the rows of the memory bank.
         key_momentum, bank_momentum: m of MoCo's key encoder, and of the memory bank's rows.
         temperature, bn_groups, shuffle_bn: see InstanceDiscrimination.
-        neighbours: k of kNN-MoCo; None for MoCo without.
+        neighbours: k of kNN-MoCo; 0 for MoCo without.
     """
     if name == "end-to-end":
         return EndToEnd(encoder, temperature, bn_groups, shuffle_bn)
