@@ -197,6 +197,7 @@ def build_model(
         temperature=args.moco_t,
         bn_groups=groups,
         shuffle_bn=shuffled,
+        neighbours=args.nearest_neighbours,
     )
 
 
@@ -234,11 +235,14 @@ def build_task(
         keep=args.keep,
         save_every=args.save_every,
         compilation=args.compile,
+        auxiliary_weight=args.nn_weight,
+        auxiliary_from=args.nn_from_epoch * source.steps_per_epoch,
     )
 
 
 def check_method(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raises UserError where the checkpoint is that of another mechanism, loss or optimizer."""
+    """Raises UserError where the checkpoint is that of another mechanism, loss or optimizer, or
+    where one of the two runs has a queue for neighbours, and the other has not."""
     config = checkpoint.state.get("config", {})  # the official code writes none
     for flag, official in (("mechanism", "moco"), ("loss", "infonce"), ("optimizer", "sgd")):
         before = config.get(flag, official)
@@ -246,6 +250,12 @@ def check_method(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path} was trained with --{flag} {before}; resume it with that"
             )
+    held = "queue_backbone" in checkpoints.weights(checkpoint.state)
+    if held != bool(args.nearest_neighbours):
+        way = "with" if held else "without"
+        raise UserError(
+            f"{checkpoint.path} was trained {way} --nearest-neighbours; resume it {way} that"
+        )
 
 
 def describe(args, source, model: InstanceDiscrimination, device: torch.device, seed: int) -> None:
@@ -257,6 +267,10 @@ def describe(args, source, model: InstanceDiscrimination, device: torch.device, 
         f"x {args.batch_size // processes // groups}; {device}, seed {seed}, output {args.output}"
     )
     shuffled = "with" if model.shuffle_bn else "without"
-    print_on_main(f"{args.mechanism}, {args.loss}, {shuffled} shuffled BN")
+    method = f"{args.mechanism}, {args.loss}, {shuffled} shuffled BN"
+    if args.nearest_neighbours:
+        method += f", {args.nearest_neighbours} nearest neighbours of weight {args.nn_weight:g}"
+        method += f" after {args.nn_from_epoch} epochs" if args.nn_from_epoch else ""
+    print_on_main(method)
     if args.knn_every and not KnnMonitor.applies_to(Path(args.data)):
         print_on_main(f"no kNN monitor: {args.data} lacks class folders in train/ and val/")

@@ -23,6 +23,7 @@ V1 = {
     "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.07, "bank_momentum": 0.5,
     "mlp": False, "aug_plus": False, "color_strength": 0.5, "crop_min": 0.2,
     "optimizer": "sgd", "warmup_epochs": 0,
+    "nearest_neighbours": 0, "nn_weight": 0.4, "nn_from_epoch": 0,
 }  # fmt: skip
 V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
 # Sections 2.2, 2.3 and A of SimCLR; the loss and the BN are MoCo's.

@@ -137,7 +137,7 @@ MOCO = Layout(
     "MoCo checkpoint",
     "MOCO",
     ("encoder_q.",),
-    dropped=r"encoder_k\..+|encoder_q\.fc\..+|queue|queue_ptr|bank",
+    dropped=r"encoder_k\..+|encoder_q\.fc\..+|queue|queue_ptr|queue_backbone|bank",
 )
 TORCHVISION = Layout("torchvision state_dict", "torchvision", ("",), dropped=r"fc\..+")
 DETECTRON2 = Layout(

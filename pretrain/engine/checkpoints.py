@@ -5,7 +5,8 @@ facebookresearch/moco, so its tools read our files and this file reads its relea
     epoch        epochs completed
     arch         torchvision's name of the encoder; the class of a backbone that a program gave
     state_dict   "module.encoder_q...", "module.encoder_k...", "module.queue", "module.queue_ptr";
-                 a memory bank has "module.bank" for the last three, end-to-end nothing
+                 a memory bank has "module.bank" for the last three, end-to-end nothing; kNN-MoCo
+                 has "module.queue_backbone" as well
     optimizer    SGD's state
     step         steps taken in all
     step_in_epoch  steps taken beyond the completed epochs

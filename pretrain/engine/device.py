@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ def compile_encoders(
     dtype: torch.dtype | None,
     required: bool,
     backend: str = "inductor",
+    small: Sequence[torch.Tensor] = (),
 ) -> None:
     """Compile the model's encoders, or say in a line why not. Collective.
 
@@ -103,6 +105,7 @@ def compile_encoders(
         images: views of this process's images, uint8, N x H x W x 3, the shape of every step.
         dtype: of mixed precision; None for float32.
         required: whether it is an error if it does not work.
+        small: multi-crop's small views of the same images.
 
     Raises:
         UserError: it is required and does not work.
@@ -111,7 +114,7 @@ def compile_encoders(
     begun, problem = time.perf_counter(), None
     model.compile_encoders(backend, CUDA_GRAPHS)
     try:
-        model.rehearse(images, dtype)
+        model.rehearse(images, dtype, small)
     except torch.OutOfMemoryError:
         raise  # not for want of a compiler
     except Exception as error:  # what a compiler and its drivers may raise is without end

@@ -25,8 +25,9 @@ class MoCoPretraining(Task):
 
     Args:
         model: a mechanism, on its device.
-        loss: one of LOSSES, logits N x (1+K) -> mean over this process's queries.
-        batches: of views as `pretrain.data` has them, `model.num_views` of each image.
+        loss: one of LOSSES, logits P x (1+K) -> mean over this process's queries.
+        batches: of views as `pretrain.data` has them, `model.num_views` of each image and, under
+            multi-crop, small ones.
         seed: of the draws that all processes make alike.
         dtype: of mixed precision; None for float32.
         monitor: encoder -> kNN top-1 in percent, the same value on every process; it is switched
@@ -35,6 +36,11 @@ class MoCoPretraining(Task):
         keep: so many of the newest epochs keep their checkpoints.
         save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
         compilation: whether the encoders are compiled, one of `device.COMPILE`.
+        auxiliary_weight: of each loss that the model adds; the log has them without it.
+        auxiliary_from: the step from which it counts; before, it is 0.
+
+    Under multi-crop the loss is over all queries, and the log's other values are of the large ones:
+    so they compare with those of runs without small crops, which are harder to match.
     """
 
     model: InstanceDiscrimination
@@ -48,6 +54,8 @@ class MoCoPretraining(Task):
     keep: int = 2
     save_every: int = 0
     compilation: str = "off"
+    auxiliary_weight: float = 0.0
+    auxiliary_from: int = 0
 
     to_compile = False  # in the first step
     apply_looks = None  # to a batch of crops, where that is compiled, too
@@ -58,19 +66,24 @@ class MoCoPretraining(Task):
 
     def __post_init__(self):
         self.parallel = parallelize(self.model.train())
+        self.measures += self.model.auxiliary
         self.device = self.model.pixel_mean.device
 
     def step(self, batch, step: int) -> torch.Tensor:
         views = [finished(view, self.device, self.apply_looks) for view in batch.views]
         inputs = self.model.inputs(views, batch.indices, self.seed, step)
         if self.to_compile:
-            compile_encoders(self.model, views[0], self.dtype, self.compilation == "on")
+            required = self.compilation == "on"
+            compile_encoders(self.model, views[0], self.dtype, required, small=views[2:])
             self.to_compile = False
-        loss, logits, queries = contrastive_step(
-            self.parallel, self.loss, self.optimizer, inputs, self.dtype
+        weight = self.auxiliary_weight if step >= self.auxiliary_from else 0.0
+        loss, logits, queries, *auxiliary = contrastive_step(
+            self.parallel, self.loss, self.optimizer, inputs, self.dtype, weight
         )
         self.negatives = logits.shape[1] - 1
-        return pretext_metrics(loss, logits, queries, self.model.temperature)
+        large = slice(len(views[0]))
+        metrics = pretext_metrics(loss, logits[large], queries[large], self.model.temperature)
+        return torch.cat([metrics, *(term.detach().view(1) for term in auxiliary)])
 
     def log_values(self, seen: int) -> dict[str, float]:
         return {"chance_loss": self.loss.chance(self.negatives)} | self.model.memory_fill(seen)
@@ -140,7 +153,8 @@ def contrastive_step(
     optimizer: ScheduledSGD,
     inputs: tuple[torch.Tensor, ...],
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    auxiliary_weight: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
     """One iteration of Algorithm 1: loss, SGD on the encoder, keys into the queue.
 
     Args:
@@ -148,15 +162,16 @@ def contrastive_step(
         loss: one of LOSSES, logits -> mean over this process's queries.
         inputs: the arguments of the model's forward pass.
         dtype: of mixed precision; None for float32.
+        auxiliary_weight: of each loss that the model adds.
     Returns:
-        the loss, and for the log logits N x (1+K) and queries N x C.
+        the loss, for the log logits P x (1+K) and queries P x C, and each loss that was added.
     """
     with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None):
-        logits, keys, queries = model(*inputs)
+        logits, keys, queries, *auxiliary = model(*inputs)
     value = loss(logits)
-    optimizer.minimize(value)
+    optimizer.minimize(sum((auxiliary_weight * term for term in auxiliary), value))
     getattr(model, "module", model).enqueue(keys)
-    return value, logits, queries
+    return value, logits, queries, *auxiliary
 
 
 @torch.no_grad()
@@ -169,8 +184,8 @@ def pretext_metrics(
     1/sqrt(C) is what features spread evenly over the sphere have.
 
     Args:
-        logits: N x (1+K), the positive at index 0.
-        queries: N x C.
+        logits: N x (1+K), the positive at index 0; under multi-crop those of the large views.
+        queries: N x C, likewise.
         temperature: by which the logits were divided.
     """
     better = (logits[:, 1:] > logits[:, :1]).sum(dim=1)  # negatives ahead of the positive, N

@@ -398,14 +398,16 @@ def progress_line(epoch: str, left: int, values: dict) -> str:
     Args:
         epoch: the position in the run.
         left: steps until its end.
-        values: what was logged; "chance_loss" and names that end in "_fill" are optional.
+        values: what was logged; "chance_loss", "loss_nn" and names that end in "_fill" are
+            optional.
     """
     chance = f" (chance {values['chance_loss']:.2f})" if "chance_loss" in values else ""
+    neighbours = f" nn {values['loss_nn']:.3g}" if "loss_nn" in values else ""
     fills = (name for name in values if name.endswith("_fill"))
     fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
     eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
     return (
-        f"epoch {epoch}  loss {values['loss']:.4f}{chance}  "
+        f"epoch {epoch}  loss {values['loss']:.4f}{chance}{neighbours}  "
         f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  {fill}"
         f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  ETA {eta}"
     )

@@ -122,6 +122,7 @@ RANGES = {
     "batch_size": (1, 10**6), "bn_groups": (1, 10**6), "image_size": (1, 10**4),
     "lr": (0, 10**38), "momentum": (0, 1), "weight_decay": (0, 10**3), "lr_decay": (0, 10**3),
     "moco_dim": (1, 2**16), "moco_k": (1, 10**8), "moco_m": (0, 1), "moco_t": (0, 10**3),
+    "nearest_neighbours": (0, 10**8), "nn_weight": (0, 10**3), "nn_from_epoch": (0, 10**6),
     "bank_momentum": (0, 1), "color_strength": (0, 10), "max_unreadable": (0, 1),
     "crop_min": (0, 1), "warmup_epochs": (0, 10**6),
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),

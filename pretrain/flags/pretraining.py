@@ -71,6 +71,12 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
 
+    add = parser.add_argument_group("nearest neighbours, of 'Revisiting Contrastive'").add_argument
+    add("--nearest-neighbours", default=0, const=20, nargs="?", type=int, metavar="K",
+        help="keys of the queue that are positives too; 20 without a number, 0: off")  # fmt: skip
+    add("--nn-weight", default=0.4, type=float, help="of their loss, beside that of the own key")
+    add("--nn-from-epoch", default=0, type=int, help="epochs that their loss does not count in")
+
     add = parser.add_argument_group("ablations of the papers").add_argument
     add("--mechanism", default="moco", choices=MECHANISMS, help="where keys come from")
     add("--loss", default="infonce", choices=LOSSES, help="of keys and queries")
@@ -102,6 +108,8 @@ def parse_pretraining(
     check(args, counts, lambda count: count >= 1, "at least 1")
     check(args, ["moco_m", "bank_momentum"], lambda value: 0 <= value < 1, "in [0, 1)")
     check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
+    check(args, ["nearest_neighbours", "nn_from_epoch"], lambda count: count >= 0, "at least 0")
+    check(args, ["nn_weight"], lambda value: value >= 0, "at least 0")
     check(args, ["crop_min"], lambda value: 0 < value <= 1, "above 0 and at most 1")
     if args.warmup_epochs >= args.epochs and not args.iterations:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: there are --epochs {args.epochs}")
@@ -114,9 +122,29 @@ def parse_pretraining(
         )
     if args.color_strength != 0.5 and not args.aug_plus:
         raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
+    _check_neighbours(args)
     _check_shards(args)
     check_ranges(args)
     return args
+
+
+def _check_neighbours(args: argparse.Namespace) -> None:
+    """Raises UserError where there is no queue to find neighbours in, or it is too short."""
+    wanted = args.nearest_neighbours
+    if not wanted:
+        if (args.nn_weight, args.nn_from_epoch) != (0.4, 0):
+            raise UserError(
+                "--nn-weight and --nn-from-epoch belong to kNN-MoCo: pass --nearest-neighbours too"
+            )
+    elif args.mechanism != "moco":
+        raise UserError(
+            f"--nearest-neighbours are found in a queue of keys, which --mechanism "
+            f"{args.mechanism} has not: drop one of the two"
+        )
+    elif wanted > args.moco_k:
+        raise UserError(
+            f"--nearest-neighbours {wanted}: there are --moco-k {args.moco_k} keys in the queue"
+        )
 
 
 def _check_shards(args: argparse.Namespace) -> None:

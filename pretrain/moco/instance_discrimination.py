@@ -1,10 +1,13 @@
 """The pretext task of all mechanisms: two views of an image match (arXiv:1911.05722, Sec. 3.3).
 
 Shape legend:
-    N: queries of this process      B: queries of all processes (the global batch)
+    N: images of this process       B: images of all processes (the global batch)
+    P: queries of this process, N of them but under multi-crop
     C: feature dimension            K: negatives of a query
     H, W: height and width of a view
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +21,27 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
+def embed(
+    encoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """uint8 N x H x W x 3 -> L2-normalised features N x C, fp32; `mean` and `std`: of pixels, 3."""
+    return F.normalize(encoder(standardized(images, mean, std)).float(), dim=1)
+
+
+def standardized(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 N x H x W x 3 -> N x 3 x H x W, what an encoder takes."""
+    pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
+    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
 class InstanceDiscrimination(nn.Module):
     """Encodes queries, and keys under shuffled BN. A mechanism (Fig. 2) says where keys come from.
 
     A mechanism's `forward(*self.inputs(...))` is one step up to the logits. It returns
-        logits: N x (1+K), the positive at index 0, divided by the temperature, fp32.
+        logits: P x (1+K), the positive at index 0, divided by the temperature, fp32.
         keys: B x C, the keys of all processes in the order of the global batch.
-        queries: N x C, L2-normalised.
+        queries: P x C, L2-normalised; the first N of them are of the images' first views.
+        and a loss of its own for each of `auxiliary`, the mean over this process's queries.
     After the backward pass `enqueue(keys)` is called. All of them name their encoder `encoder_q`.
 
     Args:
@@ -36,6 +53,8 @@ class InstanceDiscrimination(nn.Module):
     """
 
     num_views = 2  # of an image in a step: the query's and the key's
+    auxiliary: tuple[str, ...] = ()  # names of further losses, for the log
+    plain_embed = staticmethod(embed)  # an encoder's pass, where it is not compiled
 
     def __init__(
         self,
@@ -59,13 +78,15 @@ class InstanceDiscrimination(nn.Module):
         """The arguments of `forward` in step `step`; all draws are a function of (seed, step).
 
         Args:
-            views: `num_views` views of this process's images, uint8 RGB, N x H x W x 3.
+            views: `num_views` views of this process's images, uint8 RGB, N x H x W x 3; beyond
+                them, under multi-crop, small ones.
             indices: the index in the data set of each image of the global batch, B.
         """
+        im_q, im_k, *small = views
         order = torch.arange(len(indices))
         if self.shuffle_bn:
             order = shuffle_index(seed, step, len(indices))
-        return *views, upload(order, views[0].device)
+        return im_q, im_k, upload(order, im_q.device), *small
 
     def enqueue(self, keys: torch.Tensor) -> None:
         """Keep the keys of this step (B x C) for later ones, where the mechanism has a queue."""
@@ -83,8 +104,8 @@ class InstanceDiscrimination(nn.Module):
     def compile_encoders(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
         """From now on `encode` runs compiled code; the first call for each encoder compiles it.
 
-        From pixels to features it is one graph for each encoder, in which nothing waits for the
-        device. Evaluation does not go through it. Parameters keep their names.
+        From pixels to features it is one graph for each encoder and size of views, in which nothing
+        waits for the device. Evaluation does not go through it. Parameters keep their names.
 
         Args:
             cuda_graphs: replay all kernels of a pass by one launch.
@@ -93,34 +114,44 @@ class InstanceDiscrimination(nn.Module):
         # where a graph has an autograd.Function.
         torch._dynamo.config.optimize_ddp = False
         mode = "reduce-overhead" if cuda_graphs else None
-        self.embed = torch.compile(embed, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        self.embed = torch.compile(
+            self.plain_embed, fullgraph=True, dynamic=False, backend=backend, mode=mode
+        )
         self.replayed = cuda_graphs
 
     def use_plain_encoders(self) -> None:
         """Undo `compile_encoders`."""
-        self.embed = embed
+        self.embed = self.plain_embed
         self.replayed = False  # whether a later call writes over what this one returns
 
-    def rehearse(self, images: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    def rehearse(
+        self,
+        images: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        small: Sequence[torch.Tensor] = (),
+    ) -> None:
         """Encode as in a step, forward and backward, and leave everything as it was: what is to be
         compiled is compiled now, or fails now. Not collective.
 
         Args:
             images: a view of this process's images, uint8, N x H x W x 3.
             dtype: of mixed precision; None for float32.
+            small: multi-crop's small views of the same images.
         """
         kind = images.device.type
+        passes = [(encoder, images) for encoder in self.children()]
+        passes += [(self.encoder_q, image_major(small))] if small else []
         buffers = [value for encoder in self.children() for value in encoder.buffers()]
         before = [value.clone() for value in buffers]
         gradients = [value.grad for value in self.parameters()]
         try:
-            for encoder in self.children():
+            for encoder, pixels in passes:
                 trained = any(p.requires_grad for p in encoder.parameters())
                 with (
                     torch.set_grad_enabled(trained),
                     torch.autocast(kind, dtype, enabled=dtype is not None),
                 ):
-                    features = self.encode(encoder, images)
+                    features = self.encode(encoder, pixels)
                 if trained:
                     features.sum().backward()
         finally:
@@ -153,13 +184,13 @@ class InstanceDiscrimination(nn.Module):
         return keys
 
 
-def embed(
-    encoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
-    """uint8 N x H x W x 3 -> L2-normalised features N x C, fp32; `mean` and `std`: of pixels, 3."""
-    pixels = images.permute(0, 3, 1, 2).float()  # a channels_last tensor without a copy
-    pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return F.normalize(encoder(pixels).float(), dim=1)
+def image_major(views: Sequence[torch.Tensor]) -> torch.Tensor:
+    """V views N x H x W x 3 -> NV x H x W x 3: all views of the first image, then of the second.
+
+    So a BN group, which is a number of consecutive views, has the views of the images that are one
+    in the other passes too, however the groups are spread over processes.
+    """
+    return torch.stack(tuple(views), dim=1).flatten(0, 1)
 
 
 def shuffle_index(seed: int, step: int, batch_size: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Momentum Contrast: Algorithm 1 of the paper (arXiv:1911.05722, Sec. 3.2).
+"""Momentum Contrast: Algorithm 1 of the paper (arXiv:1911.05722, Sec. 3.2), also on small crops.
 
 Shape legend:
-    N: queries of this process      B: queries of all processes (the global batch)
+    N: images of this process       B: images of all processes (the global batch)
+    P: queries of this process, N of large views and N of each small one
     C: feature dimension            K: length of the queue
     H, W: height and width of a view
 """
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_det.common.processes import rank, world_size
-from pretrain.moco.instance_discrimination import InstanceDiscrimination
+from pretrain.moco.instance_discrimination import InstanceDiscrimination, image_major
 
 
 class MoCo(InstanceDiscrimination):
@@ -21,6 +22,10 @@ class MoCo(InstanceDiscrimination):
 
     Parameter and buffer names are those of facebookresearch/moco (`encoder_q`, `encoder_k`,
     `queue`, `queue_ptr`), so that checkpoints can be exchanged.
+
+    Multi-crop ("Revisiting Contrastive Methods", arXiv:2106.05967, Sec. 4.1) adds small views of
+    each image. They go through the query encoder only: each is one more query whose positive is the
+    image's key, and none is ever a key. So Eqn. (1) is averaged over N (1 + views) positives.
 
     Args:
         encoder: the network f, images (N, 3, H, W) -> features (N, C).
@@ -47,29 +52,44 @@ class MoCo(InstanceDiscrimination):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(
-        self, im_q: torch.Tensor, im_k: torch.Tensor, order: torch.Tensor
+        self, im_q: torch.Tensor, im_k: torch.Tensor, order: torch.Tensor, *small: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step up to the logits; call `enqueue(keys)` after the backward pass.
 
         Args:
             im_q, im_k: two views of the same images, uint8 RGB, N x H x W x 3.
             order: permutation of range(B), the same on every process: the shuffle of the keys.
+            small: further views of them, of a size of their own.
         Returns:
-            logits: N x (1+K), the positive at index 0, divided by the temperature.
+            logits: P x (1+K), the positive at index 0, divided by the temperature.
             keys: B x C, the keys of all processes in the order of the global batch.
-            queries: N x C, L2-normalised.
+            queries: P x C, L2-normalised: N of `im_q`, then all small ones, image by image.
         """
+        q, keys = self.encode_both(im_q, im_k, order, *small)
+        return self.contrast(q, keys), keys, q
+
+    def encode_both(
+        self, im_q: torch.Tensor, im_k: torch.Tensor, order: torch.Tensor, *small: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries P x C, and keys B x C by the key encoder as this step updates it."""
         q = self.encode(self.encoder_q, im_q)  # N x C
+        if small:
+            q = torch.cat([q, self.encode(self.encoder_q, image_major(small))])  # P x C
         with torch.no_grad():  # no gradient to keys
             self.update_key_encoder()
             keys = self.encode_shuffled(self.encoder_k, im_k, order)  # B x C
-        k = keys.chunk(world_size())[rank()]  # N x C
+        return q, keys
 
+    def contrast(self, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Logits P x (1+K) of queries P x C against their own key, of B x C, and the queue."""
+        k = keys.chunk(world_size())[rank()]  # N x C
+        small = len(q) // len(k) - 1  # views of each image
+        if small:
+            k = torch.cat([k, k.repeat_interleave(small, dim=0)])  # P x C, as the queries stand
         with torch.autocast(q.device.type, enabled=False):  # fp32: 1/tau magnifies rounding errors
-            l_pos = (q * k).sum(dim=1, keepdim=True)  # N x 1
-            l_neg = q @ self.queue  # N x K
-            logits = torch.cat([l_pos, l_neg], dim=1) / self.temperature
-        return logits, keys, q
+            l_pos = (q * k).sum(dim=1, keepdim=True)  # P x 1
+            l_neg = q @ self.queue  # P x K
+            return torch.cat([l_pos, l_neg], dim=1) / self.temperature
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -85,10 +105,14 @@ class MoCo(InstanceDiscrimination):
         To be called after the backward pass, which still needs the queue as the logits saw it:
         this saves the copy of the queue in every step.
         """
-        size = self.queue.shape[1]
+        self.replace_oldest(self.queue, keys)
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.queue.shape[1])
+
+    def replace_oldest(self, queue: torch.Tensor, keys: torch.Tensor) -> None:
+        """Write `keys` (B x C) over the columns of `queue` (C x K) from the pointer on."""
+        size = queue.shape[1]
         positions = self.queue_ptr + torch.arange(len(keys), device=keys.device)
-        self.queue.index_copy_(1, (positions % size)[-size:], keys[-size:].T)
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+        queue.index_copy_(1, (positions % size)[-size:], keys[-size:].T)
 
     def memory_fill(self, seen: int) -> dict[str, float]:
         return {"queue_fill": min(1.0, seen / self.queue.shape[1])}

@@ -32,7 +32,7 @@ def finished(command, codes=(0,)) -> str:
 # What checkpoints hold since then.
 ADDED = {
     "/config/max_image_pixels", "/config/warmup_epochs", "/data/images", "/data/hash",
-    "/numbered_from",
+    "/numbered_from", "/config/nearest_neighbours", "/config/nn_weight", "/config/nn_from_epoch",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pretrain.moco.end_to_end import EndToEnd
 from pretrain.moco.losses import NCE, InfoNCE
 from pretrain.moco.memory_bank import MemoryBank
 from pretrain.moco.momentum_contrast import MoCo
+from pretrain.moco.nearest_neighbours import NearestNeighbourMoCo
 from pretrain.run import build_model, build_source, build_task
 
 CPU = torch.device("cpu")
@@ -49,6 +50,18 @@ def test_the_flags_of_momentum_contrast(parse):
     assert model.encoder_q.bn1.groups == model.encoder_k.bn1.groups == 4
     assert model.encoder_q.fc.out_features == 12
     assert build_model(parse(), samples=20).shuffle_bn is True
+
+
+def test_the_flags_of_nearest_neighbours(parse, task_of):
+    model = build_model(parse("--nearest-neighbours"), samples=20)
+    assert type(model) is NearestNeighbourMoCo
+    assert (model.neighbours, model.queue_backbone.shape) == (20, (128, 30))
+    flags = ("--nearest-neighbours", "7", "--nn-weight", "0.2", "--nn-from-epoch", "5")
+    task = task_of(*flags)
+    assert (task.model.neighbours, task.auxiliary_weight) == (7, 0.2)
+    assert task.auxiliary_from == 5 * 2  # epochs of 20 images in batches of 8
+    off = build_model(parse("--nearest-neighbours", "--nearest-neighbours", "0"), samples=20)
+    assert type(off) is MoCo
 
 
 def test_the_flags_of_the_memory_bank(parse):

@@ -136,25 +136,31 @@ def test_compiling_is_for_gpus_and_long_runs(monkeypatch, capsys):
     assert "not compiled: --deterministic" in capsys.readouterr().out
 
 
-def build(mechanism="moco", device=CPU, groups=2):
+def build(mechanism="moco", device=CPU, groups=2, neighbours=0):
     torch.manual_seed(0)
     model = build_mechanism(
-        mechanism, Residual(), dim=4, negatives=6, samples=20, key_momentum=0.9, bn_groups=groups
-    )
+        mechanism, Residual(), dim=4, negatives=6, samples=20, key_momentum=0.9, bn_groups=groups,
+        neighbours=neighbours,
+    )  # fmt: skip
     return model.to(device, memory_format=torch.channels_last)
 
 
-def train(model, dtype=None, steps=2, local=slice(None), parallel=None):
+def train(model, dtype=None, steps=2, local=slice(None), parallel=None, crops=0):
     """Losses and gradients of steps on 8 images, of which this process has `local`."""
     device, batch = model.pixel_mean.device, torch.arange(8)
     optimizer, parallel = ScheduledSGD(model, 0.1, 0.9, 1e-4), parallel or parallelize(model)
     found = []
     for step in range(steps):
         seen = [views(8, 2 * step + i, size=16)[local].to(device) for i in range(model.num_views)]
+        seen += [small[local].to(device) for small in small_views(step, crops)]
         inputs = model.inputs(seen, batch, 0, step)
-        loss, *_ = contrastive_step(parallel, InfoNCE(), optimizer, inputs, dtype)
+        loss, *_ = contrastive_step(parallel, InfoNCE(), optimizer, inputs, dtype, 0.4)
         found.append(loss.detach())
     return found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def small_views(step, count):
+    return [views(8, 100 + 10 * step + i, size=8) for i in range(count)]
 
 
 def compile_for(device):
@@ -192,6 +198,22 @@ def test_a_compiled_step_is_a_step(mechanism, amp, tolerance, device, monkeypatc
     close(found, wanted, tolerance)
     close(same.values(), [gradients[name] for name in same], tolerance)
     close(compiled.buffers(), plain.buffers(), tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_step_has_both_sizes_of_views_and_the_backbone_s_features(device, monkeypatch):
+    plain, compiled = (build("moco", device, neighbours=2) for _ in range(2))
+    before = {name: value.clone() for name, value in compiled.state_dict().items()}
+    small = [view.to(device) for view in small_views(0, 3)]
+    compile_for(device)(compiled, views(8, size=16).to(device), None, small=small)
+    assert_same_bits(dict(compiled.state_dict()), before)
+    wanted, gradients = train(plain, crops=3)
+    monkeypatch.delattr(GroupedBatchNorm2d, "in_turn")
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the rehearsal was of the step
+        found, same = train(compiled, crops=3)
+    close(found, wanted, 1e-4)
+    close(same.values(), [gradients[name] for name in same], 1e-4)
+    close(compiled.buffers(), plain.buffers(), 1e-4)
 
 
 def test_evaluation_between_steps_compiles_nothing_again():

@@ -311,7 +311,9 @@ def test_where_health_ends(tmp_path, report, condition):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "told"), [(0.24, True), (0.26, False), (1.0, False), (3.9, False), (4.1, True)]
-)
+    ("ratio", "told"),
+    [(0.24, True), (0.26, False), (1.0, False), (3.9, False), (4.1, True), (9.9, True),
+     (10.0, False), (10.1, True)],  # of which 10 is the rate of a paper on small data
+)  # fmt: skip
 def test_the_rate_of_a_batch_of_256_is_0_03(tmp_path, ratio, told):
     assert heard(tmp_path, lr=0.03 * ratio) == ({"learning_rate"} if told else set())

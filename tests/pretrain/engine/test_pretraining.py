@@ -162,19 +162,23 @@ def test_all_processes_monitor_the_model_of_the_first(tmp_path):
     assert float(seen.strip("[]")) == pytest.approx(3 * float(first), abs=0.03)
 
 
-def task(mechanism: str, loss: str, amp: str, device: str) -> MoCoPretraining:
+def task(
+    mechanism: str, loss: str, amp: str, device: str, neighbours: int = 0, **options
+) -> MoCoPretraining:
     torch.manual_seed(0)
     model = build_mechanism(
-        mechanism, Residual(), dim=4, negatives=12, samples=30, key_momentum=0.9, bn_groups=2
-    )
+        mechanism, Residual(), dim=4, negatives=12, samples=30, key_momentum=0.9, bn_groups=2,
+        neighbours=neighbours,
+    )  # fmt: skip
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = ScheduledSGD(model, 0.1, 0.9, 1e-4, scale_gradients=amp == "fp16")
     loss = LOSSES[loss]().to(device)
-    return MoCoPretraining(model, loss, optimizer, None, seed=0, dtype=AMP_DTYPES[amp])
+    return MoCoPretraining(model, loss, optimizer, None, seed=0, dtype=AMP_DTYPES[amp], **options)
 
 
-def batch(model, number: int) -> SimpleNamespace:
+def batch(model, number: int, crops: int = 0) -> SimpleNamespace:
     seen = [views(8, 10 * number + i, size=16) for i in range(model.num_views)]
+    seen += [views(8, 100 + 10 * number + i, size=8) for i in range(crops)]
     if torch.cuda.is_available():
         seen = [view.pin_memory() for view in seen]
     return SimpleNamespace(views=seen, indices=torch.arange(8))
@@ -196,6 +200,49 @@ def test_a_step_does_not_wait_for_its_device(mechanism, loss, amp, device):
         meter.send()
     assert reads.names == []
     assert meter.means(batch_size=8)["loss"] > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_a_step_with_small_views_and_neighbours_does_not_wait_either(amp, device):
+    pretraining = task("moco", "infonce", amp, device, neighbours=3, auxiliary_weight=0.4)
+    meter = MetricMeter(torch.device(device), pretraining.measures)
+    pretraining.step(batch(pretraining.model, 0, crops=2), 0)
+    with HostReads(device) as reads:
+        meter.add(pretraining.step(batch(pretraining.model, 1, crops=2), 1), 0.0)
+        meter.send()
+    assert reads.names == []
+    means = meter.means(batch_size=8)
+    assert means["loss_nn"] > 0
+    assert [*means][:7] == [*MoCoPretraining.measures, "loss_nn"]
+
+
+def test_the_log_is_of_large_views_and_the_loss_of_all():
+    pretraining = task("moco", "infonce", "none", "cpu")
+    model, seen = copy.deepcopy(pretraining.model), batch(pretraining.model, 0, crops=2)
+    values = dict(zip(pretraining.measures, pretraining.step(seen, 0).tolist(), strict=True))
+    logits, _, queries = model(*model.inputs(seen.views, seen.indices, 0, 0))
+    assert logits.shape == (24, 13)
+    assert values["loss"] == pytest.approx(InfoNCE()(logits).item())
+    own = logits[:8, 0] * model.temperature
+    assert values["positive_similarity"] == pytest.approx(own.mean().item())
+    spread = queries[:8].std(dim=0, correction=0).mean()
+    assert values["feature_std"] == pytest.approx(spread.item())
+
+
+@pytest.mark.parametrize(("begins", "counts"), [(0, True), (1, False)])
+def test_neighbours_count_from_their_epoch_on(begins, counts):
+    """Until then a step is MoCo's to the bit, and their loss is only logged."""
+    plain = task("moco", "infonce", "none", "cpu")
+    options = {"neighbours": 3, "auxiliary_weight": 0.4, "auxiliary_from": begins}
+    pretraining = task("moco", "infonce", "none", "cpu", **options)
+    plain.model.load_state_dict(pretraining.model.state_dict(), strict=False)
+    seen = batch(plain.model, 0, crops=2)
+    metrics = pretraining.step(seen, 0)
+    assert torch.equal(metrics[:6], plain.step(seen, 0))
+    gradients = [[p.grad for p in t.model.encoder_q.parameters()] for t in (pretraining, plain)]
+    same = all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert same is not counts
 
 
 def test_what_waits_is_noticed():

@@ -286,6 +286,10 @@ def test_a_resumed_log_drops_what_is_done_again(tmp_path):
             {"chance_loss": 11.09, "queue_fill": 0.25},
             "loss 5.2500 (chance 11.09)  acc@1 12.50 acc@5 50.00  lr 0.03  queue 25%  1234 img/s",
         ),
+        (
+            {"chance_loss": 11.09, "loss_nn": 10.456, "queue_fill": 0.25},
+            "loss 5.2500 (chance 11.09) nn 10.5  acc@1 12.50 acc@5 50.00  lr 0.03  queue 25%  ",
+        ),
     ],
 )
 def test_a_progress_line_says_what_was_logged(more, words):

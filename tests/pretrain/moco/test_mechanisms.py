@@ -42,6 +42,7 @@ METHODS = {
     "end-to-end-unshuffled": ["--mechanism", "end-to-end", "--no-shuffle-bn"],
     "memory-bank": ["--mechanism", "memory-bank"],
     "memory-bank-nce": ["--mechanism", "memory-bank", "--loss", "nce"],
+    "neighbours": ["--nearest-neighbours", "3", "--mlp"],
 }
 # fmt: on
 LAUNCHED = [name for name in METHODS if name != "moco"]  # test_main.py launches that
@@ -210,7 +211,9 @@ def test_gradients_reach_the_keys_of_other_processes(two_processes):
         torch.testing.assert_close(torch.load(two_processes / f"gradient{rank}"), wanted)
 
 
-@pytest.mark.parametrize("name", ["end-to-end", "simclr", "memory-bank", "memory-bank-nce"])
+@pytest.mark.parametrize(
+    "name", ["end-to-end", "simclr", "memory-bank", "memory-bank-nce", "neighbours"]
+)
 def test_a_stopped_run_resumes_to_the_same_bits(images, tmp_path, one_process, name):
     """Both parts need what the first steps left: rows of the bank, NCE's constant."""
     stopped = run(images, tmp_path, *METHODS[name], "--iterations", "1")
@@ -289,11 +292,13 @@ def test_lr_decays_by_iterations(images, tmp_path):
         ("moco", "memory-bank", "--mechanism moco"),
         ("memory-bank-nce", "memory-bank", "--loss nce"),
         ("simclr", "end-to-end", "--optimizer lars"),
+        ("neighbours", "moco", "with --nearest-neighbours"),
+        ("moco", "neighbours", "without --nearest-neighbours"),
     ],
 )
 def test_another_mechanism_or_loss_is_refused(images, tmp_path, one_process, before, now, flag):
     path = one_process(before) / LAST
-    with pytest.raises(UserError, match=f"was trained with {flag}; resume it with that"):
+    with pytest.raises(UserError, match=f"was trained .*{flag}; resume it with(out)? that"):
         run(images, tmp_path, *METHODS[now], "--resume", str(path))
 
 
@@ -306,6 +311,9 @@ def test_another_mechanism_or_loss_is_refused(images, tmp_path, one_process, bef
         (["--lr-decay", "0"], "--lr-decay must be above 0"),
         (["--iterations", "0"], "--iterations must be at least 1"),
         (["--color-strength", "1"], "pass --aug-plus as well"),
+        (["--nearest-neighbours", "21"], "21: there are --moco-k 20 keys in the queue"),
+        (["--nearest-neighbours", "5", "--mechanism", "end-to-end"], "end-to-end has not: drop"),
+        (["--nn-weight", "0.1"], "pass --nearest-neighbours too"),
         (["--crop-min", "0"], "--crop-min must be above 0 and at most 1"),
         (["--warmup-epochs", "3", "--epochs", "3", "--iterations", "0"], "--iterations must be at"),
     ],
