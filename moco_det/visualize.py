@@ -1,7 +1,8 @@
 """Annotations and predictions of every task, drawn on their images.
 
 `draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task; below
-them, `draw_objects` draws `Objects`, and `draw_labels` a label map.
+them, `draw_objects` draws `Objects`, `draw_labels` a label map, and `draw_heat` a map of values,
+such as where a classifier sees its class.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +33,7 @@ from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_poi
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
+HEAT_OPACITY = 0.7  # where a map is largest
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
 
 
@@ -93,13 +96,13 @@ def draw_annotations(
     classes, shades = classes or dataset.classes, palette(dataset.classes)
     if dataset.evaluator == "sem_seg":
         labels = read_labels(record, len(dataset.classes))
-        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+        return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
     stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
     if stated != size:
         _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
         record = record | {"height": size[0], "width": size[1]}
     objects = annotated_objects(record, classes, shades)
-    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+    return draw_objects(enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
 def draw_prediction(
@@ -118,12 +121,13 @@ def draw_prediction(
     size = tuple(image.shape[1:])
     if dataset.evaluator == "sem_seg":
         labels = predicted_labels(prediction, size)
-        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+        return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
     objects = predicted_objects(prediction, size, classes, threshold, shades)
-    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+    return draw_objects(enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
-def _enlarged(image: Tensor, scale: float) -> Tensor:
+def enlarged(image: Tensor, scale: float) -> Tensor:
+    """The picture at `scale` times its size."""
     if scale == 1:
         return image
     height, width = (round(side * scale) for side in image.shape[1:])
@@ -345,6 +349,29 @@ def draw_labels(
     image = utils.draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
     places = np.array([2 * _inside(mask.numpy()) for mask in masks])  # boxes of one point
     return _write(image, places, [classes[c] for c in found], colours)
+
+
+def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tensor:
+    """The image with a map over it: the larger a value, the warmer and the less transparent.
+
+    Values of zero and less are not drawn; the largest one has full strength.
+
+    Args:
+        heat: (h, w), of any size: it is laid over the whole image.
+        label: written in the corner.
+    """
+    image = enlarged(image, scale)
+    warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0].clamp(
+        min=0
+    )
+    warm = warm / warm.max().clamp(min=1e-12)
+    levels = (255 * warm).round().to(torch.uint8).numpy()
+    shades = (
+        torch.from_numpy(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)).flip(2).permute(2, 0, 1)
+    )
+    opacity = HEAT_OPACITY * warm
+    drawn = (opacity * shades + (1 - opacity) * image).round().to(torch.uint8)
+    return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)])
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:

@@ -183,7 +183,7 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 
 def test_every_number_has_a_range():
-    parsers = (pretraining_parser(), linear_parser(), knn_parser())
+    parsers = (pretraining_parser(), linear_parser(), knn_parser(), voc_svm_parser())
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
     assert numbers == RANGES.keys()
 
