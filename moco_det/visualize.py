@@ -361,14 +361,11 @@ def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tens
         label: written in the corner.
     """
     image = enlarged(image, scale)
-    warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0].clamp(
-        min=0
-    )
-    warm = warm / warm.max().clamp(min=1e-12)
+    warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0]
+    warm = warm.clamp(min=0) / warm.max().clamp(min=1e-12)
     levels = (255 * warm).round().to(torch.uint8).numpy()
-    shades = (
-        torch.from_numpy(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)).flip(2).permute(2, 0, 1)
-    )
+    shades = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[..., ::-1].copy()  # as RGB
+    shades = torch.from_numpy(shades).permute(2, 0, 1)
     opacity = HEAT_OPACITY * warm
     drawn = (opacity * shades + (1 - opacity) * image).round().to(torch.uint8)
     return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)])

@@ -7,7 +7,13 @@ import torch
 
 from moco_det.common.errors import UserError
 from pretrain.flags.common import RANGES, as_flags
-from pretrain.flags.evaluation import knn_parser, linear_parser, parse_knn, parse_linear
+from pretrain.flags.evaluation import (
+    knn_parser,
+    linear_parser,
+    parse_knn,
+    parse_linear,
+    voc_svm_parser,
+)
 from pretrain.flags.launch import launch, loading, run_settings
 from pretrain.flags.pretraining import parse_pretraining, pretraining_parser
 
