@@ -16,6 +16,7 @@ COMMANDS = {
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",
     "voc-svm": "pretrain/voc_svm.py",
+    "summary": "pretrain/summary.py",
     "embed": "pretrain/embed.py",
     "doctor": "pretrain/doctor.py",
     "convert": "tools/convert_to_d2.py",

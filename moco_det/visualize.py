@@ -358,7 +358,7 @@ def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tens
 
     Args:
         heat: (h, w), of any size: it is laid over the whole image.
-        label: written in the corner.
+        label: written in the corner; "" for none.
     """
     image = enlarged(image, scale)
     warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0]
@@ -368,7 +368,7 @@ def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tens
     shades = torch.from_numpy(shades).permute(2, 0, 1)
     opacity = HEAT_OPACITY * warm
     drawn = (opacity * shades + (1 - opacity) * image).round().to(torch.uint8)
-    return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)])
+    return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)]) if label else drawn
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:

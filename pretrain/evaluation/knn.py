@@ -8,7 +8,7 @@ Shape legend:
     Q: queries       k: neighbours
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,9 +124,15 @@ class KnnMonitor:
         """Whether DATA has class folders in both train/ and val/, on every process. Collective."""
         return all(all_objects(all(class_folders(data / split) for split in ("train", "val"))))
 
-    @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in percent; the same value on every process.
+        """Top-1 accuracy in percent of k neighbours; see `top1_of`."""
+        return self.top1_of(encoder, [self.k])[0]
+
+    @torch.inference_mode()
+    def top1_of(self, encoder: nn.Module, numbers: Sequence[int]) -> list[float]:
+        """Top-1 accuracies in percent of several numbers of neighbours, from the same features.
+
+        The same values on every process.
 
         Raises UserError where there is no readable image in train or in val, or where a process
         runs out of memory; on every process.
@@ -142,24 +148,28 @@ class KnnMonitor:
         if not counts.sum(dim=0).all():
             part = "val" if counts[:, 0].any() else "train"
             raise UserError(f"no image in {self.data / part} can be read")
-        k = min(self.k, int(counts[:, 0].sum()))
-        together(lambda: self._reserve(bank.shape[1], k))
-        correct, step = 0, max(1, QUERIES // world_size())
+        ks = [min(k, int(counts[:, 0].sum())) for k in numbers]
+        together(lambda: self._reserve(bank.shape[1], max(ks)))
+        correct, step = np.zeros(len(ks), int), max(1, QUERIES // world_size())
         for start in range(0, int(counts[:, 1].max()), step):
             mine = queries[start : start + step], targets[start : start + step]
-            correct += self._correct(bank, labels, *(padded(part, step) for part in mine), k)
-        return from_main(100.0 * correct / int(counts[:, 1].sum()))
+            correct += self._correct(bank, labels, *(padded(part, step) for part in mine), ks)
+        return from_main([100.0 * int(count) / int(counts[:, 1].sum()) for count in correct])
 
     def _correct(
-        self, bank: Tensor, labels: Tensor, queries: Tensor, targets: Tensor, k: int
-    ) -> int:
-        """How many of all processes' queries are classified well; targets below 0 are none."""
+        self, bank: Tensor, labels: Tensor, queries: Tensor, targets: Tensor, ks: Sequence[int]
+    ) -> list[int]:
+        """How many of all processes' queries each k classifies well; targets below 0 are none."""
         queries, targets = gather(queries).float(), gather(targets)  # those of all processes
+        k = max(ks)
         found = together(lambda: nearest(bank, labels, queries, k))
         if world_size() > 1:  # W parts' neighbours side by side: Q x Wk
             parts = (gather(part).chunk(world_size()) for part in found)
             found = nearest_of(*(torch.cat(part, dim=1) for part in parts), k)
-        predicted = votes(*found, len(self.classes), self.temperature).argmax(1)
+        return [self._hits(*(part[:, :k] for part in found), targets) for k in ks]
+
+    def _hits(self, cosines: Tensor, labels: Tensor, targets: Tensor) -> int:
+        predicted = votes(cosines, labels, len(self.classes), self.temperature).argmax(1)
         return int((predicted == targets).sum())
 
     def _images(self, split: LabelledSplit) -> LabelledImages:
