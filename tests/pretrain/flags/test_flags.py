@@ -12,6 +12,9 @@ from pretrain.flags.evaluation import (
     linear_parser,
     parse_knn,
     parse_linear,
+    parse_summary,
+    parse_voc_svm,
+    summary_parser,
     voc_svm_parser,
 )
 from pretrain.flags.launch import launch, loading, run_settings
@@ -98,6 +101,8 @@ def test_defaults_of_fine_tuning_are_the_papers_and_flags_win_over_recipes(repos
         (pretraining_parser, parse_pretraining),
         (linear_parser, parse_linear),
         (knn_parser, lambda argv: parse_knn([*argv, "--pretrained", "random"])),
+        (voc_svm_parser, lambda argv: parse_voc_svm([*argv, "--pretrained", "random"])),
+        (summary_parser, lambda argv: parse_summary([*argv, "--pretrained", "random"])),
     ],
     ids=["pretraining", "linear", "knn"],
 )
@@ -189,7 +194,8 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 
 def test_every_number_has_a_range():
-    parsers = (pretraining_parser(), linear_parser(), knn_parser(), voc_svm_parser())
+    parsers = (pretraining_parser(), linear_parser(), knn_parser(), voc_svm_parser(),
+               summary_parser())  # fmt: skip
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
     assert numbers == RANGES.keys()
 
