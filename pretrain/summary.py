@@ -16,10 +16,14 @@ summary.md, the table.
     finetune_100   all of them, the protocol of MoCo's A.7
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.evaluation import parse_linear, parse_summary
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_summary)  # --help and mistakes end before the imports that take seconds
 
 import argparse
 import os
@@ -48,7 +52,6 @@ from pretrain.engine.diagnosis import LOG, read_records
 from pretrain.evaluation.classification import BEST
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.knn import KnnMonitor
-from pretrain.flags.evaluation import parse_linear, parse_summary
 from pretrain.flags.launch import launch
 
 NEIGHBOURS = (20, 200)

@@ -104,7 +104,7 @@ def test_defaults_of_fine_tuning_are_the_papers_and_flags_win_over_recipes(repos
         (voc_svm_parser, lambda argv: parse_voc_svm([*argv, "--pretrained", "random"])),
         (summary_parser, lambda argv: parse_summary([*argv, "--pretrained", "random"])),
     ],
-    ids=["pretraining", "linear", "knn"],
+    ids=["pretraining", "linear", "knn", "voc_svm", "summary"],
 )
 def test_every_command_has_the_flags_of_the_launch_and_no_abbreviations(parser, parse, capsys):
     args = parse(["DATA", "--gpu", "3", "--world-size", "2", "--rank", "1"])
