@@ -5,7 +5,7 @@ python tools/visualize.py --dataset coco_2017_val --limit 12 --sheet
 python tools/visualize.py --config-file configs/X.yaml --ids 139 285
 python tools/visualize.py --config-file configs/X.yaml
     --predictions output/inference/coco_2017_val.json --beside
-python tools/visualize.py cam output/linear/checkpoint_best.pth.tar IMAGES --sheet
+python tools/visualize.py cam output/linear/checkpoint_last.pth.tar IMAGES --sheet
 
 Boxes with class and score, masks, keypoints with their skeleton, dense pose (points and surfaces,
 a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
