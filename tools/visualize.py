@@ -197,16 +197,17 @@ def draw_activations(args: argparse.Namespace) -> None:
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         scale = args.width / image.shape[2] if args.width else 1
         label = f"{found} {probability:.0%}"
-        picture = visualize.draw_heat(image, heat, label, scale)
+        # On a sheet, where pictures shrink, it stands below with the name.
+        picture = visualize.draw_heat(image, heat, "" if args.sheet else label, scale)
         if args.beside:
             picture = torch.cat([visualize.enlarged(image, scale), picture], dim=2)
         if not args.sheet:
             save(picture, args.output, name)
-        pictures[name] = picture if args.sheet else None
+        pictures[f"{name}: {label}"] = picture if args.sheet else None
     if not pictures:
         raise UserError("there is no image to draw")
     if args.sheet:
-        save_sheet(list(pictures.values()), list(pictures), args)
+        save_sheet(list(pictures.values()), list(pictures), args, 1 + args.beside)
 
 
 def image_files(paths: list[Path]) -> list[tuple[Path, str]]:
@@ -222,8 +223,11 @@ def image_files(paths: list[Path]) -> list[tuple[Path, str]]:
     return [(path, name if names[name] == 1 else str(path.with_suffix(""))) for path, name in found]
 
 
-def save_sheet(pictures: list[Tensor], names: list[str], args: argparse.Namespace) -> None:
-    sheet = visualize.contact_sheet(pictures, args.width or SHEET_CELL, names)
+def save_sheet(
+    pictures: list[Tensor], names: list[str], args: argparse.Namespace, beside: int = 1
+) -> None:
+    """`beside`: how many pictures of the width are beside one another in each of `pictures`."""
+    sheet = visualize.contact_sheet(pictures, beside * (args.width or SHEET_CELL), names)
     save(sheet, args.output, "sheet")
 
 
