@@ -42,6 +42,16 @@ def painted(
     return tile
 
 
+def highlighted(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A tile whose pixels outside the mask, bool H x W, are dark and grey."""
+    tile = shrunk(pixels)
+    mask = cv2.resize(mask.astype(np.uint8), tile.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    grey = 0.35 * tile.mean(axis=2, keepdims=True)
+    shown = np.where((mask > 0)[..., None], tile, grey).astype(np.uint8)
+    shown[_edges(mask)] = (255, 210, 0)
+    return shown
+
+
 def shrunk(pixels: np.ndarray) -> np.ndarray:
     """An image HEIGHT pixels high."""
     width = max(1, round(HEIGHT * pixels.shape[1] / pixels.shape[0]))
