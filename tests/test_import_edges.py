@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluation": {"common", "datasets", "densepose"},
     "config": {"common", "datasets", "densepose", "evaluation", "weights"},
     "dataset_doctor": {"common", "config", "datasets", "densepose"},
-    "colours": set(),
+    "colours": {"common"},
     "visualize": {"colours", "common", "datasets", "densepose", "evaluation"},
     "parity": LIBRARY,
     "engines": {"common", "parity"},

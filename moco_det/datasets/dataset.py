@@ -9,16 +9,13 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import yaml
-from PIL import Image
 
-from moco_det.common.errors import UserError, one_line
-from moco_det.common.images import UnreadableImage, image_size, read_bytes
+from moco_det.common.errors import UserError
+from moco_det.common.images import UnreadableImage, image_size
 from moco_det.datasets.problems import Problem, Problems, refuse_each
 
 Record = dict[str, Any]
@@ -189,18 +186,6 @@ def learnable(
             "annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     return used
-
-
-def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
-    """(Pillow's mode, pixels) of a label map, whole; `UserError` where it cannot be read."""
-    try:
-        with Image.open(BytesIO(read_bytes(path))) as image:
-            return image.mode, np.array(image)
-    except UnreadableImage as error:
-        raise UserError(f"cannot read the label map {path}: {error.reason}") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        reason = one_line(error, 120)
-        raise UserError(f"cannot read the label map {path}: {reason}") from error
 
 
 # -- the images that a data set lists --------------------------------------------------------------

@@ -35,7 +35,7 @@ from typing import ClassVar
 import numpy as np
 
 from moco_det.common.errors import UserError
-from moco_det.common.images import UnreadableImage, image_size
+from moco_det.common.images import UnreadableImage, image_size, read_label_map
 from moco_det.datasets.cityscapes import CityscapesLayout
 from moco_det.datasets.dataset import (
     BUILT_IN,
@@ -43,7 +43,6 @@ from moco_det.datasets.dataset import (
     Dataset,
     Record,
     Wanted,
-    read_label_map,
     require,
 )
 from moco_det.datasets.problems import Problems, refuse_each

@@ -27,15 +27,17 @@ PRETRAINED = (
 TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_image_pixels"]
 
 
-def base_parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
-    """The flags of every command; `data` and `arch` are help texts."""
+def base_parser(
+    description: str, data: str, arch: str, image_size: str = "side of a view in pixels"
+) -> argparse.ArgumentParser:
+    """The flags of every command; `data`, `arch` and `image_size` are help texts."""
     parser = CommandParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("data", metavar="DATA", help=data)
     add("-a", "--arch", default="resnet50", help=arch)
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
-    add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add("--image-size", default=224, type=int, help=image_size)
     add("--max-image-pixels", default=MAX_PIXELS, type=int,
         help="pixels; larger image files are refused")  # fmt: skip
     add = parser.add_argument_group("launch, as in the official code; or use torchrun").add_argument
@@ -130,6 +132,7 @@ RANGES = {
     "knn_bank": (1, 10**9), "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
     "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
     "train_share": (0, 1), "cost": (0, 10**9),
+    "top_k": (1, 10**6), "radius": (1, 10**4), "context": (1, 10**4), "segments": (1, 10**4),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip
 
