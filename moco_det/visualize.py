@@ -1,7 +1,7 @@
 """Annotations and predictions of every task, drawn on their images.
 
 `draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task; below
-them, `draw_objects` draws `Objects`, and `draw_labels` a label map.
+them, `draw_objects` draws `Objects`, `draw_labels` a label map, and `draw_depth` a depth map.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +24,8 @@ from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
 from moco_det.colours import GOLDEN_ANGLE, Colour, Labels, distinct, ink, palette
 from moco_det.common.images import read_upright
-from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
+from moco_det.datasets import CocoDataset, Dataset, Record, read_depth, read_labels
+from moco_det.datasets.depth import decode_depth
 from moco_det.datasets.problems import one_line
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_points
@@ -31,6 +33,7 @@ from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_poi
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
+FARTHEST_SHOWN = 10.0  # metres; what is beyond has the last colour. NYU's depths end here
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
 
 
@@ -94,6 +97,8 @@ def draw_annotations(
     if dataset.evaluator == "sem_seg":
         labels = read_labels(record, len(dataset.classes))
         return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+    if dataset.evaluator == "depth":
+        return draw_depth(_enlarged(image, scale), _repeated(read_depth(record), scale))
     stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
     if stated != size:
         _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
@@ -119,6 +124,9 @@ def draw_prediction(
     if dataset.evaluator == "sem_seg":
         labels = predicted_labels(prediction, size)
         return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+    if dataset.evaluator == "depth":
+        depths = predicted_depths(prediction, size)
+        return draw_depth(_enlarged(image, scale), _repeated(depths, scale))
     objects = predicted_objects(prediction, size, classes, threshold, shades)
     return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
@@ -263,6 +271,16 @@ def predicted_labels(prediction: Mapping[str, Any], size: tuple[int, int]) -> np
     return labels
 
 
+def predicted_depths(prediction: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Those (H, W) of a prediction, in metres; 0 without one, or where it is of another size."""
+    packed = prediction.get("depth")
+    if packed and tuple(packed["size"]) == tuple(size):
+        return decode_depth(packed)
+    if packed:
+        _skip(f"depths of (height, width) {packed['size']}; their image has {list(size)}")
+    return np.zeros(size, np.float32)
+
+
 def skeleton_of(dataset: Dataset) -> list[tuple[int, int]]:
     """The pairs of keypoints that are joined by a line, by their number; [] where none are given.
 
@@ -345,6 +363,17 @@ def draw_labels(
     image = utils.draw_segmentation_masks(image, masks, LABEL_MAP_OPACITY, colours)
     places = np.array([2 * _inside(mask.numpy()) for mask in masks])  # boxes of one point
     return _write(image, places, [classes[c] for c in found], colours)
+
+
+def draw_depth(image: Tensor, depths: np.ndarray) -> Tensor:
+    """The depths (H, W) in metres as colours: near ones red, far ones blue, on one scale always.
+
+    Where there is none, the image is left as it is.
+    """
+    nearness = 255 * (1 - np.clip(depths / FARTHEST_SHOWN, 0, 1))
+    shades = cv2.applyColorMap(np.rint(nearness).astype(np.uint8), cv2.COLORMAP_TURBO)
+    colours = torch.from_numpy(shades[:, :, ::-1].copy()).permute(2, 0, 1)  # of OpenCV: BGR
+    return torch.where(torch.from_numpy(depths > 0), colours, image)
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,8 @@ python tools/visualize.py --config-file configs/X.yaml
     --predictions output/inference/coco_2017_val.json --beside
 
 Boxes with class and score, masks, keypoints with their skeleton, dense pose (points and surfaces,
-a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
+a hue for each part of the body, brighter with U and more saturated with V), semantic label maps,
+depth maps (from red, near, to blue, 10 m and more).
 """
 
 import argparse

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moco_det.common.errors import UserError
@@ -45,6 +45,7 @@ from moco_det.config.checks import (
     check_input,
     check_metric_files,
     check_scoring,
+    check_solver,
     check_weights,
     plan_batch,
     scaled_to_processes,
@@ -141,6 +142,7 @@ def prepare(cfg):
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: set it to 1 or more")
     check_input(cfg, crops_objects=False)
+    check_solver(cfg)
     read_categories_together((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     check_datasets(cfg)
     check_metric_files(cfg)
@@ -160,7 +162,7 @@ class TrainingState:
     """All that changes while training, and is saved; `iteration` is the first still to be done."""
 
     model: nn.Module
-    optimizer: SGD
+    optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     seed: int
