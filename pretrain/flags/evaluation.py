@@ -45,9 +45,11 @@ def linear_parser() -> argparse.ArgumentParser:
     add("--eval-every", default=1, type=int, help="epochs between validations and checkpoints")
     add_dataset_flags(add)
     add("--list", default=None, metavar="FILE",
-        help="train on the images of this list alone: paths in train, or file names")  # fmt: skip
+        help="train on the images of this list alone: paths in train, or file names; default: "
+        "all")  # fmt: skip
     add("--train-share", default=None, type=float, metavar="SHARE",
-        help="train on this share of each class's images, drawn by the seed")  # fmt: skip
+        help="train on this share of each class's images, drawn by the seed; default: all of "
+        "them")  # fmt: skip
     parser.set_defaults(
         output="output/linear", epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0
     )
@@ -136,7 +138,8 @@ def voc_svm_parser() -> argparse.ArgumentParser:
     add("--amp", default="none", choices=AMP, help="mixed precision of the encoder")
     add("--seed", default=0, type=int, help="of the solver, and of --pretrained random's weights")
     add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
-    add("--output", default=None, metavar="FILE", help="write mAP and APs as JSON as well")
+    add("--output", default=None, metavar="FILE",
+        help="write mAP and APs as JSON as well; default: no file")  # fmt: skip
     parser.set_defaults(batch_size=1)
     return parser
 
