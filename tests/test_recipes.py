@@ -24,6 +24,8 @@ V1 = {
     "mlp": False, "aug_plus": False, "color_strength": 0.5, "crop_min": 0.2,
     "optimizer": "sgd", "warmup_epochs": 0,
     "nearest_neighbours": 0, "nn_weight": 0.4, "nn_from_epoch": 0,
+    "multi_crop": 0, "small_size": 96, "small_scale": [0.05, 0.14], "constrained": 0.0,
+    "strong_aug": "none", "min_iou": 0.0, "max_iou": 1.0,
 }  # fmt: skip
 V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
 # Sections 2.2, 2.3 and A of SimCLR; the loss and the BN are MoCo's.
