@@ -161,7 +161,10 @@ def build_source(
         samples = args.samples_per_epoch or args.iterations * args.batch_size
         shards = find_shards(args.data)
         return ShardSource(shards, crops, batches, samples, args.shuffle_buffer)
-    return FolderSource(training_folder(Path(args.data)), crops, batches)
+    data = Path(args.data)
+    if args.list:
+        return FolderSource(data, crops, batches, Path(args.list))
+    return FolderSource(training_folder(data), crops, batches)
 
 
 def build_crops(args: argparse.Namespace, augmentation: type[MoCoAugmentation]) -> MultiCrop:

@@ -82,7 +82,7 @@ EXPECTED = PAPERS | {name: V2 | changes for name, changes in SMALL.items()}
 # Flags of where a run reads and writes and of how fast it is, which its numbers do not depend on.
 NO_NUMBER = {
     "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
-    "seed", "deterministic", "compile",
+    "seed", "deterministic", "compile", "list",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",

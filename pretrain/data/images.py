@@ -26,7 +26,13 @@ from moco_det.common.images import (
 )
 from moco_det.common.processes import ignore_stop_signals, rank, world_size
 from pretrain.data.augmentations import CroppedView, MoCoAugmentation
-from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
+from pretrain.data.listing import (
+    check_unchanged,
+    find_images,
+    fingerprint,
+    read_list,
+    seen_alike,
+)
 from pretrain.data.multi_crop import MultiCrop
 
 Views = list[np.ndarray] | list[CroppedView]  # of one image
@@ -260,22 +266,28 @@ class SampledBatches:
 
 
 class FolderSource(SampledBatches):
-    """ViewBatches of all images below a folder.
+    """ViewBatches of all images below a folder, or those in a list.
 
     Raises UserError where they cannot fill one, or processes see different ones. Collective.
 
     Args:
         crops: draws the views of an image.
+        listed: a file of `read_list`.
     """
 
-    def __init__(self, folder: Path, crops: MultiCrop, loading: Loading):
-        paths = seen_alike(lambda: find_images(folder), fingerprint)
+    def __init__(
+        self, folder: Path, crops: MultiCrop, loading: Loading, listed: Path | None = None
+    ):
+        find = partial(read_list, listed) if listed else find_images
+        paths = seen_alike(partial(find, folder), fingerprint)
+        self.listed = listed
         self.fingerprint = fingerprint(paths)
         self.conditions = crops.conditions
         dataset = ImageViews(folder, paths, crops, loading.seed)
         if len(dataset) < loading.batch_size:
             raise UserError(
-                f"{len(dataset)} images below {folder} are fewer than the global batch of "
+                f"{len(dataset)} images {f'of {listed}' if listed else f'below {folder}'} are "
+                "fewer than the global batch of "
                 f"{loading.batch_size}; pass a smaller --batch-size"
             )
         super().__init__(dataset, loading, collate_fn=collate_views)
@@ -298,7 +310,7 @@ class FolderSource(SampledBatches):
         check_unchanged(state, self.fingerprint, path)
 
     def describe(self) -> str:
-        return f"{self.samples} images"
+        return f"{self.samples} images" + (f" of {self.listed}" if self.listed else "")
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

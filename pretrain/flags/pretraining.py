@@ -51,6 +51,9 @@ def pretraining_parser() -> argparse.ArgumentParser:
     add("--save-every", default=0, type=int,
         help="keep every N-th epoch's checkpoint for good; 0: none")  # fmt: skip
     add("--keep", default=2, type=int, help="number of epoch checkpoints to keep")
+    add("--list", metavar="FILE",
+        help="text file of the images to train on, one a line, relative to DATA: see subset.py; "
+        "default: all of DATA")  # fmt: skip
     add("--samples-per-epoch", default=None, type=int,
         help="tar shards: length of an epoch in samples; default: all --iterations")  # fmt: skip
     add("--shuffle-buffer", default=1000, type=int,
@@ -205,6 +208,8 @@ def _check_shards(args: argparse.Namespace) -> None:
     shards = is_shards(args.data)
     if args.samples_per_epoch and not shards:
         raise UserError("--samples-per-epoch belongs to tar shards: a folder's images are counted")
+    if args.list and shards:
+        raise UserError("--list is about image files: pass a folder as DATA, not tar shards")
     if shards and args.mechanism == "memory-bank":
         raise UserError(
             "--mechanism memory-bank keeps a feature for every place in a folder; the samples "

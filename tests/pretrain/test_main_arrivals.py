@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moco_det.common.errors import UserError
 from pretrain.engine.optimization import LARS
 from pretrain.engine.trainer import RunSettings
 from pretrain.flags.launch import loading, run_settings
@@ -117,6 +118,22 @@ def test_the_flags_of_the_data(parse):
     assert source.unreadable.tolerated == 0.3
     plain = build_source(parse("--mechanism", "memory-bank"), CPU, seed=11).loader.dataset
     assert [a.aug_plus for a in plain.crops.augmentations] == [False]
+
+
+def test_a_list_is_trained_on_alone(parse, images, tmp_path):
+    names = [f"{part}/a/{i}.png" for part in ("train", "val") for i in range(0, 20, 2)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    source = build_source(parse("--list", str(tmp_path / "list.txt")), CPU, seed=11)
+    dataset = source.loader.dataset
+    assert [path.decode() for path in dataset.paths] == sorted(names)
+    assert dataset[0, 3].unreadable == []
+    assert source.describe() == f"20 images of {tmp_path}/list.txt"
+    assert source.state() != build_source(parse(), CPU, seed=11).state()
+    (tmp_path / "list.txt").write_text("\n".join(names[:7]))
+    with pytest.raises(UserError, match=r"7 images of .*list.txt are fewer than the global batch"):
+        build_source(parse("--list", str(tmp_path / "list.txt")), CPU, seed=11)
+    with pytest.raises(UserError, match="--list is about image files"):
+        parse_pretraining(["a.tar", "--list", "list.txt", "--iterations", "3"])
 
 
 def test_the_flags_of_views(parse):
