@@ -58,14 +58,20 @@ def time_crops(
     rounds: int = 5,
     queue: int = 65536,
 ) -> dict[Crops, float]:
-    """Seconds of a step of each form, in turn with the others'; on a CPU those of its processor
-    time, which other programs do not stretch."""
+    """Seconds of a step of each form, in turn with the others'; on a CPU the processor time of one
+    thread, which other programs do not stretch."""
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is available here; pass --device cpu")
     steps = {form: _step(form, arch, batch_size, device, amp, queue) for form in forms}
-    clock = time.perf_counter if gpu else time.process_time
-    return alternate(steps, rounds, torch.cuda.synchronize if gpu else None, clock)
+    if gpu:
+        return alternate(steps, rounds, torch.cuda.synchronize)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other, which takes processor time
+    try:
+        return alternate(steps, rounds, clock=time.process_time)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _step(

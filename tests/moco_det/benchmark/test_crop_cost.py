@@ -24,7 +24,7 @@ def test_the_first_predicts_the_others():
 def test_all_forms_take_their_steps(monkeypatch):
     seen = []
 
-    def alternate(steps, rounds, synchronize, clock):
+    def alternate(steps, rounds, clock):
         return {form: float(len(seen) or seen.append(step()) or 1) for form, step in steps.items()}
 
     monkeypatch.setattr(crop_cost, "alternate", alternate)
