@@ -12,6 +12,7 @@ from moco_det.common.installation import own_file
 # What a user calls it -> the script; in the order of the way from images to a table.
 COMMANDS = {
     "quickstart": "tools/quickstart.py",
+    "subset": "pretrain/subset.py",
     "pretrain": "pretrain/main.py",
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",

@@ -22,6 +22,7 @@ from moco_det.common.processes import StopRequest, print_on_main, workers_per_pr
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
+from pretrain.data.multi_crop import STRONG, MultiCrop
 from pretrain.data.shards import ShardSource, find_shards
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
@@ -154,17 +155,33 @@ def build_source(
 ) -> FolderSource | ShardSource:
     """Where views come from. Raises UserError for data that cannot fill a batch."""
     on_device = args.augment_on == "device" or (args.augment_on == "auto" and device.type != "cpu")
-    made_by_workers = MoCoCrop if on_device else MoCoAugmentation
-    augmentation = made_by_workers(
-        args.image_size, args.aug_plus, args.color_strength, args.crop_min
-    )
-    augmentations = [augmentation] * MECHANISMS[args.mechanism].num_views
+    crops = build_crops(args, MoCoCrop if on_device else MoCoAugmentation)
     batches = loading(args, device, seed)
     if is_shards(args.data):
         samples = args.samples_per_epoch or args.iterations * args.batch_size
         shards = find_shards(args.data)
-        return ShardSource(shards, augmentations, batches, samples, args.shuffle_buffer)
-    return FolderSource(training_folder(Path(args.data)), augmentations, batches)
+        return ShardSource(shards, crops, batches, samples, args.shuffle_buffer)
+    data = Path(args.data)
+    if args.list:
+        return FolderSource(data, crops, batches, Path(args.list))
+    return FolderSource(training_folder(data), crops, batches)
+
+
+def build_crops(args: argparse.Namespace, augmentation: type[MoCoAugmentation]) -> MultiCrop:
+    """The views of an image: the query's, the key's where there is one, and small ones.
+
+    The key's view has the standard look: AutoAugment is for its positives.
+    """
+    colours = args.aug_plus, args.color_strength
+    strong = STRONG[args.strong_aug]
+    key = query = augmentation(args.image_size, *colours, args.crop_min)
+    if strong:
+        query = augmentation(args.image_size, *colours, args.crop_min, strong=strong)
+    views = [query, key][: MECHANISMS[args.mechanism].num_views]
+    if args.multi_crop:
+        small = augmentation(args.small_size, *colours, *args.small_scale, strong)
+        views += [small] * args.multi_crop
+    return MultiCrop(views, args.constrained, (args.min_iou, args.max_iou))
 
 
 def build_model(
@@ -237,6 +254,7 @@ def build_task(
         compilation=args.compile,
         auxiliary_weight=args.nn_weight,
         auxiliary_from=args.nn_from_epoch * source.steps_per_epoch,
+        conditions=source.conditions,
     )
 
 

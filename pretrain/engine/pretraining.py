@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from moco_det.common.errors import UserError
+from moco_det.common.gpus import upload
 from moco_det.common.processes import broadcast_buffers, from_main, is_main, print_on_main, rank
 from pretrain.data.batched_augmentations import compiled_looks, finished
 from pretrain.data.images import FolderSource
+from pretrain.data.multi_crop import free_shares
 from pretrain.data.shards import ShardSource
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
@@ -38,6 +40,8 @@ class MoCoPretraining(Task):
         compilation: whether the encoders are compiled, one of `device.COMPILE`.
         auxiliary_weight: of each loss that the model adds; the log has them without it.
         auxiliary_from: the step from which it counts; before, it is 0.
+        conditions: those that the views' crops have to meet, see `MultiCrop`; the share of crops
+            that do not is logged.
 
     Under multi-crop the loss is over all queries, and the log's other values are of the large ones:
     so they compare with those of runs without small crops, which are harder to match.
@@ -56,6 +60,7 @@ class MoCoPretraining(Task):
     compilation: str = "off"
     auxiliary_weight: float = 0.0
     auxiliary_from: int = 0
+    conditions: tuple[str, ...] = ()
 
     to_compile = False  # in the first step
     apply_looks = None  # to a batch of crops, where that is compiled, too
@@ -66,7 +71,7 @@ class MoCoPretraining(Task):
 
     def __post_init__(self):
         self.parallel = parallelize(self.model.train())
-        self.measures += self.model.auxiliary
+        self.measures += self.model.auxiliary + self.conditions
         self.device = self.model.pixel_mean.device
 
     def step(self, batch, step: int) -> torch.Tensor:
@@ -83,7 +88,10 @@ class MoCoPretraining(Task):
         self.negatives = logits.shape[1] - 1
         large = slice(len(views[0]))
         metrics = pretext_metrics(loss, logits[large], queries[large], self.model.temperature)
-        return torch.cat([metrics, *(term.detach().view(1) for term in auxiliary)])
+        further = [term.detach().view(1) for term in auxiliary]
+        if self.conditions:
+            further.append(upload(free_shares(batch.free_crops, self.conditions), self.device))
+        return torch.cat([metrics, *further])
 
     def log_values(self, seen: int) -> dict[str, float]:
         return {"chance_loss": self.loss.chance(self.negatives)} | self.model.memory_fill(seen)

@@ -24,6 +24,7 @@ from pretrain.data import is_shards
 from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledSplit, centre_crop
 from pretrain.data.listing import find_images, fingerprint, seen_alike
+from pretrain.data.multi_crop import MultiCrop
 from pretrain.data.shards import BrokenShard, Position, Stream, find_shards
 from pretrain.evaluation.features import SplitFeatures, extract
 
@@ -122,7 +123,7 @@ class ShardCrops(IterableDataset):
     def __iter__(self) -> Iterator[tuple[str, np.ndarray | None, str]]:
         worker = get_worker_info()
         number = self.first + (worker.id if worker else 0)
-        stream = Stream(self.shards, self.streams, number, [], 0, 1, Position())
+        stream = Stream(self.shards, self.streams, number, MultiCrop([]), 0, 1, Position())
         try:
             for sample in stream.read_pass(0) if stream.share(0) else ():
                 extension = next(name for name in sample if not name.startswith("__"))

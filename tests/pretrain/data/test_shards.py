@@ -28,6 +28,7 @@ from recorded_run import SIZE, numbered_image, write_shards
 from moco_det.common.errors import LONGEST, UserError
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.multi_crop import MultiCrop
 from pretrain.data.shards import (
     BrokenShard,
     Position,
@@ -61,7 +62,7 @@ def stream(
     view=MoCoAugmentation(8, True),  # noqa: B008
     buffer=6,
 ):
-    return Stream(urls, streams, number, [view] * 2, 3, buffer, position)
+    return Stream(urls, streams, number, MultiCrop([view] * 2), 3, buffer, position)
 
 
 def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
@@ -103,7 +104,7 @@ def test_views_are_those_of_the_folder_code(pattern):
     urls, expected = find_shards(pattern), MoCoAugmentation(16, True)
     for number in (0, 1):
         reader = stream(urls, number, 2, view=MoCoAugmentation(16, True))
-        views, _ = reader.next_views(reader.samples())
+        views, *_ = reader.next_views(reader.samples())
         assert len(views) == 2
         sample = next(stream(urls, number, 2).samples())
         image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
@@ -132,8 +133,8 @@ def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
             )
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes())
     batch = next(stream([str(tmp_path / "a.tar")], buffer=1).batches(4))
-    assert [view.shape for view in batch.views] == [(4, 8, 8, 3)] * 2
-    assert batch.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
+    assert [view.shape for view in batch.loaded.views] == [(4, 8, 8, 3)] * 2
+    assert batch.loaded.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
     assert batch.position == (0, 5)
 
 
