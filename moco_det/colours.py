@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from moco_det.common.images import label_colour
+
 Colour = tuple[int, int, int]
 
 GOLDEN_ANGLE = 0.381966  # of the colour circle: neighbours in number are far apart in colour
@@ -34,14 +36,8 @@ def palette(classes: Sequence[str]) -> list[Colour]:
     if len(classes) >= 8 and set(classes) <= CITYSCAPES.keys():  # of instances there are 8
         return [CITYSCAPES[name] for name in classes]
     if len(classes) == 21 and classes[0] == "background":
-        return [_voc(index) for index in range(21)]
+        return [label_colour(index) for index in range(21)]
     return [colour(index) for index in range(len(classes))]
-
-
-def _voc(index: int) -> Colour:
-    """The colour map of VOC's label images: the bits of the index, dealt to R, G and B in turn."""
-    bits = [[index >> (3 * level + channel) & 1 for level in range(3)] for channel in range(3)]
-    return tuple(sum(bit << (7 - level) for level, bit in enumerate(row)) for row in bits)
 
 
 def family(shade: Colour) -> list[Colour]:

@@ -34,14 +34,13 @@ from moco_det.datasets import (
     CocoDataset,
     Dataset,
     Location,
+    MappedDataset,
     Problem,
     Problems,
     Record,
-    SemanticDataset,
     data_root,
     get_dataset,
     locate,
-    read_labels,
 )
 from moco_det.datasets.cityscapes import read_record
 from moco_det.datasets.dataset import (
@@ -127,7 +126,7 @@ def examine(cfg, limit: int | None) -> list[Report]:
 
     Args:
         cfg: says which data sets, and what the model learns from them.
-        limit: images and label maps of each set that are decoded; None for all. Whether they
+        limit: images and maps of each set that are decoded; None for all. Whether they
             exist, and all other annotations, is checked for every image.
 
     Raises:
@@ -184,7 +183,7 @@ def _read(
 def _check_use(cfg, dataset: Dataset, records: list[Record], report: Report) -> None:
     """Whether what is read can be learned from, and scored; asked where nothing else is wrong."""
     is_sample = isinstance(dataset, CityscapesDataset) and len(records) != report.images
-    learns = report.name in cfg.DATASETS.TRAIN and not isinstance(dataset, SemanticDataset)
+    learns = report.name in cfg.DATASETS.TRAIN and not isinstance(dataset, MappedDataset)
     if learns and not is_sample and not report.problems:
         _tell(report, "annotation", check_learnable, cfg, records, (report.name,))
     if report.name in cfg.DATASETS.TEST and records and not report.problems:
@@ -200,7 +199,7 @@ def _tell(report: Report, check: str, function, *arguments) -> None:
 
 
 def _read_records(cfg, dataset: Dataset, report: Report, limit: int | None) -> list[Record]:
-    """The records; of label maps, which take long to read, `limit`."""
+    """The records; of maps, which take long to read, `limit`."""
     if isinstance(dataset, CityscapesDataset):
         records = []
         for pair in evenly_spaced(dataset.pairs(report), limit):
@@ -208,9 +207,10 @@ def _read_records(cfg, dataset: Dataset, report: Report, limit: int | None) -> l
         return records
     wanted = wanted_of(cfg) if report.name in cfg.DATASETS.TRAIN else NOTHING
     records = dataset.records(report, wanted)
-    if isinstance(dataset, SemanticDataset):
+    if isinstance(dataset, MappedDataset):
+        kind = "depth" if dataset.evaluator == "depth" else "labels"
         for record in evenly_spaced(records, limit):
-            _tell(report, "labels", read_labels, record, len(dataset.classes))
+            _tell(report, kind, dataset.read_map, record)
     return records
 
 

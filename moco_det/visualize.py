@@ -1,15 +1,17 @@
 """Annotations and predictions of every task, drawn on their images.
 
-`draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task; below
-them, `draw_objects` draws `Objects`, `draw_labels` a label map, and `draw_heat` a map of values,
-such as where a classifier sees its class.
+`draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task, and
+`compared` puts the two side by side for some of its images. Below them, `draw_objects` draws
+`Objects`, `draw_labels` a label map, `draw_depth` a depth map, and `draw_heat` a map of values, as
+of where a classifier sees its class.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
 
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +27,8 @@ from torchvision.transforms.functional import pad, pil_to_tensor, to_pil_image
 
 from moco_det.colours import GOLDEN_ANGLE, Colour, Labels, distinct, ink, palette
 from moco_det.common.images import read_upright
-from moco_det.datasets import CocoDataset, Dataset, Record, read_labels
+from moco_det.datasets import CocoDataset, Dataset, Record, read_depth, read_labels
+from moco_det.datasets.depth import decode_depth
 from moco_det.datasets.problems import one_line
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_points
@@ -34,6 +37,9 @@ MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
 HEAT_OPACITY = 0.7  # where a map is largest
+FARTHEST_SHOWN = 10.0  # metres; what is beyond has the last colour. NYU's depths end here
+COMPARED, LONGEST_COMPARED = 4, 640  # images of a data set, pixels of a side of one
+SCORE_COMPARED = 0.5  # lowest score that is drawn beside annotations
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
 
 
@@ -97,6 +103,8 @@ def draw_annotations(
     if dataset.evaluator == "sem_seg":
         labels = read_labels(record, len(dataset.classes))
         return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
+    if dataset.evaluator == "depth":
+        return draw_depth(enlarged(image, scale), _repeated(read_depth(record), scale))
     stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
     if stated != size:
         _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
@@ -122,8 +130,40 @@ def draw_prediction(
     if dataset.evaluator == "sem_seg":
         labels = predicted_labels(prediction, size)
         return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
+    if dataset.evaluator == "depth":
+        depths = predicted_depths(prediction, size)
+        return draw_depth(enlarged(image, scale), _repeated(depths, scale))
     objects = predicted_objects(prediction, size, classes, threshold, shades)
     return draw_objects(enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+
+
+def compared(
+    dataset: Dataset, predictions: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """`COMPARED` images, spread over a data set: the annotated one, and to its right the predicted.
+
+    Args:
+        predictions: of the data set's images, see `moco_det.evaluation`.
+
+    Yields:
+        "DATASET/NUMBER", the same each time, and a picture at most 2 x `LONGEST_COMPARED` wide.
+    """
+    records, found = dataset.records(), {p["image_id"]: p for p in predictions}
+    name = re.sub(r"[^A-Za-z0-9-]+", "_", dataset.name)
+    for number, index in enumerate(
+        np.unique(np.linspace(0, len(records) - 1, COMPARED, dtype=int))
+    ):
+        record = records[index]
+        if record["image_id"] not in found:
+            continue
+        image = read_image(record)
+        scale = min(1, LONGEST_COMPARED / max(image.shape[1:]))
+        prediction = found[record["image_id"]]
+        pair = (
+            draw_annotations(image, record, dataset, scale=scale),
+            draw_prediction(image, prediction, dataset, SCORE_COMPARED, scale=scale),
+        )
+        yield f"{name}/{number}", torch.cat(pair, dim=2)
 
 
 def enlarged(image: Tensor, scale: float) -> Tensor:
@@ -267,6 +307,16 @@ def predicted_labels(prediction: Mapping[str, Any], size: tuple[int, int]) -> np
     return labels
 
 
+def predicted_depths(prediction: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Those (H, W) of a prediction, in metres; 0 without one, or where it is of another size."""
+    packed = prediction.get("depth")
+    if packed and tuple(packed["size"]) == tuple(size):
+        return decode_depth(packed)
+    if packed:
+        _skip(f"depths of (height, width) {packed['size']}; their image has {list(size)}")
+    return np.zeros(size, np.float32)
+
+
 def skeleton_of(dataset: Dataset) -> list[tuple[int, int]]:
     """The pairs of keypoints that are joined by a line, by their number; [] where none are given.
 
@@ -363,12 +413,25 @@ def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tens
     image = enlarged(image, scale)
     warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0]
     warm = warm.clamp(min=0) / warm.max().clamp(min=1e-12)
-    levels = (255 * warm).round().to(torch.uint8).numpy()
-    shades = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[..., ::-1].copy()  # as RGB
-    shades = torch.from_numpy(shades).permute(2, 0, 1)
     opacity = HEAT_OPACITY * warm
-    drawn = (opacity * shades + (1 - opacity) * image).round().to(torch.uint8)
+    drawn = (opacity * _shades(warm.numpy()) + (1 - opacity) * image).round().to(torch.uint8)
     return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)]) if label else drawn
+
+
+def draw_depth(image: Tensor, depths: np.ndarray) -> Tensor:
+    """The depths (H, W) in metres as colours: near ones red, far ones blue, on one scale always.
+
+    Where there is none, the image is left as it is.
+    """
+    colours = _shades(1 - np.clip(depths / FARTHEST_SHOWN, 0, 1))
+    return torch.where(torch.from_numpy(depths > 0), colours, image)
+
+
+def _shades(values: np.ndarray) -> Tensor:
+    """Values (H, W) in [0, 1] as colours uint8 (3, H, W), from blue to red."""
+    levels = np.rint(255 * values).astype(np.uint8)
+    shades = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)
+    return torch.from_numpy(shades[:, :, ::-1].copy()).permute(2, 0, 1)  # of OpenCV: BGR
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:

@@ -18,10 +18,17 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
+from moco_det.common.processes import (
+    StopRequest,
+    on_main,
+    print_on_main,
+    workers_per_process,
+    world_size,
+)
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
+from pretrain.data.multi_crop import STRONG, MultiCrop
 from pretrain.data.shards import ShardSource, find_shards
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
@@ -29,6 +36,7 @@ from pretrain.engine.device import seed_run, settle_precision
 from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
+from pretrain.engine.trackers import check_packages
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.features import pooled
 from pretrain.evaluation.knn import KnnMonitor
@@ -125,6 +133,7 @@ def train(
 ) -> Pretrained:
     """From images to a checkpoint, on `device`; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
+    on_main(check_packages, args.log)
     output = Path(args.output)
     claim = checkpoints.claimed_output(output, args.resume, args.overwrite)
     with StopRequest() as stop, claim:
@@ -154,17 +163,33 @@ def build_source(
 ) -> FolderSource | ShardSource:
     """Where views come from. Raises UserError for data that cannot fill a batch."""
     on_device = args.augment_on == "device" or (args.augment_on == "auto" and device.type != "cpu")
-    made_by_workers = MoCoCrop if on_device else MoCoAugmentation
-    augmentation = made_by_workers(
-        args.image_size, args.aug_plus, args.color_strength, args.crop_min
-    )
-    augmentations = [augmentation] * MECHANISMS[args.mechanism].num_views
+    crops = build_crops(args, MoCoCrop if on_device else MoCoAugmentation)
     batches = loading(args, device, seed)
     if is_shards(args.data):
         samples = args.samples_per_epoch or args.iterations * args.batch_size
         shards = find_shards(args.data)
-        return ShardSource(shards, augmentations, batches, samples, args.shuffle_buffer)
-    return FolderSource(training_folder(Path(args.data)), augmentations, batches)
+        return ShardSource(shards, crops, batches, samples, args.shuffle_buffer)
+    data = Path(args.data)
+    if args.list:
+        return FolderSource(data, crops, batches, Path(args.list))
+    return FolderSource(training_folder(data), crops, batches)
+
+
+def build_crops(args: argparse.Namespace, augmentation: type[MoCoAugmentation]) -> MultiCrop:
+    """The views of an image: the query's, the key's where there is one, and small ones.
+
+    The key's view has the standard look: AutoAugment is for its positives.
+    """
+    colours = args.aug_plus, args.color_strength
+    strong = STRONG[args.strong_aug]
+    key = query = augmentation(args.image_size, *colours, args.crop_min)
+    if strong:
+        query = augmentation(args.image_size, *colours, args.crop_min, strong=strong)
+    views = [query, key][: MECHANISMS[args.mechanism].num_views]
+    if args.multi_crop:
+        small = augmentation(args.small_size, *colours, *args.small_scale, strong)
+        views += [small] * args.multi_crop
+    return MultiCrop(views, args.constrained, (args.min_iou, args.max_iou))
 
 
 def build_model(
@@ -213,14 +238,14 @@ def build_task(
     sgd = args.lr, args.momentum, args.weight_decay
     scaled, lars = args.amp == "fp16", args.optimizer == "lars"
     optimizer = ScheduledSGD(model, *sgd, schedule, scale_gradients=scaled, lars=lars)
-    monitor = None
+    knn = None
     data = Path(args.data)
     if args.knn_every and KnnMonitor.applies_to(data):
         workers = workers_per_process(args.workers)
         try:
-            monitor = KnnMonitor(
+            knn = KnnMonitor(
                 data, args.image_size, workers, device, bank_size=args.knn_bank, seed=seed
-            ).top1
+            )
         except UserError as error:  # on every process alike; it must not stop a run
             print_on_main(f"warning: no kNN monitor: {error}")
     return MoCoPretraining(
@@ -230,13 +255,15 @@ def build_task(
         source,
         seed,
         AMP_DTYPES[args.amp],
-        monitor=monitor,
+        monitor=knn.top1 if knn else None,
+        draw_neighbours=knn.draw_neighbours if knn else None,
         knn_every=args.knn_every,
         keep=args.keep,
         save_every=args.save_every,
         compilation=args.compile,
         auxiliary_weight=args.nn_weight,
         auxiliary_from=args.nn_from_epoch * source.steps_per_epoch,
+        conditions=source.conditions,
     )
 
 

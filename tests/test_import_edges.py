@@ -27,15 +27,15 @@ ALLOWED = {
     "evaluation": {"common", "datasets", "densepose"},
     "config": {"common", "datasets", "densepose", "evaluation", "weights"},
     "dataset_doctor": {"common", "config", "datasets", "densepose"},
-    "colours": set(),
+    "colours": {"common"},
     "visualize": {"colours", "common", "datasets", "densepose", "evaluation"},
     "parity": LIBRARY,
     "engines": {"common", "parity"},
     "native": set(),
     "native.modeling": LIBRARY,
     "native.data": {*LIBRARY, "native.modeling"},
-    "native.engine": {*LIBRARY, "native.modeling", "native.data", "parity"},
-    "plugin": {*LIBRARY, "native.modeling", "parity"},
+    "native.engine": {*LIBRARY, "native.modeling", "native.data", "parity", "visualize"},
+    "plugin": {*LIBRARY, "native.modeling", "parity", "visualize"},
     "pretrain": {"common"},
 }
 ALLOWED["benchmark"] = ALLOWED.keys() - {None, "__main__"} | {"pretrain"}

@@ -24,6 +24,8 @@ V1 = {
     "mlp": False, "aug_plus": False, "color_strength": 0.5, "crop_min": 0.2,
     "optimizer": "sgd", "warmup_epochs": 0,
     "nearest_neighbours": 0, "nn_weight": 0.4, "nn_from_epoch": 0,
+    "multi_crop": 0, "small_size": 96, "small_scale": [0.05, 0.14], "constrained": 0.0,
+    "strong_aug": "none", "min_iou": 0.0, "max_iou": 1.0,
 }  # fmt: skip
 V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
 # Sections 2.2, 2.3 and A of SimCLR; the loss and the BN are MoCo's.
@@ -40,7 +42,7 @@ FINETUNING = {
     "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256, "epochs": 100,
     "start_epoch": 0, "lr": 0.03, "schedule": [70, 90], "momentum": 0.9, "weight_decay": 1e-4,
     "amp": "auto", "finetune": True, "bn_groups": None, "cache_features": False,
-    "dataset": "folders", "list": None, "train_share": None,
+    "dataset": "folders", "train_share": None,
 }  # fmt: skip
 LINEAR = FINETUNING | {"lr": 30.0, "schedule": [60, 80], "weight_decay": 0.0, "finetune": False}
 
@@ -88,11 +90,11 @@ EXPECTED = PAPERS | TRANSFER | {name: V2 | changes for name, changes in SMALL.it
 # Flags of where a run reads and writes and of how fast it is, which its numbers do not depend on.
 NO_NUMBER = {
     "data", "recipe", "output", "resume", "workers", "print_freq", "save_steps", "max_unreadable",
-    "seed", "deterministic", "compile",
+    "seed", "deterministic", "compile", "list",
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
-    "download",
+    "download", "log",
 }  # fmt: skip
 
 

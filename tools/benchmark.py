@@ -5,6 +5,7 @@ python tools/benchmark.py all --output output/benchmark
 python tools/benchmark.py pretrain-step --arch resnet50 --batch-size 16 --device cpu
 python tools/benchmark.py pretrain-step --batch-size 256 --amp none fp16 bf16 --bn-groups 1 2 8 \
     --compile off graphs on --deterministic
+python tools/benchmark.py crops --arch resnet18 --batch-size 8
 python tools/benchmark.py data-path --images DIR
 python tools/benchmark.py pretrain-cost
 python tools/benchmark.py knn-bank --images 1281167
@@ -61,6 +62,15 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", nargs="+", default=["off"], choices=COMPILED,
         help="of the encoders, a row each; graphs: as CUDA graphs")  # fmt: skip
     add("--deterministic", action="store_true", help="a row with such kernels, too")
+    add("--rounds", type=COUNT, default=5, help="times that each row is timed, in turn")
+
+
+def add_crop_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--arch", default="resnet50", help="the encoder")
+    add("--batch-size", type=COUNT, default=16, help="images")
+    add("--amp", default="none", choices=AMP, help="mixed precision of the encoders")
+    add("--moco-k", type=MANY, default=65536, help="keys in the queue")
     add("--rounds", type=COUNT, default=5, help="times that each row is timed, in turn")
 
 
@@ -134,6 +144,7 @@ def add_all_flags(parser: argparse.ArgumentParser) -> None:
 # What is measured -> its flags, and what it is.
 COMMANDS = {
     "pretrain-step": (add_step_flags, "one MoCo v2 step against the official code's"),
+    "crops": (add_crop_flags, "multi-crop against what its pixels let one expect"),
     "data-path": (add_data_flags, "two v2 views of a file against torchvision + PIL"),
     "knn-bank": (add_bank_flags, "the kNN monitor on a bank of drawn features"),
     "annotation-memory": (add_annotation_flags, "a drawn COCO file in several processes"),
@@ -152,7 +163,7 @@ from tempfile import TemporaryDirectory
 import torch
 from tabulate import tabulate
 
-from moco_det.benchmark import data_speed, everything, pretrain_step, speed
+from moco_det.benchmark import crop_cost, data_speed, everything, pretrain_step, speed
 from moco_det.benchmark.cost import COLUMNS, IMAGENET, Setting, measure, ratios, table_rows
 from moco_det.benchmark.evaluation_speed import evaluation_rates
 from moco_det.benchmark.jobs.job import cores, processor
@@ -194,6 +205,16 @@ def report_step(args: argparse.Namespace) -> None:
     print(f"MoCo v2, {args.arch}, batch {args.batch_size}, {args.image_size} px")
     rows = pretrain_step.table_rows(setting, timings)
     print(tabulate(rows, pretrain_step.COLUMNS, tablefmt="pipe", disable_numparse=True))
+
+
+def report_crops(args: argparse.Namespace) -> None:
+    """Two crops of 224 pixels, the paper's six, and these with nearest neighbours."""
+    settled = args.arch, args.batch_size, args.device, args.amp, args.rounds, args.moco_k
+    seconds = crop_cost.time_crops(crop_cost.PAPER, *settled)
+    print(f"MoCo v2, {args.arch}, batch {args.batch_size}, {NAMES[args.amp]}, K = {args.moco_k}")
+    rows = crop_cost.table_rows(seconds)
+    print(tabulate(rows, crop_cost.COLUMNS, tablefmt="pipe", disable_numparse=True))
+    print("pixels: of queries forward and backward (3), of keys forward (1); on a CPU one thread")
 
 
 def report_data(args: argparse.Namespace) -> None:
@@ -305,6 +326,7 @@ def machine(device: str) -> str:
 
 REPORTS = {
     "pretrain-step": report_step,
+    "crops": report_crops,
     "data-path": report_data,
     "knn-bank": report_bank,
     "annotation-memory": report_annotations,

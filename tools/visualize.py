@@ -8,7 +8,8 @@ python tools/visualize.py --config-file configs/X.yaml
 python tools/visualize.py cam output/linear/checkpoint_last.pth.tar IMAGES --sheet
 
 Boxes with class and score, masks, keypoints with their skeleton, dense pose (points and surfaces,
-a hue for each part of the body, brighter with U and more saturated with V), semantic label maps.
+a hue for each part of the body, brighter with U and more saturated with V), semantic label maps,
+depth maps (from red, near, to blue, 10 m and more).
 `cam` draws where in any images a classifier of pretrain/linear.py sees its class.
 """
 

@@ -30,8 +30,9 @@ from moco_det.datasets import get_dataset, read_categories_together
 from moco_det.datasets.sharing import PackedList, shared_list
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.batched_augmentations import apply_looks, compiled_looks, finished
-from pretrain.data.images import ImageViews, collate_views
+from pretrain.data.images import ImageViews, LoadedViews, collate_views
 from pretrain.data.listing import find_images
+from pretrain.data.multi_crop import MultiCrop
 from pretrain.evaluation.knn import HALF_FROM, nearest, votes
 from pretrain.moco.instance_discrimination import PIXEL_MEAN, PIXEL_STD
 
@@ -70,12 +71,11 @@ def data_path(images: Path, image_size: int, rounds: int) -> dict[str, float]:
 
 def _loading(folder: Path, paths: np.ndarray, augmentation: MoCoAugmentation):
     """What a loading process does to load each image once."""
-    dataset = ImageViews(folder, paths, [augmentation] * 2, seed=0)
+    dataset = ImageViews(folder, paths, MultiCrop([augmentation] * 2), seed=0)
 
     def load():
         for index in range(len(dataset)):
-            _, unreadable = dataset[0, index]
-            if unreadable:
+            if unreadable := dataset[0, index].unreadable:
                 raise UserError(f"unreadable image in --images: {unreadable[0]}")
 
     return load
@@ -90,8 +90,11 @@ def looks(image_size: int, batch_size: int, device: str, rounds: int) -> dict[st
     rng = np.random.default_rng(0)
     crop = MoCoCrop(image_size, aug_plus=True)
     image = rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
-    samples = [([crop(image, rng), crop(image, rng)], []) for _ in range(batch_size)]
-    views, _ = collate_views(samples)
+    samples = [
+        LoadedViews([crop(image, rng), crop(image, rng)], [False] * 2, [])
+        for _ in range(batch_size)
+    ]
+    views = collate_views(samples).views
     on_gpu = device == "cuda"
     if on_gpu:
         views = [type(view)(*(part.pin_memory() for part in view)) for view in views]

@@ -56,6 +56,9 @@ def commands(device: str, images: Path, versus: str) -> list[list[str]]:
     small = ["--arch", "resnet18", "--batch-size", "16", "--image-size", "96"]
     small += ["--amp", "none", "--rounds", "3"]
     found = [["pretrain-step", *(step if gpu else small), "--device", device]]
+    step = ["--batch-size", "256", "--amp", "bf16"]
+    small = ["--arch", "resnet18", "--batch-size", "8", "--rounds", "3"]
+    found.append(["crops", *(step if gpu else small), "--device", device])
     size = "--image-size 800 1216 --batch-size 2 16" if gpu else "--image-size 96 128 --amp none"
     for name in DETECTORS if gpu else DETECTORS[1:2]:
         config = ["--config-file", f"configs/{name}.yaml", "--versus", versus]

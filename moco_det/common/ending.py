@@ -19,9 +19,9 @@ EXIT_READER_GONE = 128 + signal.SIGPIPE  # whoever read what is printed has gone
 SECONDS = 10.0  # from an error to the end of the process
 AGAIN = 1.0  # a launcher and its process group deliver one request within less than this
 # Seconds before a process of torchrun tells of its failure: see `await_turn`.
-AFTER_THE_FIRST = 1.0
+AFTER_THE_FIRST = 5.0  # the first has ended by then
 AFTER_EACH = 0.3  # torchrun looks at its processes every 0.1 s
-AFTER_THE_CAUSE = 5.0
+AFTER_THE_CAUSE = 10.0
 
 _registered_in = 0  # the process whose end is prepared; a fork has to do it again
 _exit_code: int | None = None  # of a process that has failed

@@ -5,6 +5,7 @@
     EncodedImage   the same in two steps: a JPEG's size, then its pixels, if need be at a half of it
     read_upright   the image as a viewer shows it, on which boxes are drawn; by Pillow
     image_size     its height and width, from the header
+    read_label_map the numbers of an image of labels, as they are stored
 
 A reader opens regular files only. Before it decodes, it compares the size in the header with the
 limit on pixels, and walks a JPEG's markers or a PNG's chunks to their end: what ends too early is
@@ -154,6 +155,24 @@ def image_size(path: str | Path) -> tuple[int, int]:
     with _open_file(path) as file, _open_image(file, str(path)) as image:
         size = image.height, image.width
         return size[::-1] if orientation(image) >= _ON_ITS_SIDE else size
+
+
+def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
+    """(Pillow's mode, pixels) of a label map, whole; `UserError` where it cannot be read."""
+    try:
+        with Image.open(BytesIO(read_bytes(path))) as image:
+            return image.mode, np.array(image)
+    except UnreadableImage as error:
+        raise UserError(f"cannot read the label map {path}: {error.reason}") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        reason = one_line(error, 120)
+        raise UserError(f"cannot read the label map {path}: {reason}") from error
+
+
+def label_colour(index: int) -> tuple[int, int, int]:
+    """The colour map of VOC's label images: the bits of the index, dealt to R, G and B in turn."""
+    bits = [[index >> (3 * level + channel) & 1 for level in range(3)] for channel in range(3)]
+    return tuple(sum(bit << (7 - level) for level, bit in enumerate(row)) for row in bits)
 
 
 def orientation(image: Image.Image) -> int:

@@ -85,18 +85,21 @@ def check_list(name: str, value: object, length: int | None = None) -> list | tu
 
 # -- parts of a run -------------------------------------------------------------------------------
 
-_SWITCHES = ("nesterov", "maximize", "differentiable", "foreach", "fused")
-_RATES = ("lr", "initial_lr", "momentum", "dampening", "weight_decay")
+_SWITCHES = (
+    *("nesterov", "maximize", "differentiable", "foreach", "fused", "amsgrad", "capturable"),
+    "decoupled_weight_decay",
+)
+_RATES = ("lr", "initial_lr", "momentum", "dampening", "weight_decay", "eps")
 _OFFICIAL = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "params"}
 
 
 def check_optimizer(saved: object, optimizer: Optimizer, stepped: bool, own: bool = True) -> None:
-    """Check the state of SGD against the optimizer that is to take it over.
+    """Check the state of SGD or Adam against the optimizer that is to take it over.
 
     Args:
         saved: what `optimizer.state_dict()` was.
         stepped: whether the run has changed its parameters, so that each that is trained has its
-            momentum: a state without would start it from zero, silently.
+            moments: a state without would start them from zero, silently.
         own: written by this project; older torch, which the official code ran on, wrote fewer keys.
 
     Raises:
@@ -121,10 +124,12 @@ def check_optimizer(saved: object, optimizer: Optimizer, stepped: bool, own: boo
     unknown = state.keys() - set(order)
     if unknown:
         raise StateFault(f"optimizer.state has a parameter {min(unknown)} that is in no group")
-    momentum = any(group["momentum"] for group in found)
+    adam = "betas" in groups[0]
+    momentum = adam or any(group["momentum"] for group in found)
     for index, parameter in zip(order, parameters, strict=True):
         needed = stepped and momentum and parameter.requires_grad
-        _check_momentum(f"optimizer.state[{index}]", state.get(index), parameter, needed)
+        check = _check_adam if adam else _check_momentum
+        check(f"optimizer.state[{index}]", state.get(index), parameter, needed)
 
 
 def _check_group(name: str, group: object, mine: Mapping[str, object], own: bool) -> None:
@@ -140,6 +145,9 @@ def _check_group(name: str, group: object, mine: Mapping[str, object], own: bool
     for key in _SWITCHES:
         if key in group and not (isinstance(group[key], bool) or group[key] is None):
             raise _refuse(f"{name}.{key}", group[key], "true or false")
+    if "betas" in mine:
+        for beta in check_list(f"{name}.betas", group["betas"], 2):
+            check_number(f"{name}.betas", beta, largest=1.0)
     if group.get("foreach") and group.get("fused"):
         raise StateFault(f"{name} has both foreach and fused set")
     numbers = check_list(f"{name}.params", group["params"])
@@ -156,7 +164,24 @@ def _check_momentum(name: str, entry: object, parameter: torch.Tensor, needed: b
         if needed:
             raise StateFault(f"{name} has no momentum_buffer: the momentum would be lost")
         return
-    name = f"{name}.momentum_buffer"
+    _check_moment(f"{name}.momentum_buffer", buffer, parameter)
+
+
+def _check_adam(name: str, entry: object, parameter: torch.Tensor, needed: bool) -> None:
+    entry = {} if entry is None else check_dict(name, entry)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if moment in entry:
+            _check_moment(f"{name}.{moment}", entry[moment], parameter)
+        elif entry or needed:
+            raise StateFault(f"{name} has no {moment}: the moments would be lost")
+    step = entry.get("step")
+    if entry and not (isinstance(step, torch.Tensor) and step.numel() == 1 and step >= 0):
+        raise _refuse(f"{name}.step", step, "a tensor of the steps taken")
+    if entry and (entry["exp_avg_sq"] < 0).any():
+        raise StateFault(f"{name}.exp_avg_sq is negative, and no mean of squares")
+
+
+def _check_moment(name: str, buffer: object, parameter: torch.Tensor) -> None:
     if not isinstance(buffer, torch.Tensor) or not buffer.is_floating_point():
         raise _refuse(name, buffer, "a tensor of floats")
     if buffer.shape != parameter.shape:

@@ -164,8 +164,8 @@ def check_metric_files(cfg) -> None:
 # -- training input --------------------------------------------------------------------------------
 
 
-# Keys of the input that only models of pixels know, and what each is off at.
-_PER_PIXEL_INPUT = {"RANDOM_SCALE": (), "SCALE_CHOICES": (), "FIXED_SIZE": (), "RANDOM_ROTATION": 0}
+# Keys of INPUT that only models of pixels know, and what turns each off.
+_OF_PIXELS = {"RANDOM_SCALE": (), "SCALE_CHOICES": (), "FIXED_SIZE": (), "RANDOM_ROTATION": 0}
 
 
 def check_input(cfg, crops_objects: bool) -> None:
@@ -181,7 +181,7 @@ def check_input(cfg, crops_objects: bool) -> None:
         _check_crop(cfg)
         _check_pixel_head(cfg)
         return
-    for key, off in _PER_PIXEL_INPUT.items():
+    for key, off in _OF_PIXELS.items():
         value = cfg.INPUT[key]
         if value != off:
             value = tuple(value) if isinstance(off, tuple) else value
@@ -352,6 +352,7 @@ def _equal(value: object, needed: object) -> bool:
 # MoCo v1, Sec. 4.2: Detectron2's recipe of 8 GPUs with 2 images each, BN synchronised over all.
 PAPER_IMAGES = 16
 PAPER_LR = 0.02
+ADAM_IMAGES = 8  # of the recipes with Adam, which are those of arXiv:2106.05967
 
 
 @dataclass(frozen=True)
@@ -364,6 +365,7 @@ class BatchPlan:
         accumulation: forward passes whose gradients are added up for one step.
         norm: MODEL.RESNETS.NORM.
         paper_lr: that of the paper's recipe; None where it is each data set's own.
+        paper_images: likewise `images`.
     """
 
     images: int
@@ -371,6 +373,7 @@ class BatchPlan:
     accumulation: int
     norm: str
     paper_lr: float | None = PAPER_LR
+    paper_images: int = PAPER_IMAGES
 
     @property
     def images_per_forward(self) -> int:
@@ -388,18 +391,19 @@ class BatchPlan:
         """What differs from the paper's fine-tuning recipe, at this base learning rate."""
         found = []
         if self.paper_lr is not None:
-            linear = self.paper_lr * self.images / PAPER_IMAGES
+            linear = self.paper_lr * self.images / self.paper_images
             if abs(lr - linear) > 1e-6 * linear:
                 found.append(
                     f"learning rate {lr:g} (the paper's for {self.images} images would be "
                     f"{linear:g})"
                 )
-        if self.images != PAPER_IMAGES:
-            found.append(f"a step of {self.images} images (the paper: {PAPER_IMAGES})")
+        paper = self.paper_images
+        if self.images != paper:
+            found.append(f"a step of {self.images} images (the paper: {paper})")
         if self.bn_group == 0:
             found.append(f"NORM {self.norm!r} (the paper: trained, synchronised BN)")
-        elif self.bn_group != PAPER_IMAGES:
-            found.append(f"BN statistics over {self.bn_group} images (the paper: {PAPER_IMAGES})")
+        elif self.bn_group != paper:
+            found.append(f"BN statistics over {self.bn_group} images (the paper: {paper})")
         return found
 
     def describe(self, lr: float) -> str:
@@ -429,7 +433,9 @@ def plan_batch(cfg, processes: int) -> BatchPlan:
         )
     # Of semantic segmentation 0.003 on VOC, 0.01 on Cityscapes (appendix A.5).
     paper_lr = None if is_per_pixel(cfg) else PAPER_LR
-    return BatchPlan(images, processes, accumulation, cfg.MODEL.RESNETS.NORM, paper_lr)
+    paper_images = ADAM_IMAGES if cfg.SOLVER.OPTIMIZER == "Adam" else PAPER_IMAGES
+    norm = cfg.MODEL.RESNETS.NORM
+    return BatchPlan(images, processes, accumulation, norm, paper_lr, paper_images)
 
 
 def scaled_to_processes(cfg, processes: int):

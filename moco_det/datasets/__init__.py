@@ -21,6 +21,8 @@ A folder of your own, named in the YAML or on the command line, without registra
     cityscapes:ROOT:SPLIT      ROOT/{leftImg8bit,gtFine}/SPLIT/
     voc_sem_seg:ROOT:SPLIT, cityscapes_sem_seg:ROOT:SPLIT: see `moco_det.datasets.semantic`, which
     also says where voc_2012_sem_seg_SPLIT and cityscapes_fine_sem_seg_SPLIT are looked for
+    nyud_sem_seg:ROOT:SPLIT, nyud_depth:ROOT:SPLIT: see `moco_det.datasets.nyud`, which also says
+    where nyud_v2_sem_seg_SPLIT and nyud_v2_depth_SPLIT are looked for
 """
 
 import contextlib
@@ -42,8 +44,11 @@ from moco_det.datasets.coco import (
     remember_categories,
 )
 from moco_det.datasets.dataset import BUILT_IN, NOTHING, BuiltIn, Dataset, Record, Wanted
+from moco_det.datasets.depth import DepthDataset, read_depth
+from moco_det.datasets.nyud import DepthNyudDataset, SemanticNyudDataset
 from moco_det.datasets.problems import Problem, Problems, shown
 from moco_det.datasets.semantic import (
+    MappedDataset,
     SemanticCityscapesDataset,
     SemanticDataset,
     SemanticVocDataset,
@@ -62,13 +67,17 @@ __all__ = [
     "CocoDataset",
     "Dataset",
     "DensePoseDataset",
+    "DepthDataset",
+    "DepthNyudDataset",
     "Location",
     "LvisDataset",
+    "MappedDataset",
     "Problem",
     "Problems",
     "Record",
     "SemanticCityscapesDataset",
     "SemanticDataset",
+    "SemanticNyudDataset",
     "SemanticVocDataset",
     "VocDataset",
     "Wanted",
@@ -76,6 +85,7 @@ __all__ = [
     "get_dataset",
     "locate",
     "read_categories_together",
+    "read_depth",
     "read_labels",
 ]
 
@@ -87,6 +97,8 @@ KINDS: dict[str, type[Dataset]] = {
     "cityscapes": CityscapesDataset,
     "voc_sem_seg": SemanticVocDataset,
     "cityscapes_sem_seg": SemanticCityscapesDataset,
+    "nyud_sem_seg": SemanticNyudDataset,
+    "nyud_depth": DepthNyudDataset,
 }
 
 

@@ -30,12 +30,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from moco_det.common.errors import UserError
+from moco_det.common.images import read_label_map
 from moco_det.datasets.dataset import (
     NOTHING,
     Dataset,
     Record,
     Wanted,
-    read_label_map,
     require,
 )
 from moco_det.datasets.problems import Problems

@@ -9,16 +9,14 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import yaml
-from PIL import Image
 
-from moco_det.common.errors import UserError, one_line
-from moco_det.common.images import UnreadableImage, image_size, read_bytes
+from moco_det.common.errors import UserError
+from moco_det.common.files import evenly_spaced
+from moco_det.common.images import UnreadableImage, image_size
 from moco_det.datasets.problems import Problem, Problems, refuse_each
 
 Record = dict[str, Any]
@@ -191,18 +189,6 @@ def learnable(
     return used
 
 
-def read_label_map(path: str | Path) -> tuple[str, np.ndarray]:
-    """(Pillow's mode, pixels) of a label map, whole; `UserError` where it cannot be read."""
-    try:
-        with Image.open(BytesIO(read_bytes(path))) as image:
-            return image.mode, np.array(image)
-    except UnreadableImage as error:
-        raise UserError(f"cannot read the label map {path}: {error.reason}") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
-        reason = one_line(error, 120)
-        raise UserError(f"cannot read the label map {path}: {reason}") from error
-
-
 # -- the images that a data set lists --------------------------------------------------------------
 # Asked before a run of what it will train on and be scored on. Existence is asked of all, at the
 # price of one listing for each folder; the size of as many as a second or two allow.
@@ -272,12 +258,3 @@ def size_problem(image: ListedImage, size: tuple[int, int]) -> Problem:
     (height, width), (h, w) = image.size, size
     text = f"{image.path} is {w}x{h} pixels, its annotation says {width}x{height}"
     return Problem("size", text)
-
-
-def evenly_spaced(items: Sequence, limit: int | None) -> list:
-    """`limit` of `items` at equal distances, the first and the last among them; None: all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    if limit <= 1:
-        return list(items[:limit])
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

@@ -1,5 +1,8 @@
 """Semantic segmentation: a label map beside each image. PASCAL VOC and Cityscapes.
 
+Any data set with a map of values beside each image is a `MappedDataset`: NYU Depth v2 (`nyud.py`)
+makes two of them.
+
 PASCAL VOC, below $DETECTRON2_DATASETS, or `voc_sem_seg:ROOT:SPLIT` in a folder of its layout:
     voc_2012_sem_seg_{train,val,trainval}
         VOC2012/JPEGImages/ID.jpg
@@ -27,7 +30,7 @@ Cityscapes, or `cityscapes_sem_seg:ROOT:SPLIT` in a folder of its layout:
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -35,7 +38,7 @@ from typing import ClassVar
 import numpy as np
 
 from moco_det.common.errors import UserError
-from moco_det.common.images import UnreadableImage, image_size
+from moco_det.common.images import UnreadableImage, image_size, read_label_map
 from moco_det.datasets.cityscapes import CityscapesLayout
 from moco_det.datasets.dataset import (
     BUILT_IN,
@@ -43,7 +46,6 @@ from moco_det.datasets.dataset import (
     Dataset,
     Record,
     Wanted,
-    read_label_map,
     require,
 )
 from moco_det.datasets.problems import Problems, refuse_each
@@ -71,28 +73,27 @@ _LABEL_IDS = "_gtFine_labelIds.png"
 
 
 @dataclass(frozen=True)
-class SemanticDataset(Dataset):
-    """Images with label maps; `root` and `split` say where, the subclasses in which layout.
+class MappedDataset(Dataset):
+    """Images with a map each; `root` and `split` say where, the subclasses in which layout.
 
-    `all_classes` are those of every data set of the kind.
+    `map_key`: under which a record names the file of its map.
     """
 
-    evaluator: ClassVar[str] = "sem_seg"
     form: ClassVar[str] = "ROOT:SPLIT"
-    all_classes: ClassVar[tuple[str, ...]]
+    map_key: ClassVar[str]
     root: Path
     split: str
 
     def records(self, problems: Problems | None = None, wanted: Wanted = NOTHING) -> list[Record]:
-        """{"file_name", "image_id", "height", "width", "sem_seg_file_name"}; see `read_labels`.
+        """{"file_name", "image_id", "height", "width", `map_key`}; see `read_map`.
 
-        The image id is what the image and its label map are both called.
+        The image id is what the image and its map are both called.
 
         Raises:
-            UserError: an image without a label map, or the reverse; no image at all.
+            UserError: an image without a map, or the reverse; no image at all.
         """
         problems, records = problems or Problems(), []
-        for image_id, image, labels in self.pairs(problems):
+        for image_id, image, values in self.pairs(problems):
             try:
                 height, width = image_size(image)
             except UnreadableImage as error:
@@ -104,14 +105,34 @@ class SemanticDataset(Dataset):
                     "image_id": image_id,
                     "height": height,
                     "width": width,
-                    "sem_seg_file_name": str(labels),
+                    self.map_key: str(values),
                 }
             )
         return records
 
     def pairs(self, problems: Problems | None = None) -> Iterable[tuple[str, Path, Path]]:
-        """(image id, image, label map), both of which exist, always in the same order."""
+        """(image id, image, map), both of which exist, always in the same order."""
         raise NotImplementedError
+
+    def read_map(self, record: Record) -> np.ndarray:
+        """The map (H, W) of one of the records. Raises UserError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SemanticDataset(MappedDataset):
+    """Images with label maps.
+
+    `all_classes` are those of every data set of the kind.
+    """
+
+    evaluator: ClassVar[str] = "sem_seg"
+    map_key: ClassVar[str] = "sem_seg_file_name"
+    all_classes: ClassVar[tuple[str, ...]]
+
+    def read_map(self, record: Record) -> np.ndarray:
+        """See `read_labels`."""
+        return read_labels(record, len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -178,15 +199,29 @@ class SemanticVocDataset(SemanticDataset):
             )
             problems.refuse("count", text)
         paths = [(image_id, *self.paths(image_id)) for image_id in image_ids]
-        images, maps = set(os.listdir(self.image_dir)), set(os.listdir(self.label_dir))
-        lists = f"{self.split_file} lists"
-        no_image = [
-            f"{lists} {i}, but there is no {x}" for i, x, _ in paths if x.name not in images
-        ]
-        no_map = [f"{lists} {i}, but there is no {y}" for i, _, y in paths if y.name not in maps]
-        refuse_each("image", no_image, problems)
-        refuse_each("labels", no_map, problems)
-        return [path for path in paths if path[1].name in images and path[2].name in maps]
+        return existing(paths, self.split_file, (self.image_dir, self.label_dir), problems)
+
+
+def existing(
+    paths: Sequence[tuple[str, Path, Path]],
+    split_file: Path,
+    folders: tuple[Path, Path],
+    problems: Problems,
+    kind: str = "labels",
+) -> list[tuple[str, Path, Path]]:
+    """Those (image id, image, map) of a list whose files exist; `problems` is told of the others.
+
+    Args:
+        folders: of the images and of the maps.
+        kind: of the maps, as a problem calls it.
+    """
+    images, maps = (set(os.listdir(folder)) for folder in folders)
+    lists = f"{split_file} lists"
+    no_image = [f"{lists} {i}, but there is no {x}" for i, x, _ in paths if x.name not in images]
+    no_map = [f"{lists} {i}, but there is no {y}" for i, _, y in paths if y.name not in maps]
+    refuse_each("image", no_image, problems)
+    refuse_each(kind, no_map, problems)
+    return [path for path in paths if path[1].name in images and path[2].name in maps]
 
 
 @dataclass(frozen=True)
@@ -203,7 +238,8 @@ def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
     A file of Cityscapes' labelIds is brought to trainIds.
 
     Args:
-        record: "sem_seg_file_name" and, to be checked, "height" and "width".
+        record: "sem_seg_file_name"; where class 0 has another number in the file, "first_label",
+            below which pixels are ignored; and, to be checked, "height" and "width".
         num_classes: what the labels must stay below; None: they are not checked.
 
     Raises:
@@ -224,15 +260,20 @@ def read_labels(record: Record, num_classes: int | None = None) -> np.ndarray:
         )
     if path.endswith(_LABEL_IDS):
         labels = _TRAIN_ID_OF[labels]
+    first = record.get("first_label", 0)
     if num_classes is not None:
-        _check_labels(labels, num_classes, path)
+        _check_labels(labels, first, num_classes, path)
+    if first:
+        known = (labels >= first) & (labels != IGNORED)
+        labels = np.where(known, labels - np.uint8(first), np.uint8(IGNORED))
     return labels
 
 
-def _check_labels(labels: np.ndarray, num_classes: int, path: str) -> None:
-    unknown = np.unique(labels[(labels >= num_classes) & (labels != IGNORED)])
+def _check_labels(labels: np.ndarray, first: int, num_classes: int, path: str) -> None:
+    unknown = np.unique(labels[(labels >= first + num_classes) & (labels != IGNORED)])
     if len(unknown):
+        ignored = f"{IGNORED}, and what is below {first}," if first else f"and {IGNORED}"
         raise UserError(
             f"label map {path} holds the label {unknown[0]}, but there are {num_classes} classes "
-            f"(0 to {num_classes - 1}, and {IGNORED} for what is ignored)"
+            f"({first} to {first + num_classes - 1}, {ignored} for what is ignored)"
         )

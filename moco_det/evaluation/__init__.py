@@ -18,16 +18,18 @@ from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
 from moco_det.common.errors import UserError
-from moco_det.datasets import Dataset, Record, read_labels
+from moco_det.datasets import Dataset, MappedDataset, Record, read_depth, read_labels
 from moco_det.datasets.dataset import evenly_spaced
+from moco_det.datasets.depth import encode_depth
 from moco_det.evaluation.coco import evaluate_coco
 from moco_det.evaluation.densepose import evaluate_densepose, require_dense_pose
+from moco_det.evaluation.depth import evaluate_depth
 from moco_det.evaluation.official import evaluate_cityscapes, evaluate_lvis
 from moco_det.evaluation.predictions import checked, encode_masks
 from moco_det.evaluation.semantic import evaluate_semantic
 from moco_det.evaluation.voc import evaluate_voc
 
-Results = dict[str, dict[str, float]]  # task -> metric -> percent
+Results = dict[str, dict[str, float]]  # task -> metric -> percent; of depth, metres
 
 # of detections
 _EVALUATORS = {
@@ -55,15 +57,17 @@ def evaluate(
             compressed RLEs, "keypoints" (N, K, 3): x, y in continuous coordinates, score, and
             "densepose", N of `moco_det.densepose.points.encode_iuv`; arrays, lists or CPU tensors.
             An image without one counts as an image without detections. Of a semantic data set
-            {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`.
+            {"image_id", "sem_seg"}; see `moco_det.evaluation.semantic`. Of one with depth maps
+            {"image_id", "depth"}; see `moco_det.evaluation.depth`.
         keypoint_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () for COCO's persons.
         only: the images that count; None for all of the data set.
 
     Returns:
         {"bbox": {"AP", "AP50", "AP75", ..., "AP-<class>", ...}, "segm": ..., "keypoints": ...,
         "densepose_gps": ..., "densepose_gpsm": ..., "densepose_segm": ...}, the tasks that the
-        predictions have and the data set scores; or {"sem_seg": {"mIoU", ...}}. In percent. A
-        metric without ground truth is NaN and takes no part in means.
+        predictions have and the data set scores; or {"sem_seg": {"mIoU", ...}}. In percent. Or
+        {"depth": {"rmse"}}, in metres. A metric without ground truth is NaN and takes no part in
+        means.
 
     Raises:
         ValueError: two predictions of one image, one of no image of the data set; lengths, classes
@@ -78,6 +82,8 @@ def evaluate(
         )
     if dataset.evaluator == "sem_seg":
         return {"sem_seg": evaluate_semantic(dataset, predictions, only)}
+    if dataset.evaluator == "depth":
+        return {"depth": evaluate_depth(dataset, predictions, only)}
     detections = [checked(prediction, len(dataset.classes)) for prediction in predictions]
     if dataset.evaluator == "coco":
         return evaluate_coco(dataset, detections, keypoint_sigmas, only)
@@ -151,9 +157,9 @@ def rehearse(
     """
     if dense_pose:
         require_dense_pose((a for record in records for a in record["annotations"]), dataset)
-    if dataset.evaluator == "sem_seg":
+    if isinstance(dataset, MappedDataset):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for _ in threads.map(lambda r: read_labels(r, len(dataset.classes)).shape, records):
+            for _ in threads.map(lambda record: dataset.read_map(record).shape, records):
                 pass
     annotated = [record for record in records if record.get("annotations", True)]
     chosen = evenly_spaced(annotated or records, REHEARSED)
@@ -170,6 +176,9 @@ def rehearse(
 
 
 def _nothing(record: Record, dataset: Dataset, masks: bool, keypoints: int) -> dict[str, Any]:
+    if dataset.evaluator == "depth":
+        size = record["height"], record["width"]
+        return {"image_id": record["image_id"], "depth": encode_depth(np.zeros(size))}
     return _prediction(record | {"annotations": []}, masks, keypoints) | {"sem_seg": []}
 
 
@@ -181,6 +190,8 @@ def _annotated(record: Record, dataset: Dataset, masks: bool, keypoints: int) ->
         segments = zip(present, shapes, strict=True)
         found = [{"category_id": label, "segmentation": shape} for label, shape in segments]
         return {"image_id": record["image_id"], "sem_seg": found}
+    if dataset.evaluator == "depth":
+        return {"image_id": record["image_id"], "depth": encode_depth(read_depth(record))}
     return _prediction(record, masks, keypoints)
 
 

@@ -21,6 +21,7 @@ from moco_det.common.errors import UserError, one_line
 from moco_det.common.files import write_text
 from moco_det.datasets import Dataset
 from moco_det.datasets.coco_annotations import is_whole
+from moco_det.datasets.depth import decode_depth, encode_depth
 from moco_det.densepose.points import encode_iuv
 
 MOST = 8 << 30  # bytes of a file of predictions
@@ -36,14 +37,16 @@ def prediction_record(image_id: int | str, output: dict[str, Tensor]) -> dict[st
         output: {"boxes" (D, 4), "scores" (D,), "classes" (D,)}, and "masks" bool (D, H, W) in the
             original image, "keypoints" (D, K, 3) and "densepose", D of uint8 (3, h, w) in whole
             pixels of the boxes, where the model has them; or, of semantic segmentation, {"sem_seg"
-            (C, H, W)}, the classes' scores.
+            (C, H, W)}, the classes' scores; or {"depth" (H, W)} in metres.
 
     Returns:
         The same boxes, scores and classes; "segmentations", D compressed RLEs whose "counts" are
         strings, as JSON needs them; "keypoints"; "densepose", D of `encode_iuv`. Of semantic
         segmentation {"image_id", "sem_seg"}, one {"category_id", "segmentation"} for each class
-        that is the best of some pixel.
+        that is the best of some pixel. Of depth {"image_id", "depth"}; see `encode_depth`.
     """
+    if "depth" in output:
+        return {"image_id": image_id, "depth": encode_depth(output["depth"].cpu().numpy())}
     if "sem_seg" in output:
         best = output["sem_seg"].argmax(dim=0)
         present = best.unique()
@@ -99,7 +102,7 @@ def save_predictions(output_dir: str, name: str, predictions: list[dict]) -> Non
 
 
 def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Image id, as text -> prediction: of objects as `checked` has it, or {"sem_seg"}.
+    """Image id, as text -> prediction: of objects as `checked` has it, {"sem_seg"} or {"depth"}.
 
     Raises:
         UserError: the file cannot be read, is none of predictions, or is of other classes.
@@ -108,6 +111,8 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
         found = read_json(path, "predictions", MOST, finite=False)
         if dataset.evaluator == "sem_seg":
             return {str(r["image_id"]): _checked_labels(r, len(dataset.classes)) for r in found}
+        if dataset.evaluator == "depth":
+            return {str(r["image_id"]): _checked_depth(r) for r in found}
         records = [checked(record, len(dataset.classes)) for record in found]
         for record in records:
             _refuse_impossible(record)
@@ -116,7 +121,8 @@ def read_predictions(path: Path, dataset: Dataset) -> dict[str, dict[str, Any]]:
         reason = one_line(error, 120)
         raise UserError(f"cannot read predictions {shortened(path)}: {reason}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        kind = "label maps" if dataset.evaluator == "sem_seg" else "objects"
+        kinds = {"sem_seg": "label maps", "depth": "depth maps"}
+        kind = kinds.get(dataset.evaluator, "objects")
         raise UserError(
             f"{shortened(path)} does not hold predicted {kind} for {dataset.name}: no "
             f"{one_line(error, 60)}"
@@ -133,6 +139,15 @@ def _checked_labels(prediction: dict[str, Any], num_classes: int) -> dict[str, A
         if not is_whole(segment["segmentation"]):
             raise ValueError(f"{where}: the runs of a mask do not make up its size")
     return {"sem_seg": prediction["sem_seg"]}
+
+
+def _checked_depth(prediction: dict[str, Any]) -> dict[str, Any]:
+    """The prediction's "depth" alone; ValueError for one that is broken."""
+    try:
+        decode_depth(prediction["depth"])
+    except ValueError as error:
+        raise ValueError(f"image {prediction['image_id']}: {error}") from error
+    return {"depth": prediction["depth"]}
 
 
 def _refuse_impossible(record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moco_det.config.checks import is_semantic, num_classes
+from moco_det.config.checks import is_depth, is_semantic, num_classes
 from moco_det.datasets.semantic import IGNORED
 from moco_det.densepose.points import BOX_SIDE, NUM_CHARTS, NUM_PARTS, DensePosePoints
 
@@ -115,6 +115,8 @@ def build_items(cfg, height: int, width: int, count: int, seed: int) -> list[dic
     items = draw_items(height, width, count, num_classes(cfg), seed)
     if is_semantic(cfg):
         return [with_label_map(item) for item in items]
+    if is_depth(cfg):
+        return [with_depth_map(item) for item in items]
     for index, item in enumerate(items):
         if model.MASK_ON:
             item["gt_masks"] = draw_outlines(item["gt_boxes"], seed + index)
@@ -168,6 +170,17 @@ def with_label_map(item: dict) -> dict:
         labels[y0:y1, x0:x1] = label
     labels[-len(labels) // 8 :] = IGNORED
     return {key: item[key] for key in ("image", "height", "width")} | {"sem_seg": labels}
+
+
+def with_depth_map(item: dict) -> dict:
+    """A floor that goes away, the rectangles of a drawn item standing on it; the lowest rows have
+    no depth."""
+    height, width = item["image"].shape[1:]
+    depths = torch.linspace(9, 2, height)[:, None].repeat(1, width)
+    for x0, y0, x1, y1 in item["gt_boxes"].int().tolist():
+        depths[y0:y1, x0:x1] = depths[y1 - 1, 0].clone()
+    depths[-height // 8 :] = 0
+    return {key: item[key] for key in ("image", "height", "width")} | {"depth": depths}
 
 
 def draw_outlines(boxes: Tensor, seed: int) -> list[list[np.ndarray]]:

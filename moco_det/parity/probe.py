@@ -36,7 +36,8 @@ class EngineProbe(ABC):
     An item, the input of all methods, is what the native engine trains on: a dict with "image"
     (3, H, W), "gt_boxes" (G, 4) in its pixels, "gt_classes" (G,), with a mask head "gt_masks", with
     a keypoint head "gt_keypoints", for dense pose "gt_densepose", and the "height" and "width" of
-    the original image. For semantic segmentation "sem_seg" (H, W) instead of objects.
+    the original image. For semantic segmentation "sem_seg" (H, W) instead of objects, for
+    depth "depth" (H, W).
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
@@ -78,7 +79,8 @@ class EngineProbe(ABC):
         "charts v" (D, C, S, S), and `of_surfaces`. Detections are on the original image.
 
         Of semantic segmentation, after the features: "pixel logits" (N, K, H, W) of the batch, and
-        "pixel scores" (K, height, width) of each original image.
+        "pixel scores" (K, height, width) of each original image; of depth, K is 1 in the first, and
+        instead of the second there are "pixel depths" (height, width).
         """
         with recording(self.model, STAGES) as stages:
             results = self.model(self.inputs(items))
@@ -87,6 +89,8 @@ class EngineProbe(ABC):
             logits = stages["sem_seg_head"]
             # Detectron2's head returns its losses as well.
             found["pixel logits"] = [logits[0] if isinstance(logits, tuple) else logits]
+            if "depth" in results[0]:
+                return found | {"pixel depths": [x["depth"] for x in results]}
             return found | {"pixel scores": [x["sem_seg"] for x in results]}
         maps = self.model.proposal_generator.in_features
         on_maps = zip(maps, *stages["proposal_generator.rpn_head"], strict=True)

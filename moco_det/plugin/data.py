@@ -29,6 +29,7 @@ from detectron2.evaluation import (
 )
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -36,7 +37,7 @@ from torch.utils.data import DataLoader
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
-from moco_det.config.checks import check_class_count, is_semantic
+from moco_det.config.checks import check_class_count, check_kind, is_depth, is_per_pixel
 from moco_det.datasets import (
     BUILT_IN,
     NOTHING,
@@ -44,11 +45,13 @@ from moco_det.datasets import (
     CocoDataset,
     Dataset,
     DensePoseDataset,
+    DepthDataset,
     Problems,
     SemanticDataset,
     VocDataset,
     Wanted,
     get_dataset,
+    read_depth,
     read_labels,
 )
 from moco_det.datasets.dataset import check_images
@@ -64,7 +67,9 @@ from moco_det.evaluation.predictions import (
     predictions_file,
     save_predictions,
 )
-from moco_det.native.modeling.semantic_head import pad, scaled_size
+from moco_det.native.modeling.pixel_input import pad, scaled_size
+from moco_det.plugin.frames import RandomFrame, ScaleChoice
+from moco_det.visualize import compared
 
 # -- image files ----------------------------------------------------------------------------------
 
@@ -175,6 +180,8 @@ def _metadata(dataset: Dataset) -> dict[str, Any]:
         case SemanticDataset():
             found = {"stuff_classes": list(dataset.classes), "ignore_label": IGNORED}
             return found | {"evaluator_type": "sem_seg"}
+        case DepthDataset():
+            return {"evaluator_type": "depth"}
         case VocDataset():
             year = 2007 if dataset.eleven_point else 2012  # which metric
             found = {"dirname": str(dataset.root), "split": dataset.split, "year": year}
@@ -248,17 +255,13 @@ def check_classes(cfg) -> None:
     """UserError unless every data set has what the model learns, and as many classes as it."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
-        if (metadata.get("evaluator_type") == "sem_seg") != is_semantic(cfg):
-            raise UserError(
-                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} and dataset {name} do not "
-                "fit: SemanticSegmentor learns from label maps, all others from objects"
-            )
-        classes = metadata.get("stuff_classes" if is_semantic(cfg) else "thing_classes")
+        check_kind(cfg, name, metadata.get("evaluator_type", ""))
+        classes = metadata.get("stuff_classes" if is_per_pixel(cfg) else "thing_classes")
         if classes:
             check_class_count(cfg, name, classes)
 
 
-# -- label maps -----------------------------------------------------------------------------------
+# -- label maps, depth maps -----------------------------------------------------------------------
 
 
 class RandomScale(T.Augmentation):
@@ -324,11 +327,60 @@ class SemanticDatasetMapper:
         return {**record, "image": pixels, "sem_seg": labels}
 
 
+@dataclass
+class DepthDatasetMapper:
+    """Turns a record with a depth map into a training input of a `DepthEstimator`.
+
+    The native engine's mapper of this name, with Detectron2's augmentations.
+
+    Args:
+        augmentations: a `RandomFrame`, and perhaps Detectron2's flip.
+        image_format: channel order the model wants.
+    """
+
+    augmentations: Sequence[T.Augmentation]
+    image_format: str
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with "image" uint8 (3, H, W) and "depth" (H, W) float32 in metres.
+
+        Raises:
+            UserError: a file cannot be read, sizes differ, or a depth is none.
+        """
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(dict(record), image)
+        data = T.AugInput(image, sem_seg=read_depth(record))
+        T.AugmentationList(self.augmentations)(data)
+        pixels = np.ascontiguousarray(data.image.transpose(2, 0, 1))
+        depths = np.ascontiguousarray(data.sem_seg)
+        return {**record, "image": torch.from_numpy(pixels), "depth": torch.from_numpy(depths)}
+
+
+def build_pixel_mapper(cfg) -> SemanticDatasetMapper | DepthDatasetMapper:
+    """For training a model of pixels."""
+    if is_depth(cfg):
+        return DepthDatasetMapper(_build_scaling(cfg), cfg.INPUT.FORMAT)
+    return build_semantic_mapper(cfg)
+
+
+def _build_scaling(cfg) -> list[T.Augmentation]:
+    """The resize and flip of the training images."""
+    augmentations = detection_utils.build_augmentation(cfg, is_train=True)
+    scale, choices, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.SCALE_CHOICES, cfg.INPUT.CROP
+    if cfg.INPUT.FIXED_SIZE:
+        fill = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
+        drawn = scale, choices, cfg.INPUT.RANDOM_ROTATION
+        augmentations[0] = RandomFrame(cfg.INPUT.FIXED_SIZE, fill, *drawn)
+    elif choices:
+        augmentations[0] = ScaleChoice(choices, crop.SIZE if crop.ENABLED else ())
+    elif scale:
+        augmentations[0] = RandomScale(*scale)
+    return augmentations
+
+
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
     """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
-    augmentations = detection_utils.build_augmentation(cfg, is_train=True)
-    if cfg.INPUT.RANDOM_SCALE:
-        augmentations[0] = RandomScale(*cfg.INPUT.RANDOM_SCALE)
+    augmentations = _build_scaling(cfg)
     if cfg.INPUT.CROP.ENABLED:
         # Last, so that crops are of this size whatever the scale; Detectron2's own mapper crops
         # before it resizes.
@@ -349,7 +401,9 @@ def build_semantic_test_loader(cfg, dataset_name: str) -> DataLoader:
         {key: value for key, value in record.items() if key != "sem_seg_file_name"}
         for record in DatasetCatalog.get(dataset_name)
     ]
-    mapper = DatasetMapper(cfg, is_train=False)
+    size = cfg.INPUT.FIXED_SIZE
+    fixed = {"augmentations": [T.Resize(tuple(size), Image.BILINEAR)]} if size else {}
+    mapper = DatasetMapper(cfg, is_train=False, **fixed)
     return build_detection_test_loader(
         records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
@@ -390,9 +444,9 @@ def surfaces(instances: Instances) -> list[Tensor]:
 
 # Detectron2's evaluators of these do not run: LVIS's ends in the np.float that NumPy no longer has,
 # Cityscapes' imports a package that is not public; of label maps, Detectron2 reads trainIds only;
-# DensePose's takes its body model from the net alone.
+# DensePose's takes its body model from the net alone; of depth it has none.
 # So `moco_det.evaluation` scores them, for both engines, with the same official tools.
-_SCORED_HERE = ("lvis", "cityscapes_instance", "sem_seg", "densepose")
+_SCORED_HERE = ("lvis", "cityscapes_instance", "sem_seg", "depth", "densepose")
 
 
 def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluators:
@@ -474,11 +528,19 @@ class PredictionRecords(DatasetEvaluator):
             return None
         records = sum(shares, [])
         save_predictions(self.output_dir, self.dataset_name, records)
+        self.show(records)
         if not self.scored:
             return None
         results = evaluate(get_dataset(self.dataset_name), records)
         print_table(results)
         return results
+
+    def show(self, records: list[dict]) -> None:
+        """Some of them beside what is annotated, to TensorBoard by Detectron2's event storage,
+        which there is in the course of a training."""
+        if has_event_storage() and is_ours(self.dataset_name):
+            for name, picture in compared(get_dataset(self.dataset_name), records):
+                get_event_storage().put_image(f"predictions/{name}", picture)
 
 
 def fields_of(instances) -> dict:

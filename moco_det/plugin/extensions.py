@@ -7,24 +7,32 @@ The modules are those of `native.modeling` with Detectron2's norms:
   (MODEL: {BACKBONE: {NAME: build_resnet_dilated_c5_backbone}, RESNETS: {RES5_DILATION: 2}});
 - SEM_SEG_HEADS: `FCN16Head`, for label maps on a dilated res5
   (MODEL: {META_ARCHITECTURE: SemanticSegmentor, SEM_SEG_HEAD: {NAME: FCN16Head,
-  COMMON_STRIDE: 16}}).
+  COMMON_STRIDE: 16}}), and `FCNDepthHead`, for depth maps;
+- META_ARCH: `DepthEstimator`, a SemanticSegmentor of depths.
+
+And what SOLVER.OPTIMIZER and WarmupPolyLR name: `build_optimizer`, `build_lr_scheduler`.
 """
 
 import re
 from collections.abc import Sequence
 from functools import partial
 
+from detectron2 import solver
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
     SEM_SEG_HEADS_REGISTRY,
     Backbone,
+    SemanticSegmentor,
     build_resnet_backbone,
 )
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn, random
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from moco_det.common.errors import UserError, one_line
 from moco_det.config import loading as native_config
@@ -153,9 +161,8 @@ def build_resnet_dilated_c5_backbone(cfg, input_shape: ShapeSpec) -> DilatedC5:
     return DilatedC5(resnet, res5.channels, res5.stride, norm)
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
-class FCN16Head(semantic_head.FCN16Head):
-    """The native head by Detectron2's convention for heads."""
+class _Head:
+    """A native head of pixels by Detectron2's convention for heads."""
 
     @configurable
     def __init__(self, **arguments):
@@ -181,11 +188,73 @@ class FCN16Head(semantic_head.FCN16Head):
         """
         Args:
             features: the one of `in_feature` is (N, C, h, w).
-            targets: label maps (N, H, W), needed in training.
+            targets: maps (N, H, W) of labels or depths, needed in training.
 
         Returns:
-            In training (None, {"loss_sem_seg"}). In inference (logits, {}), the logits
+            In training (None, the losses by name). In inference (logits or depths, {}), these
             (N, K, stride * h, stride * w), of which SemanticSegmentor cuts out the images.
         """
-        logits = super().forward(features)
-        return (None, self.losses(logits, targets)) if self.training else (logits, {})
+        found = super().forward(features)
+        return (None, self.losses(found, targets)) if self.training else (found, {})
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class FCN16Head(_Head, semantic_head.FCN16Head):
+    """Of label maps."""
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class FCNDepthHead(_Head, semantic_head.FCNDepthHead):
+    """Of depth maps."""
+
+
+@META_ARCH_REGISTRY.register()
+class DepthEstimator(SemanticSegmentor):
+    """Detectron2's SemanticSegmentor, whose maps are of depths: "depth" of inputs and results."""
+
+    def forward(self, batched_inputs: list[dict]):
+        """{"loss_depth"} in training, in inference {"depth": metres (height, width)} per image."""
+        named = [{**x, "sem_seg": x["depth"]} if "depth" in x else x for x in batched_inputs]
+        found = super().forward(named)
+        return found if self.training else [{"depth": x["sem_seg"][0]} for x in found]
+
+
+# -- solver ---------------------------------------------------------------------------------------
+
+
+def build_optimizer(cfg, model: nn.Module) -> Optimizer:
+    """Detectron2's, or Adam over the same groups of parameters where SOLVER.OPTIMIZER says so."""
+    if cfg.SOLVER.OPTIMIZER != "Adam":
+        return solver.build_optimizer(cfg, model)
+    from detectron2.solver.build import maybe_add_gradient_clipping
+
+    groups = solver.get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    decay = cfg.SOLVER.WEIGHT_DECAY
+    return maybe_add_gradient_clipping(cfg, Adam(groups, cfg.SOLVER.BASE_LR, weight_decay=decay))
+
+
+def build_lr_scheduler(cfg, optimizer: Optimizer) -> LRScheduler:
+    """Detectron2's; WarmupPolyLR is in its DeepLab project."""
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return solver.build_lr_scheduler(cfg, optimizer)
+    try:
+        from detectron2.projects.deeplab.lr_scheduler import WarmupPolyLR
+    except ImportError as error:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME WarmupPolyLR needs Detectron2's DeepLab project ({error}): "
+            "install Detectron2 from its repository, or use --engine native"
+        ) from error
+    return WarmupPolyLR(
+        optimizer,
+        cfg.SOLVER.MAX_ITER,
+        warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
+        warmup_iters=cfg.SOLVER.WARMUP_ITERS,
+        warmup_method=cfg.SOLVER.WARMUP_METHOD,
+        power=cfg.SOLVER.POLY_LR_POWER,
+    )

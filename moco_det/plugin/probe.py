@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor
@@ -14,6 +13,7 @@ from moco_det.native.modeling.densepose_head import Charts
 from moco_det.parity.probe import EngineProbe
 from moco_det.plugin import load_config
 from moco_det.plugin.data import fields_of
+from moco_det.plugin.extensions import build_optimizer
 
 
 class Probe(EngineProbe):
@@ -57,7 +57,7 @@ def fields_in_boxes(instances: Instances) -> dict:
 
 def detectron2_input(item: dict) -> dict:
     """What the native engine trains on -> what Detectron2 does."""
-    if "sem_seg" in item:
+    if "sem_seg" in item or "depth" in item:
         return item
     size = tuple(item["image"].shape[1:])
     instances = Instances(size, gt_boxes=Boxes(item["gt_boxes"]), gt_classes=item["gt_classes"])

@@ -43,8 +43,9 @@ from moco_det.config.checks import (
     check_input,
     check_metric_files,
     check_scoring,
+    check_solver,
     check_weights,
-    is_semantic,
+    is_per_pixel,
     plan_batch,
     wanted_of,
 )
@@ -54,7 +55,7 @@ from moco_det.native.modeling.layers import accumulate_gradients, precise_bn, sy
 from moco_det.plugin.data import (
     build_dense_pose_loader,
     build_evaluator,
-    build_semantic_mapper,
+    build_pixel_mapper,
     build_semantic_test_loader,
     check_classes,
     check_voc_scoring,
@@ -62,7 +63,7 @@ from moco_det.plugin.data import (
     register_datasets,
     shared_records,
 )
-from moco_det.plugin.extensions import load_config
+from moco_det.plugin.extensions import build_lr_scheduler, build_optimizer, load_config
 from moco_det.weights.files import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]
@@ -122,6 +123,7 @@ def prepare(cfg, eval_only: bool) -> None:
     if comm.get_world_size() > 1:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     check_input(cfg, crops_objects=True)
+    check_solver(cfg)
     names = *cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST
     read_categories_together(filter(is_ours, names))
     register_datasets(names, wanted_of(cfg))
@@ -190,6 +192,14 @@ class Trainer(DefaultTrainer):
             sync_on_cpu(model)
         return model
 
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
     @property
     def plan(self) -> BatchPlan:
         return plan_batch(self.cfg, comm.get_world_size())
@@ -214,7 +224,7 @@ class Trainer(DefaultTrainer):
         images = plan.images_per_forward * plan.processes
         if cfg.MODEL.DENSEPOSE_ON:
             return build_dense_pose_loader(cfg, images)
-        mapper = build_semantic_mapper(cfg) if is_semantic(cfg) else None
+        mapper = build_pixel_mapper(cfg) if is_per_pixel(cfg) else None
         records = shared_records(cfg)
         return build_detection_train_loader(
             cfg, mapper=mapper, dataset=records, total_batch_size=images
@@ -222,7 +232,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
-        build = build_semantic_test_loader if is_semantic(cfg) else build_detection_test_loader
+        build = build_semantic_test_loader if is_per_pixel(cfg) else build_detection_test_loader
         return build(cfg, dataset_name)
 
     @classmethod

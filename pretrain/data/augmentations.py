@@ -5,12 +5,12 @@ name, which is what the papers' code ran, to within 2/255 in the mean (see test_
 
 A view is drawn first, all of it, and then made: `MoCoAugmentation.draw` knows the size of the image
 alone, so that a JPEG can be decoded no larger than its views need it, and so that a batch of crops
-can get its colours, blur and flips on another device (`batched_augmentations.py`).
+can get its colours, blur and flips on another device (`batched_augmentations.py`). How the views of
+an image are drawn together is `multi_crop.py`'s.
 
 Images are RGB arrays of shape (H, W, 3), uint8, throughout.
 """
 
-import math
 from typing import NamedTuple
 
 import cv2
@@ -18,6 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import AutoAugment
+
+from pretrain.data.crops import Window, draw_crop
 
 # A crop of a JPEG that is decoded smaller has so many times the pixels of its view's side: the
 # mean difference to a whole decoding is then 1/255 to 1.5/255, and would be 2/255 without.
@@ -30,7 +33,7 @@ def resized_crop(image, top: int, left: int, height: int, width: int, size: int)
 
 
 def resized_crop_of_reduced(
-    image: np.ndarray, window: tuple[int, int, int, int], size: int, reduction: int
+    image: np.ndarray, window: Window, size: int, reduction: int
 ) -> np.ndarray:
     """`resized_crop` of an image that was decoded at 1/`reduction`; the window is the whole one's.
 
@@ -143,11 +146,16 @@ class View(NamedTuple):
     """One view as it is drawn, before there are pixels.
 
     Args:
-        window: top, left, height and width of the crop.
+        window: the crop.
+        look: what follows the crop; neutral where `policy` stands in its place.
+        policy: seed of AutoAugment's draws; None for a view without it.
+        mirrored: whether left and right are exchanged before AutoAugment.
     """
 
-    window: tuple[int, int, int, int]
+    window: Window
     look: Look
+    policy: int | None = None
+    mirrored: bool = False
 
 
 class CroppedView(NamedTuple):
@@ -166,20 +174,32 @@ class MoCoAugmentation:
     """One random view of an image: MoCo v2's augmentation with `aug_plus`, else MoCo v1's.
 
     `color_strength` s belongs to `aug_plus`: its colour jitter is (0.8 s, 0.8 s, 0.8 s, 0.2 s) as
-    in SimCLR (arXiv:2002.05709, A), where s is 1; MoCo v2 has half of it. `crop_min` is the least
-    area of a crop, 0.2 of the image's in both papers and 0.08 in SimCLR.
+    in SimCLR (arXiv:2002.05709, A), where s is 1; MoCo v2 has half of it. A crop has `crop_min` to
+    `crop_max` of the image's area: 0.2 to 1 in both papers, 0.08 to 1 in SimCLR, 0.05 to 0.14 for
+    small crops (arXiv:2106.05967, Sec. 4.1).
 
     v1 (Sec. 3.3): crop, grayscale 0.2, colour jitter (0.4, 0.4, 0.4, 0.4), flip.
     v2 (Sec. 3):   crop, colour jitter (0.4, 0.4, 0.4, 0.1) with 0.8, grayscale 0.2, blur 0.5, flip.
+
+    With probability `strong` a flip and AutoAugment's ImageNet policy, as torchvision has it, take
+    the place of all that follows the crop (arXiv:2106.05967, Sec. 4.2).
     """
 
     def __init__(
-        self, size: int, aug_plus: bool, color_strength: float = 0.5, crop_min: float = 0.2
+        self,
+        size: int,
+        aug_plus: bool,
+        color_strength: float = 0.5,
+        crop_min: float = 0.2,
+        crop_max: float = 1.0,
+        strong: float = 0.0,
     ):
         self.size = size
         self.aug_plus = aug_plus
         self.color_strength = color_strength
         self.crop_min = crop_min
+        self.crop_max = crop_max
+        self.strong = strong
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) -> (size, size, 3); every draw comes from `rng`."""
@@ -187,7 +207,13 @@ class MoCoAugmentation:
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> View:
         """A view of an image of that size."""
-        window = draw_crop(height, width, rng, self.crop_min)
+        window = draw_crop(height, width, rng, self.crop_min, self.crop_max)
+        return self.draw_look(window, rng)
+
+    def draw_look(self, window: Window, rng: np.random.Generator) -> View:
+        """A view whose crop is drawn already."""
+        if self.strong and rng.random() < self.strong:
+            return View(window, Look(), int(rng.integers(2**63)), rng.random() < 0.5)
         if self.aug_plus:
             strengths = 0.8 * self.color_strength, 0.2 * self.color_strength
             look = draw_jitter(*strengths, rng) if rng.random() < 0.8 else Look()
@@ -208,9 +234,14 @@ class MoCoAugmentation:
         return apply_look(self.crop(image, drawn, reduction), drawn.look)
 
     def crop(self, image: np.ndarray, drawn: View, reduction: int) -> np.ndarray:
+        """The view but for its look: AutoAugment, which goes by single images, is done here."""
         if reduction == 1:
-            return resized_crop(image, *drawn.window, self.size)
-        return resized_crop_of_reduced(image, drawn.window, self.size, reduction)
+            crop = resized_crop(image, *drawn.window, self.size)
+        else:
+            crop = resized_crop_of_reduced(image, drawn.window, self.size, reduction)
+        if drawn.policy is None:
+            return crop
+        return auto_augment(horizontal_flip(crop) if drawn.mirrored else crop, drawn.policy)
 
 
 class MoCoCrop(MoCoAugmentation):
@@ -220,30 +251,6 @@ class MoCoCrop(MoCoAugmentation):
         """Pixels (size, size, 3) and look (13,)."""
         look = np.array(drawn.look, dtype=np.float32)
         return CroppedView(self.crop(image, drawn, reduction), look)
-
-
-def draw_crop(
-    height: int, width: int, rng: np.random.Generator, least: float = 0.2
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop draws it: `least` to 1 of the
-    area.
-
-    After ten draws that do not fit, the largest central window of an allowed ratio is taken.
-    """
-    ratio = 3 / 4, 4 / 3  # of width to height
-    for _ in range(10):
-        target = height * width * rng.uniform(least, 1.0)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return top, left, h, w
-    h, w = height, width
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def draw_jitter(strength: float, hue: float, rng: np.random.Generator) -> Look:
@@ -284,6 +291,24 @@ def color_jitter(image: np.ndarray, look: Look) -> np.ndarray:
         adjust, amount = steps[number]
         image = adjust(image, amount)
     return image
+
+
+_IMAGENET_POLICY = AutoAugment()
+
+
+def auto_augment(image: np.ndarray, seed: int) -> np.ndarray:
+    """torchvision's AutoAugment of the ImageNet policy (arXiv:1805.09501), as it is under `seed`.
+
+    It draws from torch's global generator, which is left as it was found. Only the CPU's is seeded:
+    `torch.manual_seed` would seed those of all GPUs as well.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        return np.asarray(_IMAGENET_POLICY(Image.fromarray(image)))
+    finally:
+        generator.set_state(before)
 
 
 def _linear_table(scale: float, offset: float) -> np.ndarray:

@@ -26,7 +26,14 @@ from moco_det.common.images import (
 )
 from moco_det.common.processes import ignore_stop_signals, rank, world_size
 from pretrain.data.augmentations import CroppedView, MoCoAugmentation
-from pretrain.data.listing import check_unchanged, find_images, fingerprint, seen_alike
+from pretrain.data.listing import (
+    check_unchanged,
+    find_images,
+    fingerprint,
+    read_list,
+    seen_alike,
+)
+from pretrain.data.multi_crop import MultiCrop
 
 Views = list[np.ndarray] | list[CroppedView]  # of one image
 ViewTensors = list[torch.Tensor] | list[CroppedView]  # of a batch of images
@@ -70,10 +77,25 @@ class UnreadableImages:
             )
 
 
+class LoadedViews(NamedTuple):
+    """What is made of an image; or, stacked, of a batch of N images.
+
+    Args:
+        views: one for each augmentation; none where nothing was readable.
+        free_crops: whether each view's crop is a free one, see `MultiCrop.draw`; V, or N x V.
+        unreadable: messages on images that were passed over.
+    """
+
+    views: Views | ViewTensors
+    free_crops: list[bool] | torch.Tensor
+    unreadable: list[str]
+
+
 def make_views(
-    encoded: EncodedImage, augmentations: list[MoCoAugmentation], rng: np.random.Generator
-) -> Views:
-    """A view of each augmentation; the image is decoded once, no larger than they need it.
+    encoded: EncodedImage, crops: MultiCrop, rng: np.random.Generator
+) -> tuple[Views, list[bool]]:
+    """A view of each augmentation, and which of their crops are free ones; the image is decoded
+    once, no larger than they need it.
 
     Raises:
         UnreadableImage: it cannot be decoded.
@@ -82,42 +104,39 @@ def make_views(
     if encoded.jpeg_size is None:
         image = encoded.decode()
     height, width = image.shape[:2] if encoded.jpeg_size is None else encoded.jpeg_size
-    drawn = [augment.draw(height, width, rng) for augment in augmentations]
+    drawn, free = crops.draw(height, width, rng)
     if image is None:
-        surplus = min(map(MoCoAugmentation.surplus, augmentations, drawn))
+        surplus = min(map(MoCoAugmentation.surplus, crops.augmentations, drawn))
         reduction = max(r for r in REDUCTIONS if r <= max(1, surplus))
         image = encoded.decode(reduction)
-    return [
+    views = [
         augment.view(image, view, reduction)
-        for augment, view in zip(augmentations, drawn, strict=True)
+        for augment, view in zip(crops.augmentations, drawn, strict=True)
     ]
+    return views, free
 
 
 class ImageViews(Dataset):
-    """(epoch, index) -> views of image `index`, one of each augmentation; it is decoded once.
+    """(epoch, index) -> views of image `index`, all that `crops` draws; it is decoded once.
 
     The draws are a function of (seed, epoch, index) alone. An unreadable image is replaced by the
     next readable one, so that the replacement, too, does not depend on who loads it.
 
     Args:
         paths: of `find_images`, relative to `folder`.
-        augmentations: one for each view; their sizes may differ.
+        crops: draws the views; their sizes may differ.
     """
 
-    def __init__(
-        self, folder: Path, paths: np.ndarray, augmentations: list[MoCoAugmentation], seed: int
-    ):
+    def __init__(self, folder: Path, paths: np.ndarray, crops: MultiCrop, seed: int):
         self.folder = os.fsencode(folder)
         self.paths = paths
-        self.augmentations = augmentations
+        self.crops = crops
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Views, list[str]]:
-        """Views, one of each augmentation, and messages on unreadable files; no views where
-        nothing is readable."""
+    def __getitem__(self, key: tuple[int, int]) -> LoadedViews:
         epoch, index = key
         unreadable = []
         for offset in range(len(self.paths)):
@@ -125,27 +144,28 @@ class ImageViews(Dataset):
             path = os.fsdecode(os.path.join(self.folder, self.paths[place]))
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
-                views = make_views(check_image(read_bytes(path), path), self.augmentations, rng)
+                made = make_views(check_image(read_bytes(path), path), self.crops, rng)
             except UnreadableImage as error:
                 unreadable.append(f"{error.name}: {error.reason}")
                 if len(unreadable) == UNREADABLE_IN_A_ROW:
                     break
                 continue
-            return views, unreadable
-        return [], unreadable
+            return LoadedViews(*made, unreadable)
+        return LoadedViews([], [], unreadable)
 
 
-def collate_views(samples: list[tuple[Views, list[str]]]) -> tuple[ViewTensors, list[str]]:
+def collate_views(samples: list[LoadedViews]) -> LoadedViews:
     """Stack N samples of V views to V tensors (N, S, S, 3), and join their messages.
 
     No tensors if a sample has no views. NHWC uint8 is a quarter of the floats' traffic, and its
     NCHW view is channels_last for nothing.
     """
-    unreadable = [message for _, messages in samples for message in messages]
-    if not all(views for views, _ in samples):
-        return [], unreadable
-    by_view = zip(*(views for views, _ in samples), strict=True)
-    return [_stack(view) for view in by_view], unreadable
+    unreadable = [message for sample in samples for message in sample.unreadable]
+    if not all(sample.views for sample in samples):
+        return LoadedViews([], torch.empty(0), unreadable)
+    by_view = zip(*(sample.views for sample in samples), strict=True)
+    free = torch.tensor([sample.free_crops for sample in samples])
+    return LoadedViews([_stack(view) for view in by_view], free, unreadable)
 
 
 def _stack(views: Sequence[np.ndarray] | Sequence[CroppedView]) -> torch.Tensor | CroppedView:
@@ -194,11 +214,15 @@ class ViewBatch(NamedTuple):
     Args:
         views: of this process's images, uint8 RGB, N x S x S x 3 each; crops without their looks,
             which `batched_augmentations.finished` gives them, where the augmentations are MoCoCrop.
+            The query's, the key's, then those of small crops.
         indices: where the images of the global batch are in the data set, B.
+        free_crops: whether the crop of each of the V views is a free one, see `MultiCrop.draw`;
+            N x V, bool.
     """
 
     views: ViewTensors
     indices: torch.Tensor
+    free_crops: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -242,21 +266,28 @@ class SampledBatches:
 
 
 class FolderSource(SampledBatches):
-    """ViewBatches of all images below a folder.
+    """ViewBatches of all images below a folder, or those in a list.
 
     Raises UserError where they cannot fill one, or processes see different ones. Collective.
 
     Args:
-        augmentations: one for each view.
+        crops: draws the views of an image.
+        listed: a file of `read_list`.
     """
 
-    def __init__(self, folder: Path, augmentations: list[MoCoAugmentation], loading: Loading):
-        paths = seen_alike(lambda: find_images(folder), fingerprint)
+    def __init__(
+        self, folder: Path, crops: MultiCrop, loading: Loading, listed: Path | None = None
+    ):
+        find = partial(read_list, listed) if listed else find_images
+        paths = seen_alike(partial(find, folder), fingerprint)
+        self.listed = listed
         self.fingerprint = fingerprint(paths)
-        dataset = ImageViews(folder, paths, augmentations, loading.seed)
+        self.conditions = crops.conditions
+        dataset = ImageViews(folder, paths, crops, loading.seed)
         if len(dataset) < loading.batch_size:
             raise UserError(
-                f"{len(dataset)} images below {folder} are fewer than the global batch of "
+                f"{len(dataset)} images {f'of {listed}' if listed else f'below {folder}'} are "
+                "fewer than the global batch of "
                 f"{loading.batch_size}; pass a smaller --batch-size"
             )
         super().__init__(dataset, loading, collate_fn=collate_views)
@@ -265,10 +296,10 @@ class FolderSource(SampledBatches):
     def __iter__(self) -> Iterator[ViewBatch]:
         return map(self._batch, self.loader, itertools.count(self.sampler.first_step))
 
-    def _batch(self, loaded: tuple[ViewTensors, list[str]], step: int) -> ViewBatch:
-        views, unreadable = loaded
-        self.unreadable.add(unreadable, fatal=not views)
-        return ViewBatch(views, torch.from_numpy(self.sampler.global_batch(step)))
+    def _batch(self, loaded: LoadedViews, step: int) -> ViewBatch:
+        self.unreadable.add(loaded.unreadable, fatal=not loaded.views)
+        indices = torch.from_numpy(self.sampler.global_batch(step))
+        return ViewBatch(loaded.views, indices, loaded.free_crops)
 
     def state(self) -> dict:
         """Which images these are: all else is a function of seed, epoch and step."""
@@ -279,7 +310,7 @@ class FolderSource(SampledBatches):
         check_unchanged(state, self.fingerprint, path)
 
     def describe(self) -> str:
-        return f"{self.samples} images"
+        return f"{self.samples} images" + (f" of {self.listed}" if self.listed else "")
 
 
 def build_loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

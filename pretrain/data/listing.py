@@ -1,4 +1,4 @@
-"""Which images there are below a folder, and whether all who count them see the same.
+"""Which images there are, below a folder or in a list, and whether all who count them see the same.
 
 Batches are slices of a list of names. So every process must have found the same list, and a run
 that goes on within an epoch the list that the epoch was begun with.
@@ -6,6 +6,7 @@ that goes on within an epoch the list that the epoch was begun with.
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import TypeVar
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from moco_det.common.errors import UserError
+from moco_det.common.documents import shortened, shown
+from moco_det.common.errors import UserError, one_line
+from moco_det.common.files import read_regular, replacing
 from moco_det.common.processes import all_objects, print_on_main
 
 Found = TypeVar("Found")
+MOST_LIST = 1 << 31  # bytes of a list; ImageNet's has 2 % of it
 
 # -- below a folder -------------------------------------------------------------------------------
 
@@ -105,6 +109,71 @@ def _say_left_out(folder: str, count: int, one: str) -> None:
             f"left out below {folder}: {count} that are hidden, or links to folders that are read "
             f"already; one of them: {one}"
         )
+
+
+# -- in a list ------------------------------------------------------------------------------------
+
+
+def read_list(file: Path, folder: Path) -> np.ndarray:
+    """Sorted paths of the images in a text file, one a line: relative to `folder`, or absolute.
+
+    Empty lines are passed over. Paths below `folder` are relative in what is returned, however they
+    are written, so that only the set of images counts.
+
+    Raises:
+        UserError: it names no image, one twice, or one that is absent.
+    """
+    content = read_regular(file, MOST_LIST)
+    if b"\0" in content:
+        raise UserError(f"--list {shortened(file)} is no text file")
+    root = os.fsencode(os.path.join(os.path.abspath(folder), ""))
+    lines = (line for line in content.splitlines() if line.strip())
+    paths = [os.path.normpath(os.path.join(root, line)).removeprefix(root) for line in lines]
+    if not paths:
+        raise UserError(f"--list {shortened(file)} names no image")
+    images = np.array(sorted(paths), dtype=np.bytes_)
+    repeated = images[1:][images[1:] == images[:-1]]
+    if len(repeated):
+        raise UserError(
+            f"--list {shortened(file)} names {len(repeated)} images again, such as "
+            f"{_named(repeated[0])}: an image is one instance, list it once"
+        )
+    missing = list(_missing(root, paths))
+    if missing:
+        some = ", ".join(map(_named, missing[:3]))
+        raise UserError(
+            f"{len(missing)} of the {len(paths)} images of --list {shortened(file)} are not in "
+            f"{shortened(folder)}: {some}{', ...' if len(missing) > 3 else ''}"
+        )
+    return images
+
+
+def write_list(file: Path, paths: Iterable[bytes]) -> None:
+    """What `read_list` reads. Raises UserError for a name that is more than a line."""
+    lines = [path + b"\n" for path in paths]
+    for line in lines:
+        if len(line.splitlines()) > 1 or b"\r" in line:
+            raise UserError(f"a list cannot hold the name {shown(os.fsdecode(line[:-1]))}")
+    with replacing(file) as temporary:
+        temporary.write_bytes(b"".join(lines))
+
+
+def _missing(root: bytes, paths: list[bytes]) -> Iterator[bytes]:
+    """Those that no folder has. A folder is read as a whole: a look at each file of it takes long
+    where the disk is another computer's."""
+    below = defaultdict(list)
+    for path in paths:
+        below[os.path.dirname(path)].append(path)
+    for parent in sorted(below):
+        try:
+            names = set(os.listdir(os.path.join(root, parent)))
+        except OSError:
+            names = set()
+        yield from (path for path in below[parent] if os.path.basename(path) not in names)
+
+
+def _named(path: bytes) -> str:
+    return one_line(os.fsdecode(path), 80)
 
 
 # -- seen alike -----------------------------------------------------------------------------------

@@ -45,19 +45,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from moco_det.common.errors import UserError, import_optional, one_line
 from moco_det.common.images import UnreadableImage, check_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
-from pretrain.data.augmentations import MoCoAugmentation
 from pretrain.data.images import (
     UNREADABLE_IN_A_ROW,
+    LoadedViews,
     Loading,
     UnreadableImages,
     ViewBatch,
-    Views,
-    ViewTensors,
     build_loader,
     collate_views,
     make_views,
 )
 from pretrain.data.listing import fingerprint, seen_alike
+from pretrain.data.multi_crop import MultiCrop
 
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
@@ -74,14 +73,13 @@ class Position(NamedTuple):
 
 
 class ShardBatch(NamedTuple):
-    """What a stream gives: views as in ViewBatch, messages, and where it stands after them.
+    """What a stream gives: the views of a batch, and where it stands after them.
 
     `broken` is the reason why it can give nothing: an exception would lose it on its way out of a
     worker process.
     """
 
-    views: ViewTensors
-    unreadable: list[str]
+    loaded: LoadedViews | None
     position: Position
     broken: str | None = None
 
@@ -94,7 +92,7 @@ class Stream:
         shards: all of them, their URLs as webdataset opens them.
         streams: how many share the shards.
         number: of this stream, from 0.
-        augmentations: one for each view.
+        crops: draws the views of an image.
         buffer: samples that a stream holds back to draw from, encoded.
         position: where to begin; it follows what is read.
     """
@@ -102,7 +100,7 @@ class Stream:
     shards: list[str]
     streams: int
     number: int
-    augmentations: list[MoCoAugmentation]
+    crops: MultiCrop
     seed: int
     buffer: int
     position: Position
@@ -115,11 +113,11 @@ class Stream:
         try:
             while True:
                 views = [self.next_views(samples) for _ in range(size)]
-                yield ShardBatch(*collate_views(views), self.position)
+                yield ShardBatch(collate_views(views), self.position)
         except BrokenShard as error:
-            yield ShardBatch([], [], self.position, str(error))
+            yield ShardBatch(None, self.position, str(error))
 
-    def next_views(self, samples: Iterator[dict]) -> tuple[Views, list[str]]:
+    def next_views(self, samples: Iterator[dict]) -> LoadedViews:
         """Views of the next readable image; messages on those before it."""
         unreadable = []
         while len(unreadable) < UNREADABLE_IN_A_ROW:
@@ -129,10 +127,10 @@ class Stream:
             place = f"{sample['__url__']}: {sample['__key__']}.{extension}"
             try:
                 encoded = check_image(sample[extension], place)
-                return make_views(encoded, self.augmentations, rng), unreadable
+                return LoadedViews(*make_views(encoded, self.crops, rng), unreadable)
             except UnreadableImage as error:
                 unreadable.append(f"{error.name}: {error.reason}")
-        return [], unreadable
+        return LoadedViews([], [], unreadable)
 
     def samples(self) -> Iterator[dict]:
         """webdataset's samples from `position` on, without end; `position` follows them."""
@@ -232,7 +230,7 @@ class ShardSource:
 
     Args:
         shards: see `find_shards`.
-        augmentations: one for each view.
+        crops: draws the views of an image.
         samples_per_epoch: of all processes.
         buffer: samples that a worker holds back and draws from.
     """
@@ -240,12 +238,13 @@ class ShardSource:
     def __init__(
         self,
         shards: list[str],
-        augmentations: list[MoCoAugmentation],
+        crops: MultiCrop,
         loading: Loading,
         samples_per_epoch: int,
         buffer: int,
     ):
         self.loading = loading
+        self.conditions = crops.conditions
         self.samples = samples_per_epoch
         self.steps_per_epoch = samples_per_epoch // loading.batch_size
         counts = all_objects(max(1, loading.workers))
@@ -261,7 +260,7 @@ class ShardSource:
             "shuffle_buffer": buffer,
             "names": _fingerprint(shards)["hash"],
         }
-        settings = {"augmentations": augmentations, "seed": loading.seed, "buffer": buffer}
+        settings = {"crops": crops, "seed": loading.seed, "buffer": buffer}
         self.new_stream = partial(Stream, shards, sum(counts), **settings)
         self.positions = [(0, 0)] * counts[rank()]
         self.turn = 0
@@ -284,8 +283,9 @@ class ShardSource:
                 raise UserError(batch.broken)
             self.positions[self.turn] = tuple(batch.position)
             self.turn = (self.turn + 1) % len(self.positions)
-            self.unreadable.add(batch.unreadable, fatal=not batch.views)
-            yield ViewBatch(batch.views, indices)
+            views, free_crops, unreadable = batch.loaded
+            self.unreadable.add(unreadable, fatal=not views)
+            yield ViewBatch(views, indices, free_crops)
 
     def _streams(self) -> ShardStreams:
         first = sum(self.layout["workers"][: rank()])

@@ -23,6 +23,7 @@ RISE = 0.05  # of the loss, as a share of chance
 COLLAPSED = 0.15  # feature_std over 1/sqrt(dim), what evenly spread features have
 LEAKING = 99.0  # pretext accuracy in percent, as plotted in Fig. A.1
 WAITING = 0.3  # share of the time
+FREE = 0.05  # share of the crops whose draws ran out; of usual images it is 0 at the defaults
 EXPLODED = 1e8  # a weight, or a variance, that no training leads to
 
 
@@ -103,7 +104,7 @@ def read_records(path: Path, last_step: float = math.inf) -> list[dict]:
 # What a rule computes with: of a report, beside the names that end in "_fill"; of the run's flags.
 MEASURES = {
     "epoch", "loss", "acc1", "chance_loss", "lr", "knn_top1", "feature_std", "positive_similarity",
-    "negative_similarity", "images_per_second", "data_wait",
+    "negative_similarity", "images_per_second", "data_wait", "free_pairs", "free_crops",
 }  # fmt: skip
 NUMBERS = {
     "lr", "batch_size", "moco_m", "moco_t", "moco_dim", "weight_decay", "workers", "cores",
@@ -326,6 +327,30 @@ def loader(course: Course) -> str | None:
     )
 
 
+def free_crops(course: Course) -> str | None:
+    """Small crops that were to lie within the key's crop, and do not."""
+    share = course.last.get("free_crops", 0.0)
+    if not share >= FREE:
+        return None
+    return (
+        f"{share:.0%} of the small crops lie anywhere in their images: ten draws gave none with as "
+        "much of it within the key's crop as --constrained asks. Pass a smaller share, or a larger "
+        "--crop-min, which makes the key's crop larger"
+    )
+
+
+def free_pairs(course: Course) -> str | None:
+    """Pairs of large crops whose IoU was to be within limits, and is not."""
+    share = course.last.get("free_pairs", 0.0)
+    if not share >= FREE:
+        return None
+    return (
+        f"{share:.0%} of the pairs of large crops have an IoU outside --min-iou to --max-iou: "
+        "thousands of draws gave none within. Widen the limits, or change --crop-min: smaller "
+        "crops overlap less"
+    )
+
+
 def no_gain(course: Course) -> str | None:
     """At the end of a run: its features are no better than those that it began with."""
     end = course.flags.get("last_step", math.inf)
@@ -341,7 +366,8 @@ def no_gain(course: Course) -> str | None:
 
 
 RULES: list[Callable[[Course], str | None]] = [
-    nan, learning_rate, never_full, filling, rising, collapse, leak, loader, no_gain,
+    nan, learning_rate, never_full, filling, rising, collapse, leak, loader, free_crops, free_pairs,
+    no_gain,
 ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def _supervised(arch: str) -> str:
 
 def pooled(encoder: nn.Module) -> nn.Module:
     """The encoder up to its head, whose weights it shares: images -> (N, D)."""
-    return with_fc(encoder, nn.Identity())
+    return with_fc(encoder, nn.Flatten())  # for heads that do so themselves
 
 
 def encode(

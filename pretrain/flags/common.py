@@ -12,6 +12,7 @@ from moco_det.common.official_weights import OFFICIAL
 
 # Of `optimization.AMP_DTYPES`: what flags are made of is imported within the second of --help.
 AMP = ("none", "bf16", "fp16")
+LOG = ("tensorboard", "wandb", "mlflow", "none")  # of `trackers.TRACKERS`
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
 KNN_BANK = {
     "default": None,
@@ -27,15 +28,17 @@ PRETRAINED = (
 TRAINING_COUNTS = ["epochs", "batch_size", "print_freq", "image_size", "max_image_pixels"]
 
 
-def base_parser(description: str, data: str, arch: str) -> argparse.ArgumentParser:
-    """The flags of every command; `data` and `arch` are help texts."""
+def base_parser(
+    description: str, data: str, arch: str, image_size: str = "side of a view in pixels"
+) -> argparse.ArgumentParser:
+    """The flags of every command; `data`, `arch` and `image_size` are help texts."""
     parser = CommandParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("data", metavar="DATA", help=data)
     add("-a", "--arch", default="resnet50", help=arch)
     add("-j", "--workers", default=len(os.sched_getaffinity(0)), type=int,
         help="data loading processes on this node")  # fmt: skip
-    add("--image-size", default=224, type=int, help="side of a view in pixels")
+    add("--image-size", default=224, type=int, help=image_size)
     add("--max-image-pixels", default=MAX_PIXELS, type=int,
         help="pixels; larger image files are refused")  # fmt: skip
     add = parser.add_argument_group("launch, as in the official code; or use torchrun").add_argument
@@ -66,6 +69,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--momentum", default=0.9, type=float, help="of SGD, in [0, 1]")
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="factor, on all parameters")
     add("-p", "--print-freq", default=10, type=int, help="steps between two log lines")
+    add("--log", nargs="+", default=["tensorboard"], choices=LOG,
+        help="what shows numbers and pictures of the run, one or several; metrics.jsonl is written "
+        "in any case; wandb and mlflow are extras")  # fmt: skip
     add("--resume", default="", metavar="PATH|auto",
         help="checkpoint to go on from; auto: --output's last one, if any; "
         "default: a new run")  # fmt: skip
@@ -99,6 +105,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> argpa
 def check_training(args: argparse.Namespace) -> None:
     """What both commands that train ask of their flags. Raises UserError."""
     check(args, TRAINING_COUNTS, lambda count: count >= 1, "at least 1")
+    if "none" in args.log and len(args.log) > 1:
+        raise UserError(f"--log {' '.join(args.log)}: none goes with no other")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
     if args.start_epoch >= args.epochs:
@@ -124,12 +132,15 @@ RANGES = {
     "moco_dim": (1, 2**16), "moco_k": (1, 10**8), "moco_m": (0, 1), "moco_t": (0, 10**3),
     "nearest_neighbours": (0, 10**8), "nn_weight": (0, 10**3), "nn_from_epoch": (0, 10**6),
     "bank_momentum": (0, 1), "color_strength": (0, 10), "max_unreadable": (0, 1),
-    "crop_min": (0, 1), "warmup_epochs": (0, 10**6),
+    "crop_min": (0, 1), "warmup_epochs": (0, 10**6), "multi_crop": (0, 100),
+    "small_size": (1, 10**4), "small_scale": (0, 1), "constrained": (0, 1), "min_iou": (0, 1),
+    "max_iou": (0, 1),
     "workers": (0, 1024), "shuffle_buffer": (1, 10**7), "print_freq": (1, 10**9),
     "knn_every": (0, 10**6), "save_every": (0, 10**6), "save_steps": (0, 10**12),
     "knn_bank": (1, 10**9), "keep": (1, 10**6), "eval_every": (1, 10**6), "seed": (0, 2**32 - 1),
     "max_image_pixels": (1, 10**12), "k": (1, 10**9), "temperature": (0, 10**3),
     "train_share": (0, 1), "cost": (0, 10**9),
+    "top_k": (1, 10**6), "radius": (1, 10**4), "context": (1, 10**4), "segments": (1, 10**4),
     "world_size": (-1, 10**6), "rank": (-1, 10**6), "gpu": (0, 10**4),
 }  # fmt: skip
 

@@ -47,10 +47,10 @@ def linear_parser() -> argparse.ArgumentParser:
     add_dataset_flags(add)
     add("--list", default=None, metavar="FILE",
         help="train on the images of this list alone: paths in train, or file names; default: "
-        "on all")  # fmt: skip
-    add("--train-share", default=None, type=float, metavar="SHARE",
-        help="train on this share of each class's images, drawn by the seed; default: on "
         "all")  # fmt: skip
+    add("--train-share", default=None, type=float, metavar="SHARE",
+        help="train on this share of each class's images, drawn by the seed; default: all of "
+        "them")  # fmt: skip
     parser.set_defaults(
         output="output/linear", epochs=100, lr=30.0, schedule=[60, 80], weight_decay=0.0
     )

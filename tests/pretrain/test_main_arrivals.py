@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moco_det.common.errors import UserError
 from pretrain.engine.optimization import LARS
 from pretrain.engine.trainer import RunSettings
 from pretrain.flags.launch import loading, run_settings
@@ -108,15 +109,52 @@ def test_the_flags_of_the_data(parse):
     args = parse(*flags, "--max-unreadable", "0.3", "--crop-min", "0.4")
     source = build_source(args, CPU, seed=11)
     dataset = source.loader.dataset
-    assert len(dataset.augmentations) == 2
-    for augmentation in dataset.augmentations:
+    assert len(dataset.crops.augmentations) == 2
+    for augmentation in dataset.crops.augmentations:
         assert (augmentation.size, augmentation.aug_plus) == (40, True)
         assert (augmentation.color_strength, augmentation.crop_min) == (0.8, 0.4)
     assert (dataset.seed, source.sampler.seed, source.sampler.batch_size) == (11, 11, 8)
     assert (source.samples, source.steps_per_epoch) == (20, 2)
     assert source.unreadable.tolerated == 0.3
     plain = build_source(parse("--mechanism", "memory-bank"), CPU, seed=11).loader.dataset
-    assert [a.aug_plus for a in plain.augmentations] == [False]
+    assert [a.aug_plus for a in plain.crops.augmentations] == [False]
+
+
+def test_a_list_is_trained_on_alone(parse, images, tmp_path):
+    names = [f"{part}/a/{i}.png" for part in ("train", "val") for i in range(0, 20, 2)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    source = build_source(parse("--list", str(tmp_path / "list.txt")), CPU, seed=11)
+    dataset = source.loader.dataset
+    assert [path.decode() for path in dataset.paths] == sorted(names)
+    assert dataset[0, 3].unreadable == []
+    assert source.describe() == f"20 images of {tmp_path}/list.txt"
+    assert source.state() != build_source(parse(), CPU, seed=11).state()
+    (tmp_path / "list.txt").write_text("\n".join(names[:7]))
+    with pytest.raises(UserError, match=r"7 images of .*list.txt are fewer than the global batch"):
+        build_source(parse("--list", str(tmp_path / "list.txt")), CPU, seed=11)
+    with pytest.raises(UserError, match="--list is about image files"):
+        parse_pretraining(["a.tar", "--list", "list.txt", "--iterations", "3"])
+
+
+def test_the_flags_of_views(parse):
+    flags = ("--multi-crop", "3", "--small-size", "20", "--small-scale", "0.1", "0.3")
+    flags += ("--constrained", "0.4", "--min-iou", "0.1", "--max-iou", "0.6", "--aug-plus")
+    args = parse("--image-size", "40", *flags, "--strong-aug", "mix", "--crop-min", "0.3")
+    crops = build_source(args, CPU, seed=11).loader.dataset.crops
+    assert (crops.share, crops.ious) == (0.4, (0.1, 0.6))
+    query, key, *small = crops.augmentations
+    assert len(small) == 3
+    for view, size, area, strong in (
+        (query, 40, (0.3, 1.0), 0.5),
+        (key, 40, (0.3, 1.0), 0.0),
+        *[(view, 20, (0.1, 0.3), 0.5) for view in small],
+    ):
+        assert (view.size, view.aug_plus, view.strong) == (size, True, strong)
+        assert (view.crop_min, view.crop_max) == area
+    crops = build_source(parse("--multi-crop", "1", "--constrained"), CPU, seed=11)
+    assert crops.loader.dataset.crops.share == 0.1
+    strong = build_source(parse("--strong-aug", "autoaugment"), CPU, seed=11)
+    assert [view.strong for view in strong.loader.dataset.crops.augmentations] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

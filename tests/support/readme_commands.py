@@ -106,10 +106,20 @@ class _Parsed(BaseException):
 def parse(script: Path, arguments: list[str]) -> argparse.Namespace:
     """By the command's own parser and checks, which raise SystemExit or UserError."""
 
-    def parsed(parse_flags):
-        raise _Parsed(parse_flags(arguments))
+    original = argparse.ArgumentParser.parse_args
 
-    with patch("moco_det.common.errors.start_command", parsed):
+    def start_command(parse_flags):
+        with patch.object(argparse.ArgumentParser, "parse_args", original):
+            raise _Parsed(parse_flags(arguments))
+
+    def parse_args(self, args=None, namespace=None):  # of a module for `python -m`
+        raise _Parsed(original(self, args, namespace))
+
+    with (
+        patch("moco_det.common.errors.start_command", start_command),
+        patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        patch("sys.argv", [str(script), *arguments]),
+    ):
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         except _Parsed as flags:

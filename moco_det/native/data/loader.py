@@ -22,13 +22,14 @@ from moco_det.common.ending import prepare_end
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels, max_pixels
 from moco_det.common.processes import ignore_stop_signals, print_on_main, rank, world_size
-from moco_det.config.checks import BatchPlan, is_semantic, wanted_of
+from moco_det.config.checks import BatchPlan, is_depth, is_per_pixel, wanted_of
 from moco_det.datasets import NOTHING, Problems, Wanted, get_dataset
 from moco_det.datasets.dataset import check_images, learnable
 from moco_det.datasets.sharing import PackedList, shared_list
 from moco_det.densepose.points import KEYS as DENSEPOSE_KEYS
 from moco_det.native.data.mapper import (
     DatasetMapper,
+    DepthDatasetMapper,
     SemanticDatasetMapper,
     build_test_mapper,
     build_train_mapper,
@@ -87,9 +88,10 @@ def training_records(
 
 
 def build_training_records(cfg) -> list[dict]:
-    if is_semantic(cfg):
+    if is_per_pixel(cfg):
         records = all_records(cfg.DATASETS.TRAIN)
-        print_on_main(f"training on {len(records)} images with label maps")
+        what = "depth" if is_depth(cfg) else "label"
+        print_on_main(f"training on {len(records)} images with {what} maps")
         return records
     model = cfg.MODEL
     return training_records(
@@ -241,7 +243,10 @@ class MappedRecords(Dataset):
     """
 
     def __init__(
-        self, records: Sequence[dict], mapper: DatasetMapper | SemanticDatasetMapper, seed: int = 0
+        self,
+        records: Sequence[dict],
+        mapper: DatasetMapper | SemanticDatasetMapper | DepthDatasetMapper,
+        seed: int = 0,
     ):
         self.records = records if isinstance(records, PackedList) else PackedList.of(records)
         self.mapper = mapper

@@ -1,7 +1,8 @@
 """Data set records -> model inputs, the images decoded and augmented.
 
     DatasetMapper          objects: resize, flip; boxes, masks, keypoints, dense pose as tensors
-    SemanticDatasetMapper  label maps: scale, flip, crop, pad
+    SemanticDatasetMapper  label maps: scale, flip, crop, pad; or into a frame of fixed size
+    DepthDatasetMapper     depth maps: into a frame of fixed size
 
 A mapper takes a record and a random generator: what it makes is a function of these alone.
 
@@ -19,12 +20,21 @@ from torch import Tensor
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import read_upright
-from moco_det.config.checks import is_semantic
-from moco_det.datasets import get_dataset, read_labels
+from moco_det.config.checks import is_depth, is_per_pixel
+from moco_det.datasets import get_dataset, read_depth, read_labels
 from moco_det.densepose.body import load_symmetries
 from moco_det.densepose.points import DensePosePoints, Symmetries, has_points, read_points
-from moco_det.native.data.transforms import Augmentation, RandomCrop, RandomScale, Transform
-from moco_det.native.modeling.semantic_head import pad
+from moco_det.native.data.transforms import (
+    Augmentation,
+    FixedSize,
+    FramedTransform,
+    RandomCrop,
+    RandomFrame,
+    RandomScale,
+    ScaleChoice,
+    Transform,
+)
+from moco_det.native.modeling.pixel_input import pad
 
 MIN_SIDE = 1e-5  # pixels; a box thinner than this after clipping holds nothing (Detectron2's value)
 
@@ -68,7 +78,7 @@ class DatasetMapper:
         symmetries: of the body's surface; None if no image is flipped.
     """
 
-    augmentation: Augmentation
+    augmentation: Augmentation | FixedSize
     image_format: str
     with_targets: bool
     with_masks: bool = False
@@ -196,7 +206,7 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(keypoints.index(partner.get(name, name)) for name in keypoints)
 
 
-# -- label maps -----------------------------------------------------------------------------------
+# -- label maps, depth maps -----------------------------------------------------------------------
 
 
 @dataclass
@@ -213,7 +223,7 @@ class SemanticDatasetMapper:
         ignore_value: label of such pixels.
     """
 
-    augmentation: Augmentation | RandomScale
+    augmentation: Augmentation | RandomScale | ScaleChoice | RandomFrame
     crop: RandomCrop | None
     image_format: str
     num_classes: int
@@ -248,12 +258,41 @@ class SemanticDatasetMapper:
         return item | {"image": pixels, "sem_seg": labels}
 
 
+@dataclass
+class DepthDatasetMapper:
+    """Turns a record with a depth map into a training input of a `DepthEstimator`.
+
+    Args:
+        augmentation: draws zoom, angle and flip.
+        image_format: channel order the model wants, "BGR" or "RGB".
+    """
+
+    augmentation: RandomFrame
+    image_format: str
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+        """The model's input: "image" uint8 (3, H, W), "depth" (H, W) float32 in metres, 0 where
+        none is known, and of the record "image_id", "height", "width".
+
+        Raises:
+            UserError: a file cannot be read, sizes differ, or a depth is none.
+        """
+        image = read_record_image(record)
+        transform: FramedTransform = self.augmentation.draw(rng, image.height, image.width)
+        item = {key: record[key] for key in ("image_id", "height", "width")}
+        item["image"] = torch.from_numpy(transform.apply_image(image, self.image_format))
+        item["depth"] = torch.from_numpy(transform.apply_depth(read_depth(record)))
+        return item
+
+
 # -- from a config --------------------------------------------------------------------------------
 
 
-def build_train_mapper(cfg) -> DatasetMapper | SemanticDatasetMapper:
+def build_train_mapper(cfg) -> DatasetMapper | SemanticDatasetMapper | DepthDatasetMapper:
     """The mapper of what the model of `cfg` is trained on."""
-    if is_semantic(cfg):
+    if is_depth(cfg):
+        return DepthDatasetMapper(_build_frame(cfg), cfg.INPUT.FORMAT)
+    if is_per_pixel(cfg):
         return build_semantic_mapper(cfg)
     model, flip = cfg.MODEL, _flips(cfg)
     return DatasetMapper(
@@ -270,20 +309,46 @@ def build_train_mapper(cfg) -> DatasetMapper | SemanticDatasetMapper:
 
 
 def build_test_mapper(cfg) -> DatasetMapper:
-    augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
+    if cfg.INPUT.FIXED_SIZE:
+        augmentation = FixedSize(tuple(cfg.INPUT.FIXED_SIZE))
+    else:
+        augmentation = Augmentation((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)
     return DatasetMapper(augmentation, cfg.INPUT.FORMAT, with_targets=False)
 
 
 def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
     """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
-    scale, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.CROP
+    crop = cfg.INPUT.CROP
     return SemanticDatasetMapper(
-        RandomScale(*scale, flip=_flips(cfg)) if scale else _build_augmentation(cfg),
+        _build_scaling(cfg),
         RandomCrop(tuple(crop.SIZE)) if crop.ENABLED else None,
         cfg.INPUT.FORMAT,
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         cfg.MODEL.PIXEL_MEAN,
         cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+    )
+
+
+def _build_scaling(cfg) -> Augmentation | RandomScale | ScaleChoice | RandomFrame:
+    """The resize and flip of the training images of a model of pixels."""
+    scale, choices, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.SCALE_CHOICES, cfg.INPUT.CROP
+    if cfg.INPUT.FIXED_SIZE:
+        return _build_frame(cfg)
+    if choices:
+        window = tuple(crop.SIZE) if crop.ENABLED else ()
+        return ScaleChoice(tuple(choices), window, flip=_flips(cfg))
+    return RandomScale(*scale, flip=_flips(cfg)) if scale else _build_augmentation(cfg)
+
+
+def _build_frame(cfg) -> RandomFrame:
+    mean = tuple(round(value) for value in cfg.MODEL.PIXEL_MEAN)
+    return RandomFrame(
+        tuple(cfg.INPUT.FIXED_SIZE),
+        fill=mean[::-1] if cfg.INPUT.FORMAT == "BGR" else mean,
+        scale=tuple(cfg.INPUT.RANDOM_SCALE),
+        choices=tuple(cfg.INPUT.SCALE_CHOICES),
+        rotation=cfg.INPUT.RANDOM_ROTATION,
+        flip=_flips(cfg),
     )
 
 

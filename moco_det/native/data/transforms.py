@@ -1,7 +1,8 @@
 """The geometry of augmentation as Detectron2's: resize, flip, perhaps a crop.
 
-An `Augmentation` or a `RandomScale` draws a `Transform`, which is then applied to the image and to
-all that is annotated on it.
+An `Augmentation`, a `RandomScale` or a `ScaleChoice` draws a `Transform`, which is then applied to
+the image and to all that is annotated on it. Of models of pixels a `RandomFrame` draws a
+`FramedTransform` instead, for the image and its map.
 
 Shapes: an image is a PIL image or a uint8 array (3, H, W); boxes are (N, 4) float64, XYXY, and
 coordinates (..., 2) float64, XY, both in continuous pixel coordinates of the image they lie on.
@@ -14,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from moco_det.common.errors import UserError
-from moco_det.native.modeling.semantic_head import scaled_size
+from moco_det.datasets.semantic import IGNORED
+from moco_det.native.modeling.pixel_input import Frame, covering_size, scaled_size
 
 # -- one drawn transform --------------------------------------------------------------------------
 
@@ -100,6 +102,38 @@ class Transform:
         return moved[:, list(mirrored)] if self.flip else moved
 
 
+@dataclass(frozen=True)
+class FramedTransform:
+    """One drawn transform: into a frame of fixed size, then perhaps a flip.
+
+    `fill`: the RGB pixel of what becomes empty.
+    """
+
+    frame: Frame
+    fill: tuple[int, int, int]
+    flip: bool = False
+
+    @property
+    def new(self) -> tuple[int, int]:
+        return self.frame.new
+
+    def apply_image(self, image: Image.Image, image_format: str = "RGB") -> np.ndarray:
+        """See `Transform.apply_image`."""
+        framed = self.frame.image(image, self.fill)
+        return Transform(self.new, self.new, self.flip).apply_image(framed, image_format)
+
+    def apply_segmentation(self, labels: np.ndarray) -> np.ndarray:
+        """A uint8 label map (old H, old W) as a contiguous (H, W), `IGNORED` where it is empty."""
+        return self._flipped(self.frame.labels(labels, IGNORED))
+
+    def apply_depth(self, depths: np.ndarray) -> np.ndarray:
+        """A float32 depth map (old H, old W) as a contiguous (H, W), 0 where it is empty."""
+        return self._flipped(self.frame.depths(depths))
+
+    def _flipped(self, values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values[:, ::-1] if self.flip else values)
+
+
 # -- draws ----------------------------------------------------------------------------------------
 
 
@@ -154,6 +188,70 @@ class RandomScale:
         factor = self.smallest + (self.largest - self.smallest) * rng.random()
         new = scaled_size(height, width, factor)
         return Transform((height, width), new, flip=self.flip and rng.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """Draws the `Transform` of an image: its own size times one of `factors`, and a flip half of
+    the time.
+
+    Args:
+        factors: of which one is drawn, each as often as the others.
+        window: (height, width) that the image is enlarged to cover, where it is smaller; () for
+            none.
+        flip: whether to flip left-right at all.
+    """
+
+    factors: Sequence[float]
+    window: Sequence[int] = ()
+    flip: bool = False
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Transform:
+        new = covering_size(height, width, float(rng.choice(self.factors)), self.window)
+        return Transform((height, width), new, flip=self.flip and rng.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class RandomFrame:
+    """Draws the `FramedTransform` of an image: zoom, angle, and a flip half of the time.
+
+    Args:
+        size: (height, width) of the frame.
+        scale: (smallest, largest) zoom, drawn uniformly; () for none.
+        choices: zooms of which one is drawn, in the place of `scale`; () for none.
+        rotation: the largest angle in degrees, to either side, drawn uniformly.
+        fill: the RGB pixel of what becomes empty.
+        flip: whether to flip left-right at all.
+    """
+
+    size: tuple[int, int]
+    fill: tuple[int, int, int]
+    scale: Sequence[float] = ()
+    choices: Sequence[float] = ()
+    rotation: float = 0.0
+    flip: bool = False
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> FramedTransform:
+        zoom, angle = 1.0, 0.0
+        if self.choices:
+            zoom = float(rng.choice(self.choices))
+        elif self.scale:
+            smallest, largest = self.scale
+            zoom = smallest + (largest - smallest) * rng.random()
+        if self.rotation:
+            angle = self.rotation * (2 * rng.random() - 1)
+        frame = Frame((height, width), self.size, zoom, angle)
+        return FramedTransform(frame, self.fill, flip=self.flip and rng.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class FixedSize:
+    """Stretches every image to `size` (height, width); nothing is drawn."""
+
+    size: tuple[int, int]
+
+    def draw(self, rng: np.random.Generator | None, height: int, width: int) -> Transform:
+        return Transform((height, width), self.size)
 
 
 @dataclass(frozen=True)

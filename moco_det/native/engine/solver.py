@@ -1,6 +1,7 @@
-"""SGD and its schedule, as Detectron2 builds them from the SOLVER section."""
+"""SGD or Adam, and its schedule, as Detectron2 builds them from the SOLVER section."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from fvcore.common.param_scheduler import (
@@ -12,7 +13,7 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moco_det.common.errors import UserError
@@ -59,7 +60,7 @@ def parameter_groups(
     ]
 
 
-def clip_each_gradient(optimizer: SGD, kind: str, limit: float, norm_type: float) -> None:
+def clip_each_gradient(optimizer: Optimizer, kind: str, limit: float, norm_type: float) -> None:
     """Have `optimizer` clip every parameter's gradient by itself before each step.
 
     kind: "value" clamps the entries to [-limit, limit]; "norm" scales the gradient of one
@@ -84,21 +85,29 @@ def clip_each_gradient(optimizer: SGD, kind: str, limit: float, norm_type: float
     optimizer.register_step_pre_hook(clip)
 
 
-def lay_out_momentum(optimizer: SGD) -> None:
-    """Give each parameter of a fused optimizer a momentum, in memory as the parameter is.
+def lay_out_momentum(optimizer: Optimizer) -> None:
+    """Have the moments of a fused optimizer lie where, and in memory as, the parameters do.
 
     The kernel takes all for laid out alike, and a checkpoint may come from another device. Where
-    there is none yet it starts as 0: the kernel leaves out a step whose loss, scaled, overflows,
-    but with the first one not what it has allocated, which would be arbitrary numbers.
+    SGD has no momentum yet it starts as 0: the kernel leaves out a step whose loss, scaled,
+    overflows, but with the first one not what it has allocated, which would be arbitrary numbers.
+    (Adam's moments are allocated as 0.)
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["fused"] and group["momentum"] else ():
-            momentum, state = torch.zeros_like(parameter), optimizer.state[parameter]
-            saved = state.get("momentum_buffer")
-            state["momentum_buffer"] = momentum if saved is None else momentum.copy_(saved)
+        for parameter in group["params"] if group["fused"] else ():
+            if isinstance(optimizer, SGD) and group["momentum"]:
+                momentum, state = torch.zeros_like(parameter), optimizer.state[parameter]
+                saved = state.get("momentum_buffer")
+                state["momentum_buffer"] = momentum if saved is None else momentum.copy_(saved)
+            elif isinstance(optimizer, Adam) and parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = torch.zeros_like(parameter).copy_(state[moment])
+                state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
-def build_optimizer(cfg, model: nn.Module) -> SGD:
+def build_optimizer(cfg, model: nn.Module) -> Optimizer:
+    """The optimizer of SOLVER.OPTIMIZER: Adam is torch's, its weight decay part of the gradient."""
     solver = cfg.SOLVER
     groups = parameter_groups(
         model,
@@ -110,7 +119,11 @@ def build_optimizer(cfg, model: nn.Module) -> SGD:
     )
     fused = on_gpu(next(model.parameters()))
     kernels = {"fused": True} if fused else {"foreach": True}
-    optimizer = SGD(groups, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, **kernels)
+    if solver.OPTIMIZER == "Adam":
+        optimizer = Adam(groups, solver.BASE_LR, **kernels)
+    else:
+        settings = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        optimizer = SGD(groups, solver.BASE_LR, **settings, **kernels)
     lay_out_momentum(optimizer)
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
@@ -136,19 +149,48 @@ def with_warmup(
     elif method == "constant":
         warmup = ConstantParamScheduler(first)
     else:
-        raise UserError(f"SOLVER.WARMUP_METHOD is {method!r}: use 'linear' or 'constant'")
+        raise _no_warmup(method)
     return CompositeParamScheduler(
         [warmup, schedule], lengths=[length, 1 - length], interval_scaling=["rescaled", "fixed"]
     )
 
 
-def build_lr_scheduler(cfg, optimizer: SGD) -> LambdaLR:
-    """WarmupMultiStepLR or WarmupCosineLR; to be stepped once an iteration.
+def _no_warmup(method: str) -> UserError:
+    return UserError(f"SOLVER.WARMUP_METHOD is {method!r}: use 'linear' or 'constant'")
 
-    Both are Detectron2's: multiples of each group's own learning rate, functions of the fraction
+
+def poly_multiplier(
+    power: float, max_iter: int, factor: float, length: int, method: str
+) -> Callable[[int], float]:
+    """iteration -> (1 - iteration / max_iter) ** power, times a warm-up in the first `length`.
+
+    As the WarmupPolyLR of Detectron2's DeepLab project, whose warm-up is a factor from `factor` to
+    1 ("linear"), or is `factor` ("constant"), where that of the other schedules replaces them.
+    """
+    if method not in ("linear", "constant"):
+        raise _no_warmup(method)
+
+    def multiplier(iteration: int) -> float:
+        warmup = 1.0
+        if iteration < length:
+            done = iteration / length if method == "linear" else 0.0
+            warmup = factor * (1 - done) + done
+        # The schedule is asked once more after the last iteration.
+        return warmup * max(1 - iteration / max_iter, 0.0) ** power
+
+    return multiplier
+
+
+def build_lr_scheduler(cfg, optimizer: Optimizer) -> LambdaLR:
+    """WarmupMultiStepLR, WarmupCosineLR or WarmupPolyLR; to be stepped once an iteration.
+
+    All are Detectron2's: multiples of each group's own learning rate, functions of the fraction
     of SOLVER.MAX_ITER that is done.
     """
     solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupPolyLR":
+        warmup = solver.WARMUP_FACTOR, solver.WARMUP_ITERS, solver.WARMUP_METHOD
+        return LambdaLR(optimizer, poly_multiplier(solver.POLY_LR_POWER, solver.MAX_ITER, *warmup))
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         schedule = CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
     else:

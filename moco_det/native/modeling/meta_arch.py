@@ -1,7 +1,8 @@
-"""The two meta-architectures, on the base that they share, and `build_model`.
+"""The three meta-architectures, on the base that they share, and `build_model`.
 
     GeneralizedRCNN    images -> backbone -> RPN -> proposals -> ROI heads -> detections
     SemanticSegmentor  images -> backbone -> semantic head -> a score per class and pixel
+    DepthEstimator     images -> backbone -> depth head -> metres per pixel
 
 Behaviour and parameter names are Detectron2's, so that either engine loads the other's weights.
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import clip_boxes_to_image
 
-from moco_det.config.checks import is_semantic
+from moco_det.config.checks import is_depth, is_per_pixel
 from moco_det.densepose.points import DensePosePoints
 from moco_det.native.modeling.backbones import build_backbone
 from moco_det.native.modeling.boxes import Losses, Size, Targets, nonempty, positions
@@ -235,7 +236,7 @@ def _pasted(found: dict, original: Size) -> dict[str, Tensor]:
     return found
 
 
-# -- semantic segmentation ------------------------------------------------------------------------
+# -- semantic segmentation, depth -----------------------------------------------------------------
 
 
 class SemanticSegmentor(MetaArchitecture):
@@ -259,15 +260,15 @@ class SemanticSegmentor(MetaArchitecture):
     def losses(self, batch: list[dict]) -> Losses:
         """{"loss_sem_seg"} of a batch with the label maps "sem_seg" (h, w) int64."""
         images, _ = self.preprocess(batch)
-        labels = self.batch_labels([x["sem_seg"] for x in batch], images.shape[-2:])
+        labels = self.batch_maps([x["sem_seg"] for x in batch], images.shape[-2:])
         return self.sem_seg_head.losses(self.sem_seg_head(self.backbone(images)), labels)
 
-    def batch_labels(self, label_maps: Sequence[Tensor], size: Size) -> Tensor:
-        """Label maps, each (h, w), padded with the ignored label to (N, *size)."""
-        shape, ignored = (len(label_maps), *size), self.sem_seg_head.ignore_value
-        padded = torch.full(shape, ignored, dtype=torch.int64, device=self.device)
-        for target, labels in zip(padded, label_maps, strict=True):
-            target[: labels.shape[0], : labels.shape[1]] = labels.to(self.device, non_blocking=True)
+    def batch_maps(self, maps: Sequence[Tensor], size: Size) -> Tensor:
+        """Maps of the targets, each (h, w), padded with what is ignored to (N, *size)."""
+        shape, ignored = (len(maps), *size), self.sem_seg_head.ignore_value
+        padded = torch.full(shape, ignored, dtype=maps[0].dtype, device=self.device)
+        for target, values in zip(padded, maps, strict=True):
+            target[: values.shape[0], : values.shape[1]] = values.to(self.device, non_blocking=True)
         return padded
 
     @torch.no_grad()
@@ -279,6 +280,24 @@ class SemanticSegmentor(MetaArchitecture):
             {"sem_seg": sem_seg_postprocess(one, size, original_size(x, size))}
             for one, size, x in zip(logits, sizes, batch, strict=True)
         ]
+
+
+class DepthEstimator(SemanticSegmentor):
+    """A backbone and a head that says how far away every pixel is.
+
+    Args:
+        backbone, pixel_mean, pixel_std: see `MetaArchitecture`.
+        sem_seg_head: an `FCNDepthHead`.
+    """
+
+    def losses(self, batch: list[dict]) -> Losses:
+        """{"loss_depth"} of a batch with the depth maps "depth" (h, w) float32."""
+        return super().losses([{**x, "sem_seg": x["depth"]} for x in batch])
+
+    @torch.no_grad()
+    def inference(self, batch: list[dict]) -> list[dict[str, Tensor]]:
+        """{"depth": metres (height, width)} of each original image (the input by default)."""
+        return [{"depth": found["sem_seg"][0]} for found in super().inference(batch)]
 
 
 def sem_seg_postprocess(logits: Tensor, size: Size, original: Size) -> Tensor:
@@ -301,8 +320,9 @@ def build_model(cfg) -> MetaArchitecture:
     """
     backbone = build_backbone(cfg)
     pixels = {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
-    if is_semantic(cfg):
-        model = SemanticSegmentor(backbone, build_semantic_head(cfg, backbone), **pixels)
+    if is_per_pixel(cfg):
+        kind = DepthEstimator if is_depth(cfg) else SemanticSegmentor
+        model = kind(backbone, build_semantic_head(cfg, backbone), **pixels)
     else:
         rpn, heads = build_rpn(cfg, backbone), build_roi_heads(cfg, backbone)
         model = GeneralizedRCNN(backbone, rpn, heads, **pixels)

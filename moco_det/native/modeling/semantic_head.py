@@ -1,14 +1,14 @@
-"""FCN-16s for semantic segmentation (MoCo, arXiv:1911.05722, appendix A.5): head, loss, input.
+"""FCN-16s for semantic segmentation (MoCo, arXiv:1911.05722, appendix A.5), and for depth: heads.
 
     ResNet with dilated res5 -> (N, C, H / 16, W / 16) -> FCN16Head -> logits (N, K, H, W)
-
-The pure functions of its training input are here too, as the mappers of both engines need them.
+                                                       -> FCNDepthHead -> metres (N, 1, H, W)
 
 Shapes: N images of H x W pixels, K classes; a feature map is (N, C, h, w); a label map is (H, W)
-int64, with `ignore_value` where a pixel has no class.
+int64, with `ignore_value` where a pixel has no class; a depth map (H, W) float32 in metres, with 0
+where a pixel has no depth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.checks import semantic_feature
-from moco_det.native.modeling.boxes import Losses, Size
+from moco_det.native.modeling.boxes import Losses
 from moco_det.native.modeling.layers import ConvNorm, Norm
 
 
 class FCN16Head(nn.Module):
-    """Two 3x3 convolutions of dilation 6 with norm and ReLU, a 1x1 classifier, upsampling.
+    """Two dilated 3x3 convolutions with norm and ReLU, a 1x1 classifier, upsampling.
 
     Args:
         in_feature: name of the feature map to work on.
@@ -34,6 +34,7 @@ class FCN16Head(nn.Module):
         norm: their normalisation, see `layers.get_norm`.
         ignore_value: label of the pixels that take no part in the loss.
         loss_weight: factor of the loss.
+        dilation: of the 3x3 convolutions; 6 in the paper.
     """
 
     def __init__(
@@ -46,14 +47,15 @@ class FCN16Head(nn.Module):
         norm: Norm = "SyncBN",
         ignore_value: int = 255,
         loss_weight: float = 1.0,
+        dilation: int = 6,
     ):
         super().__init__()
         self.in_feature = in_feature
         self.stride = stride
         self.ignore_value = ignore_value
         self.loss_weight = loss_weight
-        self.conv1 = ConvNorm(in_channels, channels, 3, norm, dilation=6)
-        self.conv2 = ConvNorm(channels, channels, 3, norm, dilation=6)
+        self.conv1 = ConvNorm(in_channels, channels, 3, norm, dilation=dilation)
+        self.conv2 = ConvNorm(channels, channels, 3, norm, dilation=dilation)
         self.predictor = nn.Conv2d(channels, num_classes, 1)
         c2_msra_fill(self.conv1)
         c2_msra_fill(self.conv2)
@@ -75,6 +77,19 @@ class FCN16Head(nn.Module):
         logits = logits[..., : labels.shape[-2], : labels.shape[-1]]
         loss = pixel_cross_entropy(logits, labels, self.ignore_value)
         return {"loss_sem_seg": loss * self.loss_weight}
+
+
+class FCNDepthHead(FCN16Head):
+    """The same layers with one output: how far away each pixel is, in metres."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ignore_value = 0  # of depths, not of labels
+
+    def losses(self, depths: Tensor, measured: Tensor) -> Losses:
+        """Depths (N, 1, H, W) or larger, and depth maps (N, H, W) -> {"loss_depth": mean}."""
+        depths = depths[:, 0, : measured.shape[-2], : measured.shape[-1]]
+        return {"loss_depth": depth_distance(depths, measured) * self.loss_weight}
 
 
 def upsample(x: Tensor, stride: int) -> Tensor:
@@ -103,6 +118,17 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_value: int) -> Te
     return total / (labels != ignore_value).sum().clamp(min=1)
 
 
+def depth_distance(depths: Tensor, measured: Tensor) -> Tensor:
+    """Mean |depth - measured| over the pixels (N, H, W) that have a depth, those above 0.
+
+    0, with a gradient of 0, where there are none.
+    """
+    known = measured > 0
+    # Not a product with the mask: what is not finite there must not count either.
+    distance = torch.where(known, depths - measured, 0).abs().sum()
+    return distance / known.sum().clamp(min=1)
+
+
 def semantic_head_arguments(
     cfg, channels: Mapping[str, int], strides: Mapping[str, int]
 ) -> dict[str, Any]:
@@ -125,7 +151,11 @@ def semantic_head_arguments(
         "norm": head.NORM,
         "ignore_value": head.IGNORE_VALUE,
         "loss_weight": head.LOSS_WEIGHT,
+        "dilation": head.DILATION,
     }
+
+
+HEADS = {head.__name__: head for head in (FCN16Head, FCNDepthHead)}
 
 
 def build_semantic_head(cfg, backbone: nn.Module) -> FCN16Head:
@@ -137,31 +167,8 @@ def build_semantic_head(cfg, backbone: nn.Module) -> FCN16Head:
         UserError: the config asks for another head, or the backbone has not what the head needs.
     """
     name = cfg.MODEL.SEM_SEG_HEAD.NAME
-    if name != "FCN16Head":
-        raise UserError(f"MODEL.SEM_SEG_HEAD.NAME is {name}: the native engine has FCN16Head only")
-    return FCN16Head(**semantic_head_arguments(cfg, backbone.channels, backbone.strides))
-
-
-# -- its training input ---------------------------------------------------------------------------
-
-
-def scaled_size(height: int, width: int, factor: float) -> Size:
-    """Both sides times `factor`, rounded half up, at least 1."""
-    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
-
-
-def pad(x: Tensor, size: Sequence[int], value: Tensor | int) -> Tensor:
-    """(..., h, w) -> (..., *size), filled with `value` below and on the right.
-
-    Images are filled with the mean pixel, which is 0 after normalisation, and label maps with the
-    ignored label. A tensor as value, (3, 1, 1), gives its dtype to the result. `x` itself, where
-    there is nothing to fill.
-    """
-    height, width = x.shape[-2:]
-    if (height, width) == tuple(size):
-        return x
-    dtype = value.dtype if isinstance(value, Tensor) else x.dtype
-    padded = torch.empty((*x.shape[:-2], *size), dtype=dtype)
-    padded[...] = value
-    padded[..., :height, :width] = x
-    return padded
+    if name not in HEADS:
+        raise UserError(
+            f"MODEL.SEM_SEG_HEAD.NAME is {name}: the native engine has {' and '.join(HEADS)} only"
+        )
+    return HEADS[name](**semantic_head_arguments(cfg, backbone.channels, backbone.strides))

@@ -165,9 +165,9 @@ def test_help_that_nobody_reads_is_no_error(repository):
         ({}, True, None),
         ({"LOCAL_RANK": "1"}, False, None),  # no torchrun
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}, False, None),
-        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1"}, False, 1.3),
-        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "7"}, False, 3.1),
-        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}, True, 5.0),  # after its cause
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1"}, False, 5.3),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "7"}, False, 7.1),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}, True, 10.0),  # after its cause
     ],
 )
 def test_of_processes_that_fail_alike_the_first_speaks(

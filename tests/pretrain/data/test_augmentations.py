@@ -101,7 +101,7 @@ def test_crops_are_distributed_as_torchvision_draws_them(least):
 def test_a_view_is_of_a_crop_of_the_least_area(monkeypatch):
     seen = []
 
-    def drawn(height, width, rng, least):
+    def drawn(height, width, rng, least, most):
         seen.append(least)
         return 0, 0, 8, 8
 

@@ -27,6 +27,7 @@ from pretrain.data.images import (
     training_folder,
 )
 from pretrain.data.listing import find_images
+from pretrain.data.multi_crop import MultiCrop
 
 ORDER = ("first", "second", "third", "fourth")  # of a look, which are used to index
 
@@ -48,8 +49,8 @@ def folder(tmp_path):
 
 
 def views_of(folder, num_views: int = 2) -> ImageViews:
-    augmentations = [MoCoAugmentation(16, True)] * num_views
-    return ImageViews(folder, find_images(folder), augmentations, seed=3)
+    crops = MultiCrop([MoCoAugmentation(16, True)] * num_views)
+    return ImageViews(folder, find_images(folder), crops, seed=3)
 
 
 def test_train_folder_is_preferred(folder):
@@ -61,18 +62,18 @@ def test_train_folder_is_preferred(folder):
 def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
     one, again = views_of(folder), views_of(folder)
     for key in [(0, 1), (0, 2), (1, 1)]:
-        (query, key_view), _ = one[key]
-        (same_query, same_key), _ = again[key]
+        (query, key_view), *_ = one[key]
+        (same_query, same_key), *_ = again[key]
         assert np.array_equal(query, same_query)
         assert np.array_equal(key_view, same_key)
-    (query, key_view), _ = one[(0, 1)]
+    (query, key_view), *_ = one[(0, 1)]
     assert not np.array_equal(query, one[(1, 1)][0][0])
     assert not np.array_equal(query, key_view)
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_and_reported(folder):
     (folder / "class0" / "2.jpg").write_bytes(b"not an image")
-    (query, key), unreadable = views_of(folder)[(0, 1)]
+    (query, key), _, unreadable = views_of(folder)[(0, 1)]
     assert query.shape == key.shape == (16, 16, 3)
     assert len(unreadable) == 1
     assert "class0/2.jpg" in unreadable[0]
@@ -81,7 +82,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_reported(folder):
 def test_nothing_readable_gives_no_batch(folder):
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
-    views, unreadable = collate_views([views_of(folder)[(0, 0)]])
+    views, _, unreadable = collate_views([views_of(folder)[(0, 0)]])
     assert views == []
     assert len(set(unreadable)) == 6
 
@@ -98,7 +99,7 @@ def test_too_many_unreadable_images_are_told_in_one_line_however_long_the_path()
 
 def test_batches_are_stacked_as_uint8(folder):
     dataset = views_of(folder)
-    (queries, keys), unreadable = collate_views([dataset[(0, i)] for i in range(4)])
+    (queries, keys), _, unreadable = collate_views([dataset[(0, i)] for i in range(4)])
     assert queries.shape == keys.shape == (4, 16, 16, 3)
     assert queries.dtype == keys.dtype
     assert np.array_equal(queries[2].numpy(), dataset[(0, 2)][0][0])
@@ -107,15 +108,15 @@ def test_batches_are_stacked_as_uint8(folder):
 
 def test_without_keys_the_query_stays_and_no_key_is_made(folder):
     dataset = views_of(folder, num_views=1)
-    (queries,), _ = collate_views([dataset[(0, i)] for i in range(3)])
+    (queries,), *_ = collate_views([dataset[(0, i)] for i in range(3)])
     assert np.array_equal(queries[2].numpy(), views_of(folder)[(0, 2)][0][0])
 
 
 def test_views_of_different_sizes_make_a_tensor_each(folder):
     """As multi-crop has them; the first views' draws do not depend on the later ones."""
     augmentations = [MoCoAugmentation(size, True) for size in (16, 16, 8)]
-    dataset = ImageViews(folder, find_images(folder), augmentations, seed=3)
-    views, _ = collate_views([dataset[(0, i)] for i in range(4)])
+    dataset = ImageViews(folder, find_images(folder), MultiCrop(augmentations), seed=3)
+    views, *_ = collate_views([dataset[(0, i)] for i in range(4)])
     assert [tuple(view.shape) for view in views] == [(4, 16, 16, 3), (4, 16, 16, 3), (4, 8, 8, 3)]
     for view, expected in zip(views, views_of(folder)[(0, 1)][0], strict=False):
         assert np.array_equal(view[1].numpy(), expected)
@@ -162,7 +163,7 @@ class FirstPixel(MoCoAugmentation):
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_batch_says_which_images_it_is_of(folder, step):
     """Also where an epoch is gone on with: a memory bank finds its rows by these."""
-    source = FolderSource(folder, [FirstPixel(16, True)], Loading(2, 5, 0, False, 0.0))
+    source = FolderSource(folder, MultiCrop([FirstPixel(16, True)]), Loading(2, 5, 0, False, 0.0))
     source.start(3, step)
     order = np.random.default_rng((5, 3)).permutation(6)
     found = list(source)
@@ -202,7 +203,7 @@ def test_an_image_is_decoded_once_no_larger_than_its_views_need(monkeypatch, siz
     encoded, reductions = encoded_photograph(), decoded(monkeypatch)
     augment = MoCoAugmentation(size, True)
     for seed in range(20):
-        make_views(encoded, [augment] * 2, np.random.default_rng(seed))
+        make_views(encoded, MultiCrop([augment] * 2), np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         sides = [side for _ in range(2) for side in augment.draw(600, 800, rng).window[2:]]
         assert min(sides) / reductions[-1] >= size or reductions[-1] == 1
@@ -214,7 +215,7 @@ def test_an_image_is_decoded_once_no_larger_than_its_views_need(monkeypatch, siz
 
 def test_a_png_is_decoded_whole(monkeypatch):
     encoded, reductions = encoded_photograph("PNG"), decoded(monkeypatch)
-    make_views(encoded, [MoCoAugmentation(16, True)], np.random.default_rng(0))
+    make_views(encoded, MultiCrop([MoCoAugmentation(16, True)]), np.random.default_rng(0))
     assert reductions == [1]
 
 
@@ -227,7 +228,7 @@ def test_views_of_a_smaller_decoding_are_near_those_of_the_whole(monkeypatch, sh
         whole = encoded.decode()
         for seed in range(4):
             reductions.clear()
-            (view,) = make_views(encoded, [crop], np.random.default_rng(seed))
+            (view,), _ = make_views(encoded, MultiCrop([crop]), np.random.default_rng(seed))
             expected = crop(whole, np.random.default_rng(seed))
             difference = np.abs(view.pixels.astype(float) - expected.pixels).mean()
             if reductions == [1]:
@@ -251,16 +252,17 @@ def test_an_image_whose_jpeg_opencv_refuses_is_reduced_by_pillow(monkeypatch):
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_crops_carry_their_looks_in_order(folder, num_views):
     whole = views_of(folder, num_views)
-    cropped = ImageViews(folder, find_images(folder), [MoCoCrop(16, True)] * num_views, seed=3)
+    crops = MultiCrop([MoCoCrop(16, True)] * num_views)
+    cropped = ImageViews(folder, find_images(folder), crops, seed=3)
     samples = [cropped[(0, i)] for i in range(4)]
-    views, _ = collate_views(samples)
-    expected, _ = collate_views([whole[(0, i)] for i in range(4)])
+    views, *_ = collate_views(samples)
+    expected, *_ = collate_views([whole[(0, i)] for i in range(4)])
     assert len(views) == num_views
     for number, (view, made) in enumerate(zip(views, expected, strict=True)):
         assert view.pixels.shape == (4, 16, 16, 3)
         assert view.look.shape == (4, len(Look._fields))
         assert view.look.dtype == torch.float32
-        for i, (sample, _) in enumerate(samples):
+        for i, (sample, *_) in enumerate(samples):
             look = Look(*sample[number].look.tolist())
             orders = look._replace(**{name: int(getattr(look, name)) for name in ORDER})
             crop = apply_look(sample[number].pixels, orders)

@@ -13,6 +13,7 @@ from pretrain.data.listing import (
     class_folders,
     find_images,
     fingerprint,
+    read_list,
     seen_alike,
 )
 
@@ -131,3 +132,50 @@ def test_a_single_process_agrees_with_itself():
 
 def fail():
     raise UserError("no images")
+
+
+# -- lists ----------------------------------------------------------------------------------------
+
+
+def listed(tmp_path: Path, content: bytes) -> Path:
+    touch(tmp_path, "data/train/a/1.jpg", "data/train/b/2.jpg", "data/3 4.png", "other/5.jpg")
+    (tmp_path / "list.txt").write_bytes(content)
+    return tmp_path / "list.txt"
+
+
+def test_a_list_names_images_from_data_on_or_anywhere(tmp_path):
+    other = os.fsencode(tmp_path / "other/5.jpg")
+    content = b"train/b/2.jpg\r\n\n./3 4.png\n" + other + b"\ntrain/../train/a/1.jpg"
+    paths = read_list(listed(tmp_path, content), tmp_path / "data")
+    assert list(paths) == sorted([b"train/a/1.jpg", b"train/b/2.jpg", b"3 4.png", other])
+
+
+def test_only_the_set_of_a_lists_images_counts(tmp_path, monkeypatch):
+    whole = os.fsencode(tmp_path / "data/train/a/1.jpg")
+    one = read_list(listed(tmp_path, b"train/b/2.jpg\ntrain/a/1.jpg\n"), tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for content in (b"train/a/1.jpg\ntrain/b/2.jpg", whole + b"\ntrain/b/2.jpg\n"):
+        again = read_list(listed(tmp_path, content), Path("data"))
+        assert fingerprint(again) == fingerprint(one)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "--list .*list.txt names no image"),
+        (b"\n \n", "names no image"),
+        (b"\x89PNG\0\n", "is no text file"),
+        (b"train/a/1.jpg\n./train/a/1.jpg\n", "names 1 images again, such as train/a/1.jpg"),
+        (b"train/a/9.jpg\ntrain/a/1.jpg\nc/1.jpg\n",
+            "2 of the 3 images of --list .*list.txt are not in .*data: c/1.jpg, train/a/9.jpg$"),
+        (b"1.jpg\n2.jpg\n3.jpg\n4.jpg\n", "4 of the 4 .*: 1.jpg, 2.jpg, 3.jpg, ...$"),
+    ],
+)  # fmt: skip
+def test_what_a_list_lacks_is_named_before_the_work(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read_list(listed(tmp_path, content), tmp_path / "data")
+
+
+def test_no_list_is_an_error_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*absent.txt"):
+        read_list(tmp_path / "absent.txt", tmp_path)

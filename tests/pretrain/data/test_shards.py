@@ -26,8 +26,11 @@ import webdataset
 from recorded_run import SIZE, numbered_image, write_shards
 
 from moco_det.common.errors import LONGEST, UserError
+from moco_det.common.images import check_image
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.images import make_views
+from pretrain.data.multi_crop import MultiCrop
 from pretrain.data.shards import (
     BrokenShard,
     Position,
@@ -61,7 +64,7 @@ def stream(
     view=MoCoAugmentation(8, True),  # noqa: B008
     buffer=6,
 ):
-    return Stream(urls, streams, number, [view] * 2, 3, buffer, position)
+    return Stream(urls, streams, number, MultiCrop([view] * 2), 3, buffer, position)
 
 
 def one_pass(urls, number=0, streams=1, epoch=0) -> list[int]:
@@ -103,13 +106,42 @@ def test_views_are_those_of_the_folder_code(pattern):
     urls, expected = find_shards(pattern), MoCoAugmentation(16, True)
     for number in (0, 1):
         reader = stream(urls, number, 2, view=MoCoAugmentation(16, True))
-        views, _ = reader.next_views(reader.samples())
+        views, *_ = reader.next_views(reader.samples())
         assert len(views) == 2
         sample = next(stream(urls, number, 2).samples())
         image = cv2.imdecode(np.frombuffer(sample["png"], np.uint8), cv2.IMREAD_COLOR)
         rng = np.random.default_rng((3, 0, 1, number))
         for view in views:
             assert np.array_equal(view, expected(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), rng))
+
+
+@pytest.mark.parametrize("where", ["cpu", "device"])
+def test_small_crops_of_shards_are_those_of_the_folder_code(pattern, where):
+    """All switches of the views at once, of a stream that goes on after a batch."""
+    flags = ("--multi-crop", "3", "--small-size", "16", "--constrained", "1", "--strong-aug", "mix")
+    flags += ("--max-iou", "0.5", "--aug-plus", "--samples-per-epoch", "16", "--augment-on", where)
+    made = source(pattern, *flags)
+    assert made.conditions == ("free_pairs", "free_crops")
+    first, second = itertools.islice(made, 2)
+    again = source(pattern, *flags)
+    again.resume(made.state() | {"processes": [{"positions": [(0, 8)], "turn": 0}]}, Path("last"))
+    assert_same_bits(list(next(iter(again))), list(second))
+    stream = next(iter(made._streams().streams))
+    stream.position = Position()
+    samples = stream.samples()
+    for number in range(8):
+        sample = next(samples)
+        encoded = check_image(sample["png"], "image")
+        rng = np.random.default_rng((7, 0, number + 1, 0))
+        views, free = make_views(encoded, stream.crops, rng)
+        assert first.free_crops[number].tolist() == free
+        for batch, view in zip(first.views, views, strict=True):
+            if where == "device":
+                assert np.array_equal(batch.look[number], view.look)
+                batch, view = batch.pixels, view.pixels
+            assert np.array_equal(batch[number], view)
+    sizes = [getattr(view, "pixels", view).shape[1] for view in first.views]
+    assert sizes == [SIZE, SIZE, 16, 16, 16]
 
 
 @pytest.mark.parametrize("taken", [1, 7, 15])
@@ -132,8 +164,8 @@ def test_an_unreadable_sample_is_passed_over_and_named(tmp_path):
             )
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes())
     batch = next(stream([str(tmp_path / "a.tar")], buffer=1).batches(4))
-    assert [view.shape for view in batch.views] == [(4, 8, 8, 3)] * 2
-    assert batch.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
+    assert [view.shape for view in batch.loaded.views] == [(4, 8, 8, 3)] * 2
+    assert batch.loaded.unreadable == [f"{tmp_path}/a.tar: 0002.png: truncated file"]
     assert batch.position == (0, 5)
 
 

@@ -234,6 +234,15 @@ def test_a_condition_is_told_once_a_start(images, tmp_path, capsys):
     assert [finding.step for finding in examine(tmp_path)] == [0, 2]
 
 
+def test_pairs_whose_iou_cannot_be_met_are_counted_and_told(images, tmp_path, capsys):
+    """Two crops of 45 % of a square are hardly ever disjoint."""
+    run(images, tmp_path, "--max-iou", "0", "--crop-min", "0.45", "--iterations", "2")
+    assert values(tmp_path, "free_pairs") == [1.0, 1.0]
+    (line,) = (line for line in said(capsys) if "pairs" in line)
+    assert line.startswith("doctor: 100% of the pairs of large crops have an IoU outside --min-iou")
+    assert conditions(tmp_path).keys() >= {"free_pairs"}
+
+
 def test_a_log_that_a_kill_cut_short(tmp_path):
     lines = [json.dumps({"step": 1, "loss": math.nan, "chance_loss": 3.0}), '{"step": 2, "lo']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
@@ -304,6 +313,9 @@ def heard(tmp_path, *reports: dict, lr: float = 0.03) -> set[str]:
         ({"loss": 5.55}, "rising"),
         ({"feature_std": 0.16 / 128**0.5}, None),  # evenly spread features have 1 / sqrt(dim)
         ({"feature_std": 0.14 / 128**0.5}, "collapse"),
+        ({"free_crops": 0.04, "free_pairs": 0.04}, None),
+        ({"free_crops": 0.06, "free_pairs": 0.0}, "free_crops"),
+        ({"free_pairs": 0.06}, "free_pairs"),
     ],
 )
 def test_where_health_ends(tmp_path, report, condition):

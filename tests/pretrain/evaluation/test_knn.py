@@ -1,5 +1,6 @@
 import copy
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_the_monitor_sees_running_statistics_and_leaves_the_model_as_it_was(tmp_
                 Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
     bn, pool, head = nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Linear(3, 2)
     bn.running_mean = -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225])  # of black
-    encoder = nn.Sequential(bn, pool, head).train()
+    encoder = nn.Sequential(OrderedDict(bn=bn, pool=pool, fc=head)).train()
     before, draws = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
     assert KnnMonitor(tmp_path, 8, 0, torch.device("cpu"), k=1).top1(encoder) == 100.0
     assert all(module.training for module in encoder.modules())

@@ -7,6 +7,7 @@ import torch
 
 from moco_det.common.errors import UserError
 from pretrain.flags.common import RANGES, as_flags
+from pretrain.flags.dense import davis_parser, segment_retrieval_parser
 from pretrain.flags.evaluation import (
     knn_parser,
     linear_parser,
@@ -18,7 +19,7 @@ from pretrain.flags.evaluation import (
     voc_svm_parser,
 )
 from pretrain.flags.launch import launch, loading, run_settings
-from pretrain.flags.pretraining import parse_pretraining, pretraining_parser
+from pretrain.flags.pretraining import parse_keywords, parse_pretraining, pretraining_parser
 
 
 def test_a_flag_beside_a_recipe_wins(tmp_path):
@@ -66,6 +67,41 @@ def test_the_published_commands_parse():
 def test_two_schedules_are_refused():
     with pytest.raises(UserError, match="--cos and --lr-decay-every are two schedules"):
         parse_pretraining(["DATA", "--cos", "--lr-decay-every", "10"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--constrained", "--constrained is about small crops: pass --multi-crop N as well"),
+        ("--multi-crop 4 --constrained 1.5", "--constrained 1.5: it takes numbers from 0 to 1"),
+        ("--multi-crop -1", "--multi-crop -1: it takes numbers from 0 to 100"),
+        ("--multi-crop 4 --small-size 0", "--small-size must be at least 1"),
+        ("--small-scale 0.2 0.1", "--small-scale 0.2 0.1: it takes the least and the largest"),
+        ("--small-scale 0 0.1", "--small-scale 0 0.1: it takes"),
+        ("--multi-crop 4 --mechanism memory-bank", "belongs to --mechanism moco"),
+        ("--strong-aug mix --mechanism memory-bank", "has a single view of an image"),
+        ("--max-iou 0.5 --mechanism memory-bank", "has a single view of an image"),
+        ("--min-iou 0.6 --max-iou 0.5", "--min-iou 0.6 is above --max-iou 0.5"),
+        ("--min-iou 1", "--min-iou 1: two random crops are never the same"),
+        ("--max-iou 0.3 --crop-min 0.7", "--max-iou 0.3 cannot be met: .* an IoU of 0.4 at least"),
+        ("--min-iou nan", "--min-iou nan: it takes numbers from 0 to 1"),
+    ],
+)
+def test_views_that_cannot_be_drawn_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_pretraining(["DATA", *words.split()])
+
+
+def test_a_recipe_constrains_crops_and_a_flag_beside_it_sets_them_free(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text, share in (("true", 0.1), ("0.3", 0.3)):
+        recipe.write_text(f"multi_crop: 4\nconstrained: {text}\nsmall_scale: [0.1, 0.2]\n")
+        argv = ["DATA", "--recipe", str(recipe)]
+        args = parse_pretraining(argv)
+        assert (args.multi_crop, args.constrained, args.small_scale) == (4, share, [0.1, 0.2])
+        assert parse_pretraining([*argv, "--constrained", "0"]).constrained == 0
+    for given, share in ((True, 0.1), (0.3, 0.3), (None, 0.0)):
+        assert parse_keywords("DATA", {"multi_crop": 4, "constrained": given}).constrained == share
 
 
 def test_the_published_command_parses_and_the_defaults_are_the_papers():
@@ -194,8 +230,8 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 
 def test_every_number_has_a_range():
-    parsers = (pretraining_parser(), linear_parser(), knn_parser(), voc_svm_parser(),
-               summary_parser())  # fmt: skip
+    parsers = (pretraining_parser(), linear_parser(), knn_parser())
+    parsers += (voc_svm_parser(), summary_parser(), segment_retrieval_parser(), davis_parser())
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
     assert numbers == RANGES.keys()
 
