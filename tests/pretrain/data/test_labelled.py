@@ -126,7 +126,7 @@ def test_a_share_is_that_of_each_class_and_the_seed_s(uneven):
 
 def test_a_list_names_images_by_path_or_by_file(uneven, tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text("b06.png\n\n a/a01.png \r\nc00.png\nb06.png\n")
+    path.write_text("b06.png\n\n a/a01.png \r\ntrain/c/c00.png\nb06.png\n")
     part = listed_images(uneven, path)
     assert part.paths == ["a/a01.png", "b/b06.png", "c/c00.png"]
     assert part.labels.tolist() == [0, 1, 2]
