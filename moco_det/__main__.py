@@ -17,6 +17,7 @@ COMMANDS = {
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",
     "voc-svm": "pretrain/voc_svm.py",
+    "summary": "pretrain/summary.py",
     "segment-retrieval": "pretrain/segment_retrieval.py",
     "davis": "pretrain/davis.py",
     "embed": "pretrain/embed.py",

@@ -2,7 +2,8 @@
 
 `draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task, and
 `compared` puts the two side by side for some of its images. Below them, `draw_objects` draws
-`Objects`, `draw_labels` a label map, and `draw_depth` a depth map.
+`Objects`, `draw_labels` a label map, `draw_depth` a depth map, and `draw_heat` a map of values, as
+of where a classifier sees its class.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
@@ -35,6 +36,7 @@ from moco_det.densepose.points import BOX_SIDE, decode_iuv, has_points, read_poi
 MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
+HEAT_OPACITY = 0.7  # where a map is largest
 FARTHEST_SHOWN = 10.0  # metres; what is beyond has the last colour. NYU's depths end here
 COMPARED, LONGEST_COMPARED = 4, 640  # images of a data set, pixels of a side of one
 SCORE_COMPARED = 0.5  # lowest score that is drawn beside annotations
@@ -100,15 +102,15 @@ def draw_annotations(
     classes, shades = classes or dataset.classes, palette(dataset.classes)
     if dataset.evaluator == "sem_seg":
         labels = read_labels(record, len(dataset.classes))
-        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+        return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
     if dataset.evaluator == "depth":
-        return draw_depth(_enlarged(image, scale), _repeated(read_depth(record), scale))
+        return draw_depth(enlarged(image, scale), _repeated(read_depth(record), scale))
     stated, size = (record["height"], record["width"]), tuple(image.shape[1:])
     if stated != size:
         _skip(f"the size of image {record['image_id']}, {list(stated)}; its file has {list(size)}")
         record = record | {"height": size[0], "width": size[1]}
     objects = annotated_objects(record, classes, shades)
-    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+    return draw_objects(enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
 def draw_prediction(
@@ -127,12 +129,12 @@ def draw_prediction(
     size = tuple(image.shape[1:])
     if dataset.evaluator == "sem_seg":
         labels = predicted_labels(prediction, size)
-        return draw_labels(_enlarged(image, scale), _repeated(labels, scale), classes, shades)
+        return draw_labels(enlarged(image, scale), _repeated(labels, scale), classes, shades)
     if dataset.evaluator == "depth":
         depths = predicted_depths(prediction, size)
-        return draw_depth(_enlarged(image, scale), _repeated(depths, scale))
+        return draw_depth(enlarged(image, scale), _repeated(depths, scale))
     objects = predicted_objects(prediction, size, classes, threshold, shades)
-    return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+    return draw_objects(enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
 
 
 def compared(
@@ -164,7 +166,8 @@ def compared(
         yield f"{name}/{number}", torch.cat(pair, dim=2)
 
 
-def _enlarged(image: Tensor, scale: float) -> Tensor:
+def enlarged(image: Tensor, scale: float) -> Tensor:
+    """The picture at `scale` times its size."""
     if scale == 1:
         return image
     height, width = (round(side * scale) for side in image.shape[1:])
@@ -398,15 +401,37 @@ def draw_labels(
     return _write(image, places, [classes[c] for c in found], colours)
 
 
+def draw_heat(image: Tensor, heat: Tensor, label: str, scale: float = 1) -> Tensor:
+    """The image with a map over it: the larger a value, the warmer and the less transparent.
+
+    Values of zero and less are not drawn; the largest one has full strength.
+
+    Args:
+        heat: (h, w), of any size: it is laid over the whole image.
+        label: written in the corner; "" for none.
+    """
+    image = enlarged(image, scale)
+    warm = interpolate(heat[None, None].float(), image.shape[1:], mode="bilinear")[0, 0]
+    warm = warm.clamp(min=0) / warm.max().clamp(min=1e-12)
+    opacity = HEAT_OPACITY * warm
+    drawn = (opacity * _shades(warm.numpy()) + (1 - opacity) * image).round().to(torch.uint8)
+    return _write(drawn, np.zeros((1, 4)), [label], [(0, 0, 0)]) if label else drawn
+
+
 def draw_depth(image: Tensor, depths: np.ndarray) -> Tensor:
     """The depths (H, W) in metres as colours: near ones red, far ones blue, on one scale always.
 
     Where there is none, the image is left as it is.
     """
-    nearness = 255 * (1 - np.clip(depths / FARTHEST_SHOWN, 0, 1))
-    shades = cv2.applyColorMap(np.rint(nearness).astype(np.uint8), cv2.COLORMAP_TURBO)
-    colours = torch.from_numpy(shades[:, :, ::-1].copy()).permute(2, 0, 1)  # of OpenCV: BGR
+    colours = _shades(1 - np.clip(depths / FARTHEST_SHOWN, 0, 1))
     return torch.where(torch.from_numpy(depths > 0), colours, image)
+
+
+def _shades(values: np.ndarray) -> Tensor:
+    """Values (H, W) in [0, 1] as colours uint8 (3, H, W), from blue to red."""
+    levels = np.rint(255 * values).astype(np.uint8)
+    shades = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)
+    return torch.from_numpy(shades[:, :, ::-1].copy()).permute(2, 0, 1)  # of OpenCV: BGR
 
 
 def _inside(mask: np.ndarray) -> tuple[float, float]:

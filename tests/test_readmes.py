@@ -148,7 +148,8 @@ def check(command) -> None:
 
 def flags(command) -> set[str]:
     """All long flags of a command, or of the subcommand that is its first word."""
-    subcommand = command.arguments[:1] if command.script.name == "benchmark.py" else []
+    named = command.script.name == "benchmark.py" or command.arguments[:1] == ["cam"]
+    subcommand = command.arguments[:1] if named else []
     return _flags(command.script, *subcommand)
 
 

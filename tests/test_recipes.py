@@ -1,4 +1,4 @@
-"""The recipes of configs/pretrain and configs/finetune, value by value.
+"""The recipes of configs/pretrain, configs/finetune and configs/linear, value by value.
 
 `PAPERS` has every flag that decides what a run computes, as the papers give it; a recipe's flags
 and the commands' defaults together must come to exactly these. The papers' numbers are read from
@@ -42,8 +42,16 @@ FINETUNING = {
     "arch": "resnet50", "image_size": 224, "small_stem": False, "batch_size": 256, "epochs": 100,
     "start_epoch": 0, "lr": 0.03, "schedule": [70, 90], "momentum": 0.9, "weight_decay": 1e-4,
     "amp": "auto", "finetune": True, "bn_groups": None, "cache_features": False,
+    "dataset": "folders", "train_share": None,
 }  # fmt: skip
 LINEAR = FINETUNING | {"lr": 30.0, "schedule": [60, 80], "weight_decay": 0.0, "finetune": False}
+
+# Not the paper's, which gives none: MoCo's of ImageNet.
+TRANSFER = {
+    f"linear/{name}_r50": LINEAR | {"dataset": name}
+    for name in ("cifar10", "cars", "food101", "pets", "places365", "sun397")
+}
+TRANSFER["linear/places365_r50"] |= {"epochs": 14, "schedule": [8, 11]}
 
 PAPERS = {
     "pretrain/moco_v1_r50": V1,
@@ -77,7 +85,7 @@ SMALL = {
         "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1,
     },
 }  # fmt: skip
-EXPECTED = PAPERS | {name: V2 | changes for name, changes in SMALL.items()}
+EXPECTED = PAPERS | TRANSFER | {name: V2 | changes for name, changes in SMALL.items()}
 
 # Flags of where a run reads and writes and of how fast it is, which its numbers do not depend on.
 NO_NUMBER = {
@@ -86,21 +94,21 @@ NO_NUMBER = {
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
-    "log",
+    "download", "log",
 }  # fmt: skip
 
 
 def recipes() -> set[str]:
     return {
         f"{folder}/{path.stem}"
-        for folder in ("pretrain", "finetune")
+        for folder in ("pretrain", "finetune", "linear")
         for path in (CONFIGS / folder).glob("*.yaml")
     }
 
 
 def effective(name: str) -> dict:
     """Every flag that decides on numbers, of a command run with the recipe alone."""
-    parse = parse_linear if name.startswith("finetune") else parse_pretraining
+    parse = parse_pretraining if name.startswith("pretrain/") else parse_linear
     args = parse(["DATA", "--recipe", str(CONFIGS / f"{name}.yaml")])
     return {flag: value for flag, value in vars(args).items() if flag not in NO_NUMBER}
 

@@ -5,21 +5,28 @@ python tools/check_data.py --config-file configs/X.yaml
 python tools/check_data.py --config-file configs/X.yaml --images all
 python tools/check_data.py --config-file configs/X.yaml DATASETS.TRAIN voc:DIR:train
 python tools/check_data.py --davis DIR
+python tools/check_data.py --labels food101=DIR voc2007=DIR folders=IMAGENET
 
 Reports every problem of every set: missing files and where to get them; counts that differ from
 the official ones; images that cannot be decoded or have another size than annotated; boxes
 of zero area; missing masks and keypoints; broken dense pose, and files of the body model that it
 needs; classes that do not fit the model; wrong versions. --davis checks DAVIS 2017, for
 pretrain/davis.py: frames without masks, sizes that differ, objects that are not numbered from 1.
+--labels checks the data sets of pretrain/linear.py and pretrain/voc_svm.py: layout, published
+counts, missing images.
 """
 
 import argparse
+from pathlib import Path
 
 try:
     from moco_det.common.errors import command_parser, exit_cleanly, start_command
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
 from moco_det.config.flags import add_config_arguments
+from pretrain.flags.evaluation import DATASETS
+
+LABELLED = (*DATASETS, "voc2007")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -27,14 +34,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_config_arguments(parser, required=False, help="YAML config (default: none)")
     add = parser.add_argument
     add("--davis", metavar="DIR", help="DAVIS 2017, its list val (default: none)")
+    add("--labels", nargs="+", type=_labelled, default=[], metavar="NAME=DIR",
+        help=f"labelled images of {', '.join(LABELLED)} (default: none)")  # fmt: skip
     add("--images", type=_count, default=100, metavar="N",
         help="images and label maps to decode of each set, or 'all'")  # fmt: skip
     add("--list", type=int, default=10, metavar="N",
         help="problems of each kind to print for each set; 0 for all")  # fmt: skip
     args = parser.parse_args(arguments)
-    if not (args.config_file or args.davis):
-        parser.error("name what to check: --config-file FILE or --davis DIR")
+    if not (args.config_file or args.davis or args.labels):
+        parser.error("name what to check: --config-file FILE, --davis DIR or --labels NAME=DIR")
     return args
+
+
+def _labelled(text: str) -> tuple[str, Path]:
+    """NAME=DIR."""
+    name, _, folder = text.partition("=")
+    if name not in LABELLED or not folder:
+        names = ", ".join(LABELLED)
+        raise argparse.ArgumentTypeError(f"write NAME=DIR, where NAME is one of {names}")
+    return name, Path(folder)
 
 
 def _count(text: str) -> int | None:
@@ -50,12 +68,12 @@ if __name__ == "__main__":
     start_command(parse)  # --help and mistakes end here, before the imports that take seconds
 
 import sys
-from pathlib import Path
 
 from moco_det.common.images import allow_pixels
 from moco_det.config.loading import load_config
 from moco_det.dataset_doctor import Report, describe, examine, table
 from pretrain.data.davis import OFFICIAL, Davis
+from pretrain.data.label_doctor import SplitReport, examine_labels
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
             reports += examine(cfg, args.images)
         if args.davis:
             reports.append(examine_davis(Davis(Path(args.davis)), args.images))
+        for name, folder in args.labels:
+            reports += [reported(split) for split in examine_labels(name, folder, args.images)]
     for report in reports:
         if report.problems or report.notes:
             print(describe(report, args.list), end="\n\n")
@@ -87,6 +107,16 @@ def examine_davis(davis: Davis, limit: int | None) -> Report:
             report.refuse("image", text)
         if len(videos) != OFFICIAL[davis.split]:
             report.note(f"{len(videos)} sequences; the official list has {OFFICIAL[davis.split]}")
+    return report
+
+
+def reported(split: SplitReport) -> Report:
+    """What was found of labelled images, as the table has it."""
+    report = Report(split.name, classes=split.classes, decoded=split.decoded)
+    if split.images is not None:
+        report.listed(split.images)
+    for kind, text in split.problems:
+        report.refuse(kind, text)
     return report
 
 

@@ -170,9 +170,9 @@ def find_dataset(name: str, data: Path, download: bool = False) -> Splits:
         return find_splits(data)
     benchmark = known(name)
     if download:
-        on_main(_read_both, benchmark, data, True)
+        on_main(read_splits, benchmark, data, True)
     found = seen_alike(
-        lambda: _read_both(benchmark, data, False),
+        lambda: read_splits(benchmark, data),
         lambda splits: [split.fingerprint for split in splits[1:]],
     )
     for line in unlike_published(benchmark, found):
@@ -188,8 +188,8 @@ def known(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def _read_both(benchmark: Benchmark, data: Path, download: bool) -> Splits:
-    """Classes, train and the split that is evaluated on."""
+def read_splits(benchmark: Benchmark, data: Path, download: bool = False) -> Splits:
+    """Classes, train and the split that is evaluated on. Raises UserError: see `find_dataset`."""
     if download and not benchmark.downloads:
         raise UserError(f"torchvision cannot fetch {benchmark.title}: {_wanted(benchmark)}")
     try:

@@ -159,13 +159,14 @@ def class_balanced(split: LabelledSplit, share: float, seed: int) -> LabelledSpl
 def listed_images(split: LabelledSplit, path: Path) -> LabelledSplit:
     """Those images of a split that a file lists, in the order of the split.
 
-    Each line is an image's path in the split, or its file's name alone, as in SimCLR's lists of 1 %
-    and 10 % of ImageNet.
+    Each line is an image's path in the split's folder or in that folder's parent, as subset.py has
+    it, or its file's name alone, as in SimCLR's lists of 1 % and 10 % of ImageNet.
 
     Raises:
         UserError: the split lacks one of them, or has several of the name.
     """
-    wanted = set(read_lines(path))
+    inner = f"{split.folder.name}/"
+    wanted = {line.removeprefix(inner) for line in read_lines(path)}
     if not wanted:
         raise UserError(f"--list {path} lists no image")
     index_of = {name: index for index, name in enumerate(split.paths) if name in wanted}
@@ -191,14 +192,13 @@ def listed_images(split: LabelledSplit, path: Path) -> LabelledSplit:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text that are not blank, without space around them.
-
-    Raises UserError for what is no text in UTF-8."""
-    try:
-        text = read_regular(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is no text in UTF-8 ({error.reason})") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """The lines of a text that are not blank, without space around them; bytes that are no UTF-8 as
+    in the names of files. Raises UserError for what is no text."""
+    content = read_regular(path)
+    if b"\0" in content:
+        raise UserError(f"cannot read {path}: it is no text")
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 # -- iNaturalist 2018 -----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What a pretrained encoder is worth without a detector: kNN, the linear protocol, fine-tuning.
 
 Start with `features.py`, from a checkpoint to features, and `knn.py`, which classifies them without
-training; `classification.py` has the two protocols that train. The loop that they train in is
-`engine.trainer`, their data are in `data.labelled`.
+training; `classification.py` has the two protocols that train, `class_activation.py` pictures of
+what they see, `svm.py` VOC's classification. The loop that they train in is `engine.trainer`, their
+data are in `data.labelled`, `data.benchmarks` and `data.voc_labels`.
 
 Of feature maps: `spatial_features.py`, from an encoder to maps at stride 8; for DAVIS
 `label_propagation.py`, `region_measures.py` and `video_segmentation.py`; for VOC's segments

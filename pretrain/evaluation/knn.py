@@ -8,7 +8,7 @@ Shape legend:
     Q: queries       k: neighbours
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,9 +136,15 @@ class KnnMonitor:
         """Whether DATA has class folders in both train/ and val/, on every process. Collective."""
         return all(all_objects(all(class_folders(data / split) for split in ("train", "val"))))
 
-    @torch.inference_mode()
     def top1(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in percent; the same value on every process.
+        """Top-1 accuracy in percent of k neighbours; see `top1_of`."""
+        return self.top1_of(encoder, [self.k])[0]
+
+    @torch.inference_mode()
+    def top1_of(self, encoder: nn.Module, ks: Sequence[int]) -> list[float]:
+        """Top-1 accuracies in percent of several numbers of neighbours, from the same features.
+
+        The same values on every process.
 
         Raises UserError where there is no readable image in train or in val, or where a process
         runs out of memory; on every process.
@@ -154,21 +160,21 @@ class KnnMonitor:
         if not counts.sum(dim=0).all():
             part = "val" if counts[:, 0].any() else "train"
             raise UserError(f"no image in {self.data / part} can be read")
-        k = min(self.k, int(counts[:, 0].sum()))
-        together(lambda: self._reserve(bank.shape[1], k))
-        correct, step = 0, max(1, QUERIES // world_size())
+        ks = [min(k, int(counts[:, 0].sum())) for k in ks]
+        together(lambda: self._reserve(bank.shape[1], max(ks)))
+        correct, step = np.zeros(len(ks), int), max(1, QUERIES // world_size())
         shown = set(np.linspace(0, len(asked) - 1, SHOWN).astype(int)) if is_main() else set()
         self.found.clear()
         for start in range(0, int(counts[:, 1].max()), step):
             mine = (padded(part[start : start + step], step) for part in (queries, asked))
             # Of all processes' queries. The main process's are the first ones.
             everyones, of_everyone = map(gather, mine)
-            found = self._search(bank, numbers, everyones.float(), k)
-            correct += self._correct(*found, of_everyone)
+            found = self._search(bank, numbers, everyones.float(), max(ks))
+            correct += [self._correct(*(part[:, :k] for part in found), of_everyone) for k in ks]
             for row in sorted(shown & set(range(start, min(start + step, len(asked))))):
                 cosines, near = (part[row - start, :NEIGHBOURS].tolist() for part in found)
                 self.found.append((int(asked[row]), list(zip(cosines, near, strict=True))))
-        return from_main(100.0 * correct / int(counts[:, 1].sum()))
+        return from_main([100.0 * int(count) / int(counts[:, 1].sum()) for count in correct])
 
     def _search(self, bank: Tensor, numbers: Tensor, queries: Tensor, k: int):
         """Cosines and numbers of the images of train that are nearest to each query, Q x k both."""

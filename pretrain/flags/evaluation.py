@@ -21,6 +21,7 @@ from pretrain.flags.common import (
 FOLDERS = "folders"
 DATASETS = (FOLDERS, "cifar10", "food101", "pets", "places365", "cars", "sun397")
 COST, COSTS, FOLDS = 0.5, (0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000), 3
+STAGES = ("knn", "linear", "finetune_1", "finetune_10", "finetune_100")  # of a summary
 
 
 def linear_parser() -> argparse.ArgumentParser:
@@ -151,6 +152,53 @@ def parse_voc_svm(argv: list[str]) -> argparse.Namespace:
     check(args, ["cost"], lambda cost: cost > 0, "above 0")
     if args.cross_validate and args.cost != COST:
         raise UserError("--cross-validate chooses the costs: drop it, or --cost")
+    check_ranges(args)
+    return args
+
+
+def summary_parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "Run every evaluation of a checkpoint's page: kNN, the linear protocol, and fine-tuning on "
+        "1 %, 10 % and 100 % of the labels.",
+        data="as for linear.py",
+        arch="that of the checkpoint",
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="WEIGHTS", help=PRETRAINED)
+    add("--output", default="output/summary", metavar="DIR",
+        help="folder of the runs and of summary.json and summary.md; what it holds is not run "
+        "again")  # fmt: skip
+    add("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",
+        help=f"which to run, of {', '.join(STAGES)}")  # fmt: skip
+    add("--lists", nargs="+", default=[], metavar="PERCENT=FILE",
+        help="lists of the images to fine-tune on, such as SimCLR's of ImageNet: 1=FILE 10=FILE; "
+        "default: as large a share of each class, drawn by the seed")  # fmt: skip
+    add("-b", "--batch-size", default=256, type=int,
+        help="global; learning rates are scaled with it")  # fmt: skip
+    add("--epochs", default=None, type=int,
+        help="length of each training, its drops moved alike; default: its protocol's")  # fmt: skip
+    add_dataset_flags(add)
+    add("--small-stem", action="store_true", help="as the encoder was pretrained")
+    add("--cache-features", action="store_true",
+        help="the linear protocol on features of centre crops, computed once")  # fmt: skip
+    add("--amp", default="auto", choices=["auto", *AMP],
+        help="mixed precision of the encoder")  # fmt: skip
+    add("--seed", default=0, type=int, help="of all draws")
+    add("--max-unreadable", default=0.01, type=float, help="share of the images that may be")
+    add("-p", "--print-freq", default=100, type=int, help="steps between two log lines")
+    return parser
+
+
+def parse_summary(argv: list[str]) -> argparse.Namespace:
+    """Flags, checked; `lists` becomes {stage: file}. Raises UserError."""
+    args = summary_parser().parse_args(argv)
+    counts = ["batch_size", "epochs", "image_size", "max_image_pixels", "print_freq"]
+    check(args, counts, lambda count: count >= 1, "at least 1")
+    pairs = [word.partition("=") for word in args.lists]
+    for percent, _, file in pairs:
+        if percent not in ("1", "10") or not file:
+            raise UserError(f"--lists {percent}: write 1=FILE or 10=FILE")
+    args.lists = {f"finetune_{percent}": file for percent, _, file in pairs}
     check_ranges(args)
     return args
 

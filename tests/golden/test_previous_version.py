@@ -33,6 +33,7 @@ def finished(command, codes=(0,)) -> str:
 ADDED = {
     "/config/max_image_pixels", "/config/warmup_epochs", "/data/images", "/data/hash",
     "/numbered_from", "/config/nearest_neighbours", "/config/nn_weight", "/config/nn_from_epoch",
+    "/config/dataset", "/config/download", "/config/list", "/config/train_share",
     "/config/multi_crop", "/config/small_size",
 }  # fmt: skip
 

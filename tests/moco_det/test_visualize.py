@@ -134,6 +134,22 @@ def test_box_mask_and_keypoint_are_drawn_where_they_are():
     assert image.sum() == 0  # the photograph itself is left alone
 
 
+def test_heat_is_warm_where_it_is_large_and_clear_where_it_is_not():
+    image = torch.full((3, 40, 80), 100, dtype=torch.uint8)
+    heat = torch.tensor([[-5.0, 0.0, 4.0, 8.0]])
+    picture = visualize.draw_heat(image, heat, "")
+    assert picture.shape == image.shape
+    assert (picture[:, 20, :10] == 100).all()  # below zero nothing is drawn
+    red, _, blue = picture[:, 20, 79].tolist()
+    assert red > 100 > blue  # the warm end of the map
+    changed = (picture.int() - 100).abs().sum(0)[20]
+    assert changed[30] < changed[50] < changed[75]
+    none = visualize.draw_heat(image, torch.full((2, 2), -1.0), "")
+    assert torch.equal(none, image)
+    assert visualize.draw_heat(image, heat, "", scale=2).shape == (3, 80, 160)
+    assert not torch.equal(visualize.draw_heat(image, heat, "cat 90%"), picture)
+
+
 def test_annotated_dense_pose():
     places = {"dp_x": [0.0, 128.0], "dp_y": [64.0, 256.0]}
     values = {"dp_I": [1.0, 24.0], "dp_U": [0.0, 1.0], "dp_V": [1.0, 0.5]}

@@ -15,11 +15,13 @@ from paths import REPOSITORY
 from pretraining_runs import checkpoint, values
 from sklearn.linear_model import LogisticRegression
 from torchvision.models import resnet18
+from torchvision_layouts import write_cifar10
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import BEST
-from pretrain.flags.evaluation import parse_linear
+from pretrain.flags.evaluation import parse_knn, parse_linear
+from pretrain.knn import classify as classify_by_neighbours
 from pretrain.linear import build_encoder, classify
 
 CPU = torch.device("cpu")
@@ -205,8 +207,25 @@ def test_an_unreadable_image_is_left_out(images, pretrained, tmp_path, capsys):
         (["-e"], "pass --resume"),
         (["--resume", "PRETRAINED"], "is no classifier of this data"),
         (["--lr", "nan"], "--lr nan: it takes numbers from 0"),
+        (["--dataset", "pets"], "does not hold Oxford-IIIT Pets: Dataset not found"),
+        (["--train-share", "0"], "--train-share must be above 0 and at most 1"),
+        (["--train-share", "0.5", "--list", "a"], "pass one of them"),
+        (["--list", "absent.txt"], r"cannot read absent\.txt"),
     ],
-    ids=["arch", "stem", "absent", "none", "batch", "evaluate", "resume", "nan"],
+    ids=[
+        "arch",
+        "stem",
+        "absent",
+        "none",
+        "batch",
+        "evaluate",
+        "resume",
+        "nan",
+        "dataset",
+        "share",
+        "list",
+        "no list",
+    ],
 )
 def test_bad_input_is_named(images, pretrained, tmp_path, flags, message):
     flags = [str(pretrained) if flag == "PRETRAINED" else flag for flag in flags]
@@ -237,6 +256,24 @@ def test_a_missing_val_is_one_line_without_traceback(images, pretrained, tmp_pat
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert "DATA needs train/CLASS and val/CLASS" in done.stderr
+
+
+def test_a_data_set_of_torchvision_and_a_part_of_its_labels(narrow, tmp_path, monkeypatch, capsys):
+    """The class names come with it; a share of its labels is drawn by the seed, a list is read."""
+    write_cifar10(tmp_path, monkeypatch)
+    flags = ["-a", NARROW, "-b", "1", "--epochs", "1", "--dataset", "cifar10", "--schedule"]
+    train(tmp_path, narrow, tmp_path / "run", *flags, "--train-share", "0.5")
+    assert checkpoint(tmp_path / "run")["classes"] == ["airplane", "cat"]
+    out = capsys.readouterr().out
+    assert "features of 2 images of test" in out
+    assert "2 images of 2 classes, 2 steps an epoch" in out  # of two cats one, and the airplane
+    (tmp_path / "list.txt").write_text("train/00001\n")
+    again = [*flags, "--list", str(tmp_path / "list.txt")]
+    train(tmp_path, narrow, tmp_path / "listed", *again)
+    assert "1 images of 2 classes" in capsys.readouterr().out
+    knn = ["--pretrained", str(narrow), "-a", NARROW, "--dataset", "cifar10", "-j", "0"]
+    classify_by_neighbours(parse_knn([str(tmp_path), *knn, "-k", "3", "--image-size", "32"]), CPU)
+    assert "kNN top-1 " in capsys.readouterr().out
 
 
 def test_a_classifier_keeps_the_names_of_its_classes(images, narrow, tmp_path):

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 from commands import load_command
+from noisy_colours import write_images
 from PIL import Image
 from tiny_davis import write_tiny_davis
 from tiny_voc import write_tiny_config, write_tiny_voc
+
+from pretrain.data.label_doctor import NAMES
 
 
 @pytest.fixture
@@ -91,4 +94,33 @@ def test_davis_is_checked_without_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main([])
     assert stop.value.code == 2
-    assert "name what to check: --config-file FILE or --davis DIR" in capsys.readouterr().err
+    assert (
+        "name what to check: --config-file FILE, --davis DIR or --labels NAME=DIR"
+        in capsys.readouterr().err
+    )
+
+
+def test_labelled_images_are_checked_without_a_config(tmp_path, capsys):
+    write_images(tmp_path)
+    (tmp_path / "val/b/03.png").unlink()
+    (tmp_path / "val/b/04.png").write_bytes(b"broken")
+    tool = load_command("tools/check_data.py")
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["--labels", f"folders={tmp_path}", f"pets={tmp_path}", "--images", "all"])
+    assert stop.value.code == 1
+    told, rows = capsys.readouterr().out.rsplit("\n\n", 1)
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines()[2:]]
+    assert [row[1:] for row in cells] == [
+        ["50", "-", "-", "2", "50", "none"],
+        ["40", "-", "-", "2", "40", "1"],
+        ["-", "-", "-", "-", "0", "1"],
+    ]
+    assert "b/04.png cannot be decoded: not an image" in told
+    assert "layout: " in told and "DATA needs oxford-iiit-pet/images/" in told
+    with pytest.raises(SystemExit):
+        tool.main(["--labels", "food102=x"])
+    assert "write NAME=DIR, where NAME is one of folders, cifar10" in capsys.readouterr().err
+
+
+def test_the_names_are_those_that_the_doctor_knows():
+    assert load_command("tools/check_data.py").LABELLED == NAMES

@@ -7,6 +7,7 @@ import pytest
 import torch
 from commands import load_command
 from PIL import Image
+from small_classifier import write_classifier
 from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_voc import write_tiny_config, write_tiny_voc
 
@@ -139,3 +140,29 @@ def test_a_bad_shape_is_skipped_with_a_line_and_the_rest_is_drawn(tmp_path, caps
     assert all(line.startswith("skipped: ") for line in lines)
     assert "image 2 has a height and width of [1000000000, 1000000000]" in lines[0]
     assert "annotation 1 of image 1 has a polygon with inf" in lines[1]
+
+
+def test_activation_maps_of_a_classifier(voc, draw, tmp_path, capsys):
+    """Of files and folders, the photograph on the left; an unreadable image is told of."""
+    classifier = write_classifier(tmp_path / "checkpoint_best.pth.tar")
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for name in ("008", "009"):
+        (folder / f"{name}.jpg").write_bytes((voc / f"JPEGImages/{name}.jpg").read_bytes())
+    (folder / "broken.jpg").write_bytes(b"broken")
+    one = voc / "JPEGImages/010.jpg"
+    pictures = draw("cam", classifier, one, folder, "--beside", "--class", "bee")
+    assert list(pictures) == ["008.png", "009.png", "010.png"]
+    assert "skipped: cannot read image" in capsys.readouterr().err
+    photograph = np.asarray(Image.open(one))
+    assert np.array_equal(pictures["010.png"][:, : photograph.shape[1]], photograph)
+    assert (pictures["010.png"][:, photograph.shape[1] :] != photograph).any()
+    draw("cam", classifier, folder, "--sheet", "--width", "100", "--limit", "1")
+    assert (tmp_path / "pictures/sheet.png").is_file()
+    for arguments, message in (
+        (("--class", "bea"), "did you mean bee"),
+        (("--limit", "1", "--max-image-pixels", "10"), "there is no image to draw"),
+    ):
+        with pytest.raises(SystemExit):
+            draw("cam", classifier, folder, *arguments)
+        assert message in capsys.readouterr().err

@@ -16,8 +16,10 @@ from pretrain.data.labelled import (
     LabelledImages,
     RandomCrops,
     centre_crop,
+    class_balanced,
     find_splits,
     list_class_folders,
+    listed_images,
 )
 
 
@@ -99,6 +101,46 @@ def test_a_category_of_val_alone_is_refused(data):
 def test_neither_layout_is_said(tmp_path):
     with pytest.raises(UserError, match="needs train/CLASS and val/CLASS, or iNaturalist 2018"):
         find_splits(tmp_path)
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Train of 40 images of a class, 7 of another and one of a third."""
+    for label, count in zip("abc", (40, 7, 1), strict=True):
+        folder = tmp_path / "train" / label
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{label}{number:02d}.png").touch()
+    return list_class_folders(tmp_path / "train", ["a", "b", "c"])
+
+
+def test_a_share_is_that_of_each_class_and_the_seed_s(uneven):
+    for share, counts in ((0.1, [4, 1, 1]), (0.5, [20, 4, 1]), (1, [40, 7, 1])):
+        part = class_balanced(uneven, share, seed=3)
+        assert np.bincount(part.labels).tolist() == counts
+        assert part.paths == sorted(set(part.paths))
+        assert [path[0] for path in part.paths] == ["abc"[label] for label in part.labels]
+    draws = [class_balanced(uneven, 0.1, seed).paths for seed in (3, 3, 4)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_list_names_images_by_path_or_by_file(uneven, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("b06.png\n\n a/a01.png \r\ntrain/c/c00.png\nb06.png\n")
+    part = listed_images(uneven, path)
+    assert part.paths == ["a/a01.png", "b/b06.png", "c/c00.png"]
+    assert part.labels.tolist() == [0, 1, 2]
+    (uneven.folder / "a" / "same.png").touch()
+    (uneven.folder / "b" / "same.png").touch()
+    split = list_class_folders(uneven.folder, ["a", "b", "c"])
+    for text, message in (
+        ("a99.png\na98.png\na01.png", r"list\.txt has 2 .* lacks: 'a98\.png', 'a99\.png'"),
+        ("same.png", r"several images called same\.png: write their paths"),
+        ("\n", "lists no image"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            listed_images(split, path)
 
 
 def test_training_crops_are_torchvisions_and_depend_on_seed_epoch_and_index(tmp_path):

@@ -71,7 +71,7 @@ def written(root, name, text):
         (lambda r: (r / "JPEGImages").rename(r / "Images"), "lacks the folder JPEGImages"),
         (lambda r: (r / "ImageSets").rename(r / "Lists"), r"no VOC in .*ImageSets/Main/.*VOCtest"),
         (lambda r: (r / "ImageSets/Main/dog_test.txt").write_bytes(b"\xff\xfe\x00"),
-            "cannot read .* no text in UTF-8"),
+            "cannot read .*: it is no text"),
     ],
     ids=["list", "line", "image", "images", "none", "text"],
 )  # fmt: skip

@@ -13,6 +13,9 @@ from pretrain.flags.evaluation import (
     linear_parser,
     parse_knn,
     parse_linear,
+    parse_summary,
+    parse_voc_svm,
+    summary_parser,
     voc_svm_parser,
 )
 from pretrain.flags.launch import launch, loading, run_settings
@@ -134,8 +137,10 @@ def test_defaults_of_fine_tuning_are_the_papers_and_flags_win_over_recipes(repos
         (pretraining_parser, parse_pretraining),
         (linear_parser, parse_linear),
         (knn_parser, lambda argv: parse_knn([*argv, "--pretrained", "random"])),
+        (voc_svm_parser, lambda argv: parse_voc_svm([*argv, "--pretrained", "random"])),
+        (summary_parser, lambda argv: parse_summary([*argv, "--pretrained", "random"])),
     ],
-    ids=["pretraining", "linear", "knn"],
+    ids=["pretraining", "linear", "knn", "voc_svm", "summary"],
 )
 def test_every_command_has_the_flags_of_the_launch_and_no_abbreviations(parser, parse, capsys):
     args = parse(["DATA", "--gpu", "3", "--world-size", "2", "--rank", "1"])
@@ -226,7 +231,7 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 def test_every_number_has_a_range():
     parsers = (pretraining_parser(), linear_parser(), knn_parser())
-    parsers += (voc_svm_parser(), segment_retrieval_parser(), davis_parser())
+    parsers += (voc_svm_parser(), summary_parser(), segment_retrieval_parser(), davis_parser())
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
     assert numbers == RANGES.keys()
 
