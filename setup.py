@@ -90,6 +90,8 @@ setup(
         "evaluation": EVALUATION,
         "parquet": ["pyarrow"],  # pretrain/embed.py
         "hub": HUB,
+        "wandb": ["wandb>=0.16"],  # --log of pretrain/main.py and linear.py
+        "mlflow": ["mlflow>=2.9"],
         "test": [
             *["pytest", "pytest-xdist>=3.2", "ruff", "scipy"],
             *EVALUATION,

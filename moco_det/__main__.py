@@ -17,6 +17,8 @@ COMMANDS = {
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",
     "voc-svm": "pretrain/voc_svm.py",
+    "segment-retrieval": "pretrain/segment_retrieval.py",
+    "davis": "pretrain/davis.py",
     "embed": "pretrain/embed.py",
     "doctor": "pretrain/doctor.py",
     "convert": "tools/convert_to_d2.py",
@@ -54,7 +56,7 @@ def listing() -> str:
     lines = []
     for name, script in COMMANDS.items():
         about = ast.get_docstring(ast.parse(own_file(script).read_text())).splitlines()[0]
-        lines.append(f"  {name:14s}{about}")
+        lines.append(f"  {name:19s}{about}")
     return "\n".join(lines)
 
 

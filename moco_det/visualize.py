@@ -1,14 +1,16 @@
 """Annotations and predictions of every task, drawn on their images.
 
-`draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task; below
-them, `draw_objects` draws `Objects`, `draw_labels` a label map, and `draw_depth` a depth map.
+`draw_annotations` and `draw_prediction` are for an image of a data set, whatever its task, and
+`compared` puts the two side by side for some of its images. Below them, `draw_objects` draws
+`Objects`, `draw_labels` a label map, and `draw_depth` a depth map.
 
 N objects in an image of H x W pixels, K keypoints each. Pictures are uint8 (3, H, W), RGB.
 """
 
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +36,8 @@ MASK_OPACITY = 0.45
 LABEL_MAP_OPACITY = 0.6
 SURFACE_OPACITY = 0.8
 FARTHEST_SHOWN = 10.0  # metres; what is beyond has the last colour. NYU's depths end here
+COMPARED, LONGEST_COMPARED = 4, 640  # images of a data set, pixels of a side of one
+SCORE_COMPARED = 0.5  # lowest score that is drawn beside annotations
 KEYPOINT_SHOWN = 0.05  # score of a predicted keypoint from which it is drawn; Detectron2's
 
 
@@ -129,6 +133,35 @@ def draw_prediction(
         return draw_depth(_enlarged(image, scale), _repeated(depths, scale))
     objects = predicted_objects(prediction, size, classes, threshold, shades)
     return draw_objects(_enlarged(image, scale), objects.enlarged(scale), skeleton_of(dataset))
+
+
+def compared(
+    dataset: Dataset, predictions: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """`COMPARED` images, spread over a data set: the annotated one, and to its right the predicted.
+
+    Args:
+        predictions: of the data set's images, see `moco_det.evaluation`.
+
+    Yields:
+        "DATASET/NUMBER", the same each time, and a picture at most 2 x `LONGEST_COMPARED` wide.
+    """
+    records, found = dataset.records(), {p["image_id"]: p for p in predictions}
+    name = re.sub(r"[^A-Za-z0-9-]+", "_", dataset.name)
+    for number, index in enumerate(
+        np.unique(np.linspace(0, len(records) - 1, COMPARED, dtype=int))
+    ):
+        record = records[index]
+        if record["image_id"] not in found:
+            continue
+        image = read_image(record)
+        scale = min(1, LONGEST_COMPARED / max(image.shape[1:]))
+        prediction = found[record["image_id"]]
+        pair = (
+            draw_annotations(image, record, dataset, scale=scale),
+            draw_prediction(image, prediction, dataset, SCORE_COMPARED, scale=scale),
+        )
+        yield f"{name}/{number}", torch.cat(pair, dim=2)
 
 
 def _enlarged(image: Tensor, scale: float) -> Tensor:

@@ -6,13 +6,14 @@ Start with `run.py`: it builds what the flags of `main.py`, or a program's argum
 trains. From there a step goes through `data` (files to views), `moco` (views to logits) and
 `engine` (logits to a checkpoint).
 
-    main linear knn embed doctor   commands: flags, then what they ask for; nobody imports a command
+    main linear knn voc_svm segment_retrieval davis embed doctor
+                             commands: flags, then what they ask for; nobody imports a command
     run.py                   one run of pretraining, for main.py and for Python programs
     flags/                   their flags, recipes and launch: the last to see an argparse.Namespace
     data/                    images to batches
     moco/                    the papers' algorithms
     engine/                  the training loop and what it leaves on the disk
-    evaluation/              kNN, the linear protocol, fine-tuning
+    evaluation/              kNN, the linear protocol, fine-tuning, feature maps
 
 Of `moco_det` only `moco_det.common` is known here: the checkpoint is the interface to detection.
 """

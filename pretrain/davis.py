@@ -7,10 +7,14 @@
 Label propagation, as in "Revisiting Contrastive Methods" (Table 5): nothing is trained.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.dense import parse_davis
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_davis)  # --help and mistakes end before the imports that take seconds
 
 import argparse
 import contextlib
@@ -18,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from moco_det.common.files import RunFiles, check_output_file, claimed, replacing, write_json
+from moco_det.common.files import check_output_file, replacing, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
+from moco_det.common.run_folders import RunFiles, claimed
 from pretrain.data.davis import Davis
 from pretrain.engine.device import use_deterministic_kernels
 from pretrain.evaluation.features import load_encoder
@@ -33,7 +38,6 @@ from pretrain.evaluation.video_segmentation import (
     follow_all,
     mean_measures,
 )
-from pretrain.flags.dense import parse_davis
 from pretrain.flags.launch import launch
 
 ROWS = 8  # videos of the sheet

@@ -38,7 +38,7 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import StopRequest, print_on_main, world_size
+from moco_det.common.processes import StopRequest, on_main, print_on_main, world_size
 from pretrain.data.benchmarks import find_dataset
 from pretrain.data.images import Loading
 from pretrain.data.labelled import (
@@ -51,6 +51,7 @@ from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import seed_run, settle_precision
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
+from pretrain.engine.trackers import check_packages
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.classification import (
     Classification,
@@ -70,6 +71,7 @@ from pretrain.moco.grouped_batchnorm import choose_bn_groups
 def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Train a classifier, or evaluate one, on `device`; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
+    on_main(check_packages, args.log)
     output = Path(args.output)
     claim = checkpoints.claimed_output(output, args.resume, args.overwrite, args.pretrained)
     with contextlib.nullcontext() if args.evaluate else claim:

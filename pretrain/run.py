@@ -18,7 +18,13 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import StopRequest, print_on_main, workers_per_process, world_size
+from moco_det.common.processes import (
+    StopRequest,
+    on_main,
+    print_on_main,
+    workers_per_process,
+    world_size,
+)
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation, MoCoCrop
 from pretrain.data.images import FolderSource, training_folder
@@ -30,6 +36,7 @@ from pretrain.engine.device import seed_run, settle_precision
 from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD, build_schedule
 from pretrain.engine.pretraining import MoCoPretraining
+from pretrain.engine.trackers import check_packages
 from pretrain.engine.trainer import Trainer
 from pretrain.evaluation.features import pooled
 from pretrain.evaluation.knn import KnnMonitor
@@ -126,6 +133,7 @@ def train(
 ) -> Pretrained:
     """From images to a checkpoint, on `device`; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
+    on_main(check_packages, args.log)
     output = Path(args.output)
     claim = checkpoints.claimed_output(output, args.resume, args.overwrite)
     with StopRequest() as stop, claim:
@@ -230,14 +238,14 @@ def build_task(
     sgd = args.lr, args.momentum, args.weight_decay
     scaled, lars = args.amp == "fp16", args.optimizer == "lars"
     optimizer = ScheduledSGD(model, *sgd, schedule, scale_gradients=scaled, lars=lars)
-    monitor = None
+    knn = None
     data = Path(args.data)
     if args.knn_every and KnnMonitor.applies_to(data):
         workers = workers_per_process(args.workers)
         try:
-            monitor = KnnMonitor(
+            knn = KnnMonitor(
                 data, args.image_size, workers, device, bank_size=args.knn_bank, seed=seed
-            ).top1
+            )
         except UserError as error:  # on every process alike; it must not stop a run
             print_on_main(f"warning: no kNN monitor: {error}")
     return MoCoPretraining(
@@ -247,7 +255,8 @@ def build_task(
         source,
         seed,
         AMP_DTYPES[args.amp],
-        monitor=monitor,
+        monitor=knn.top1 if knn else None,
+        draw_neighbours=knn.draw_neighbours if knn else None,
         knn_every=args.knn_every,
         keep=args.keep,
         save_every=args.save_every,

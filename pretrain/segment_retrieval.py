@@ -7,10 +7,14 @@
 As in "Revisiting Contrastive Methods" (Table 6): nothing is trained but k-means within each image.
 """
 
-from moco_det.common.ending import start_command
+try:
+    from moco_det.common.errors import start_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e . in the folder of moco_det") from None
+from pretrain.flags.dense import parse_segment_retrieval
 
 if __name__ == "__main__":
-    start_command()  # before the imports that take seconds
+    start_command(parse_segment_retrieval)  # --help and mistakes end here, before slow imports
 
 import argparse
 from pathlib import Path
@@ -25,7 +29,6 @@ from pretrain.engine.device import use_deterministic_kernels
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.segments import Segmenter, draw_retrievals, k_means, scores
 from pretrain.evaluation.spatial_features import SpatialFeatures
-from pretrain.flags.dense import parse_segment_retrieval
 from pretrain.flags.launch import launch
 
 

@@ -34,8 +34,8 @@ ALLOWED = {
     "native": set(),
     "native.modeling": LIBRARY,
     "native.data": {*LIBRARY, "native.modeling"},
-    "native.engine": {*LIBRARY, "native.modeling", "native.data", "parity"},
-    "plugin": {*LIBRARY, "native.modeling", "parity"},
+    "native.engine": {*LIBRARY, "native.modeling", "native.data", "parity", "visualize"},
+    "plugin": {*LIBRARY, "native.modeling", "parity", "visualize"},
     "pretrain": {"common"},
 }
 ALLOWED["benchmark"] = ALLOWED.keys() - {None, "__main__"} | {"pretrain"}

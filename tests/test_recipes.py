@@ -101,6 +101,7 @@ NO_NUMBER = {
     "world_size", "rank", "dist_url", "dist_backend", "gpu", "multiprocessing_distributed",
     "overwrite", "restart_epoch", "max_image_pixels", "augment_on", "knn_bank",
     "keep", "save_every", "knn_every", "eval_every", "shuffle_buffer", "pretrained", "evaluate",
+    "log",
 }  # fmt: skip
 
 

@@ -204,11 +204,13 @@ EXTRAS = {
     "cityscapesscripts": "cityscapes",
     "huggingface_hub": "hub",
     "lvis": "lvis",
+    "mlflow": "mlflow",
     "pyarrow": "parquet",
     "safetensors": "hub",
     "scipy": "densepose",
     "sklearn": "evaluation",
     "submitit": "slurm",
+    "wandb": "wandb",
     "webdataset": "webdataset",
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where pip calls it something else

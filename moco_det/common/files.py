@@ -7,15 +7,16 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from moco_det.common.errors import UserError
 
 MAX_PIXELS = 178_956_970  # of an image, unless more are allowed; Pillow's limit
 PROBE = b"\0" * 65536  # of a disk that is full
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp(\.[^.]*)?")  # the names that `replacing` gives
+Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
@@ -148,6 +149,18 @@ def is_running(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+# -- which of many --------------------------------------------------------------------------------
+
+
+def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """`limit` of `items` at equal distances, the first and the last among them; None: all."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    if limit <= 1:
+        return list(items[:limit])
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 # -- what a file holds ----------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import argparse
 from moco_det.common.installation import yaml_path
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, help: str = "YAML config"
+) -> None:
     """--config-file FILE, and KEY VALUE pairs after all flags (`args.opts`)."""
-    add_config_file(parser, required=True)
+    add_config_file(parser, required, help)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from moco_det.common.errors import UserError
+from moco_det.common.files import evenly_spaced
 from moco_det.common.images import UnreadableImage, image_size
 from moco_det.datasets.problems import Problem, Problems, refuse_each
 
@@ -257,12 +258,3 @@ def size_problem(image: ListedImage, size: tuple[int, int]) -> Problem:
     (height, width), (h, w) = image.size, size
     text = f"{image.path} is {w}x{h} pixels, its annotation says {width}x{height}"
     return Problem("size", text)
-
-
-def evenly_spaced(items: Sequence, limit: int | None) -> list:
-    """`limit` of `items` at equal distances, the first and the last among them; None: all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    if limit <= 1:
-        return list(items[:limit])
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

@@ -29,6 +29,7 @@ from detectron2.evaluation import (
 )
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -68,6 +69,7 @@ from moco_det.evaluation.predictions import (
 )
 from moco_det.native.modeling.pixel_input import pad, scaled_size
 from moco_det.plugin.frames import RandomFrame, ScaleChoice
+from moco_det.visualize import compared
 
 # -- image files ----------------------------------------------------------------------------------
 
@@ -526,11 +528,19 @@ class PredictionRecords(DatasetEvaluator):
             return None
         records = sum(shares, [])
         save_predictions(self.output_dir, self.dataset_name, records)
+        self.show(records)
         if not self.scored:
             return None
         results = evaluate(get_dataset(self.dataset_name), records)
         print_table(results)
         return results
+
+    def show(self, records: list[dict]) -> None:
+        """Some of them beside what is annotated, to TensorBoard by Detectron2's event storage,
+        which there is in the course of a training."""
+        if has_event_storage() and is_ours(self.dataset_name):
+            for name, picture in compared(get_dataset(self.dataset_name), records):
+                get_event_storage().put_image(f"predictions/{name}", picture)
 
 
 def fields_of(instances) -> dict:

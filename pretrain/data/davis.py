@@ -16,15 +16,15 @@ import numpy as np
 from PIL import Image
 
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.files import read_regular
-from moco_det.common.images import UnreadableImage, image_size, read_label_map
+from moco_det.common.files import evenly_spaced, read_regular
+from moco_det.common.images import UnreadableImage, image_size, read_image, read_label_map
 
 VOID = 255  # of a mask: counts as background
 SOURCE = (
     "download DAVIS-2017-trainval-480p.zip from davischallenge.org/davis2017/code.html; DATA is "
     "the folder DAVIS that it unpacks to"
 )
-SEQUENCES = {"train": 60, "val": 30}  # of the official lists
+OFFICIAL = {"train": 60, "val": 30}  # sequences of the official lists
 FEWEST = 3  # frames: neither the first, which is given, nor the last is measured
 
 
@@ -72,6 +72,21 @@ class Davis:
             raise UserError(f"no list {self.list_file}: {SOURCE}")
         text = read_regular(self.list_file).decode(errors="replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+    def count_objects(self, videos: list[Video]) -> int:
+        """Those of the first masks, which J and F are measured of."""
+        return sum(len(objects_of(video)) for video in videos)
+
+    def decode(self, videos: list[Video], limit: int | None) -> tuple[int, list[str]]:
+        """Decode frames at equal distances; how many, and what is wrong with them."""
+        frames = evenly_spaced([path for v in videos for path in v.frames], limit)
+        wrong = []
+        for path in frames:
+            try:
+                read_image(path)
+            except UnreadableImage as error:
+                wrong.append(str(error))
+        return len(frames), wrong
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(kind, text) of whatever is wrong, of all sequences."""
@@ -127,17 +142,21 @@ def _size_problems(video: Video) -> Iterator[tuple[str, str]]:
 def _first_mask_problems(video: Video) -> Iterator[tuple[str, str]]:
     """Objects are those of the first mask, numbered from 1 without a gap: J and F count on it."""
     try:
-        mask = read_mask(video.masks[0])
+        objects = objects_of(video)
     except UserError as error:
         yield "mask", str(error)
         return
-    objects = np.unique(mask[mask != VOID])
-    objects = objects[objects > 0].tolist()
     if not objects:
         yield "mask", f"{video.masks[0]} has no object: there is nothing to follow"
     elif objects != list(range(1, len(objects) + 1)):
         said = one_line(", ".join(map(str, objects)), 60)
         yield "mask", f"{video.masks[0]} has the objects {said}: number them from 1 without a gap"
+
+
+def objects_of(video: Video) -> list[int]:
+    """The numbers of the first mask's objects. Raises UserError where it cannot be read."""
+    numbers = np.unique(read_mask(video.masks[0])).tolist()
+    return [number for number in numbers if number not in (0, VOID)]
 
 
 def read_mask(path: Path) -> np.ndarray:

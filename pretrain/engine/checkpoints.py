@@ -57,7 +57,7 @@ NUMBERED = "checkpoint_{:04d}.pth.tar"
 
 RUN_FILES = RunFiles(
     marks=("checkpoint_*.pth.tar",),
-    others=("metrics.jsonl", "events.out.tfevents.*"),
+    others=("metrics.jsonl", "events.out.tfevents.*", "trackers.json"),
     flag="--output",
     resume="--resume auto",
 )

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,12 +15,15 @@ from pretrain.data.batched_augmentations import compiled_looks, finished
 from pretrain.data.images import FolderSource
 from pretrain.data.multi_crop import free_shares
 from pretrain.data.shards import ShardSource
+from pretrain.data.sheets import draw_views
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.device import compile_encoders, settle_compilation
 from pretrain.engine.optimization import ScheduledSGD, parallelize
-from pretrain.engine.trainer import Task, Trainer
+from pretrain.engine.trainer import Task, Trainer, epochs_left
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
+
+SHOWN = 8  # images of a process whose views are drawn
 
 
 @dataclass(eq=False)
@@ -34,6 +39,8 @@ class MoCoPretraining(Task):
         dtype: of mixed precision; None for float32.
         monitor: encoder -> kNN top-1 in percent, the same value on every process; it is switched
             off where it raises a UserError.
+        draw_neighbours: what `monitor` has last found to be near, as uint8 RGB pixels H x W x 3;
+            None where there is nothing to show.
         knn_every: epochs between two of them; the first is before the first step.
         keep: so many of the newest epochs keep their checkpoints.
         save_every: each epoch of this number keeps its checkpoint for good; 0 for none.
@@ -54,6 +61,7 @@ class MoCoPretraining(Task):
     seed: int
     dtype: torch.dtype | None = None
     monitor: Callable[[nn.Module], float] | None = None
+    draw_neighbours: Callable[[], np.ndarray | None] | None = None
     knn_every: int = 1
     keep: int = 2
     save_every: int = 0
@@ -62,6 +70,8 @@ class MoCoPretraining(Task):
     auxiliary_from: int = 0
     conditions: tuple[str, ...] = ()
 
+    group = "pretext"
+    first_views = ()  # of the run's first step, until they are drawn
     to_compile = False  # in the first step
     apply_looks = None  # to a batch of crops, where that is compiled, too
     numbered_from = 0  # the number of the first epoch's checkpoint
@@ -76,6 +86,8 @@ class MoCoPretraining(Task):
 
     def step(self, batch, step: int) -> torch.Tensor:
         views = [finished(view, self.device, self.apply_looks) for view in batch.views]
+        if step == 0 and is_main():
+            self.first_views = [view[:SHOWN] for view in views]
         inputs = self.model.inputs(views, batch.indices, self.seed, step)
         if self.to_compile:
             required = self.compilation == "on"
@@ -95,6 +107,16 @@ class MoCoPretraining(Task):
 
     def log_values(self, seen: int) -> dict[str, float]:
         return {"chance_loss": self.loss.chance(self.negatives)} | self.model.memory_fill(seen)
+
+    def pictures(self) -> dict[str, Callable[[], np.ndarray]]:
+        views, self.first_views = self.first_views, ()
+        return {"pretext/views": partial(draw_views, views)} if views else {}
+
+    def to_come(self, trainer: Trainer) -> dict[str, int]:
+        left = {"checkpoint": trainer.epochs - trainer.epoch}
+        if self.monitor:
+            left["kNN"] = epochs_left(trainer.epoch, trainer.epochs, self.knn_every)
+        return left
 
     def before_training(self, trainer: Trainer) -> None:
         steps = trainer.last_step - trainer.step
@@ -123,7 +145,8 @@ class MoCoPretraining(Task):
         """Log the kNN accuracy, under the main process's running statistics."""
         broadcast_buffers(self.model.encoder_q)
         try:
-            top1 = self.monitor(self.model.encoder_q)
+            with trainer.timed("kNN"):
+                top1 = self.monitor(self.model.encoder_q)
         except UserError as error:  # on every process alike
             print_on_main(f"warning: the kNN monitor is switched off: {error}")
             self.monitor = None
@@ -131,6 +154,8 @@ class MoCoPretraining(Task):
         epochs = trainer.epochs_done
         line = f"epoch {epochs:g}/{trainer.epochs}  kNN top-1 {top1:.2f} %"
         trainer.record({"epoch": epochs, "knn_top1": top1}, line)
+        if self.draw_neighbours:
+            trainer.log.picture(trainer.step, "features/neighbours", self.draw_neighbours)
 
     def state(self) -> dict:
         return {

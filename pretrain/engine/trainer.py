@@ -1,25 +1,18 @@
-"""The training loop: batches in, checkpoints and metrics out. What is trained is a `Task`.
+"""The training loop: batches in, checkpoints and metrics out. What is trained is a `Task`."""
 
-A person watches its progress lines and TensorBoard; metrics.jsonl has one JSON object a line.
-"""
-
-import datetime
-import json
+import contextlib
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from moco_det.common.errors import UserError
-from moco_det.common.files import write_text
-from moco_det.common.gpus import HostCopy
 from moco_det.common.processes import (
     StopRequest,
     end_run,
@@ -30,8 +23,9 @@ from moco_det.common.processes import (
 from moco_det.common.resume_state import entries_of
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
-from pretrain.engine.diagnosis import LOG, Doctor, read_records
+from pretrain.engine.diagnosis import Doctor
 from pretrain.engine.optimization import ScheduledSGD
+from pretrain.engine.watching import MetricMeter, Report, RunLog, Stages, progress_line
 
 
 class Task:
@@ -42,12 +36,14 @@ class Task:
         batches: a source of batches, see `pretrain.data`.
         optimizer: steps on (a part of) the model.
         measures: names of the values that a step returns; "loss", "acc1", "acc5" among them.
+        group: of these values where they are shown.
     """
 
     model: nn.Module
     batches: object
     optimizer: ScheduledSGD
     measures: tuple[str, ...]
+    group = "training"
 
     def step(self, batch, step: int) -> torch.Tensor:
         """Train on this process's `batch`, the run's step number `step`.
@@ -59,6 +55,14 @@ class Task:
 
     def log_values(self, seen: int) -> dict[str, float]:
         """More for the log, after `seen` images."""
+        return {}
+
+    def pictures(self) -> dict[str, Callable[[], np.ndarray]]:
+        """After a run's first step: names -> what draws uint8 RGB pixels H x W x 3 of its batch."""
+        return {}
+
+    def to_come(self, trainer: "Trainer") -> dict[str, int]:
+        """How many of each kind of `Trainer.timed` are left to the task."""
         return {}
 
     def before_training(self, trainer: "Trainer") -> None:
@@ -87,6 +91,7 @@ class RunSettings:
         start_epoch: where a new run begins; only the schedule depends on it.
         print_freq: steps between two reports.
         save_steps: steps between two checkpoints beside those of the task; 0 for none.
+        trackers: what shows its numbers beside metrics.jsonl, names of `trackers.TRACKERS`.
     """
 
     output: Path
@@ -97,6 +102,7 @@ class RunSettings:
     start_epoch: int = 0
     print_freq: int = 10
     save_steps: int = 0
+    trackers: tuple[str, ...] = ("tensorboard",)
 
 
 class Trainer:
@@ -134,7 +140,9 @@ class Trainer:
         if checkpoint:
             self._resume(checkpoint)
         self._find_end(settings.epochs, iterations)
-        self.log = RunLog(self.output, self.step)
+        self.log = RunLog(self.output, self.step, settings.trackers, task.group)
+        self.log.settings(settings.config)
+        self.stages = Stages()
         self.meter = MetricMeter(next(task.model.parameters()).device, task.measures)
         self.begun_report: Report | None = None
         self.last_values: dict[str, float] = {}  # the latest of each name that was logged
@@ -147,10 +155,15 @@ class Trainer:
             self.record({"flags": settings.config | counted})
 
     def train(self) -> None:
-        self.task.before_training(self)
-        for epoch in range(self.epoch, self.epochs):
-            self.train_epoch(epoch)
-            self.task.after_epoch(self, epoch + 1)
+        ended = False
+        try:
+            self.task.before_training(self)
+            for epoch in range(self.epoch, self.epochs):
+                self.train_epoch(epoch)
+                self.task.after_epoch(self, epoch + 1)
+            ended = True
+        finally:
+            self.log.close(failed=not ended)
 
     def train_epoch(self, epoch: int) -> None:
         """The rest of epoch `epoch` from where the run stands."""
@@ -184,6 +197,9 @@ class Trainer:
         # checkpoint, and the last lines of an epoch stand in their order.
         if self.begun_report and (self.meter.sent_at_once or ends or saving or self.step == 1):
             self.end_report()
+        if self.step == 1:
+            for name, draw in self.task.pictures().items():
+                self.log.picture(self.step, name, draw)
         if saving:
             self.save()
         # Several processes must agree on the step to stop at, which costs a message: seldom.
@@ -208,7 +224,25 @@ class Trainer:
         step, epoch, place, others = self.begun_report
         values = {"epoch": epoch} | self.meter.means(self.settings.batch_size) | others
         self.begun_report = None
-        self.record(values, progress_line(place, self.last_step - step, values), step)
+        line = progress_line(place, self.last_step - step, values, self.seconds_beside_steps())
+        self.record(values, line, step)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """What is done while this is open is no step, and of that kind."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self.stages.taken[stage].append(seconds)
+        self.meter.leave_out(seconds)
+
+    def seconds_beside_steps(self) -> float:
+        """That are still to come, as far as such stages have been measured."""
+        to_come = dict(self.task.to_come(self))
+        if every := self.settings.save_steps:
+            checkpoints_left = self.last_step // every - self.step // every
+            to_come["checkpoint"] = to_come.get("checkpoint", 0) + checkpoints_left
+        return self.stages.seconds(to_come)
 
     def record(self, values: dict, line: str = "", step: int | None = None) -> None:
         """Write `values` to the log; print `line`, and what the doctor newly says of them.
@@ -235,6 +269,10 @@ class Trainer:
 
     def save(self, name: str = checkpoints.LAST) -> None:
         """Write the run's state to `name` in its folder. Collective."""
+        with self.timed("checkpoint"):
+            self._save(name)
+
+    def _save(self, name: str) -> None:
         state = {
             "epoch": self.epoch,
             "arch": self.settings.arch,
@@ -289,125 +327,6 @@ class Trainer:
             self.epochs += math.ceil((self.step_in_epoch + left) / self.steps_per_epoch)
 
 
-# -- what a person watches ------------------------------------------------------------------------
-
-
-class Report(NamedTuple):
-    """What a report says beside the meter's means, as it was when these were sent."""
-
-    step: int
-    epoch: float
-    place: str
-    others: dict[str, float]
-
-
-class MetricMeter:
-    """Means of the named values over the steps since the last report, and where the time went.
-
-    `send` takes the sums so far from the device, without waiting for it, and `means` waits for
-    them: between the two there may be further steps, which count for the report after.
-    """
-
-    def __init__(self, device: torch.device, names: tuple[str, ...]):
-        self.device = device
-        self.names = names
-        self.sent_at_once = device.type != "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        self._begin_sums()
-        self.begun = time.perf_counter()
-
-    def _begin_sums(self) -> None:
-        self.sums = torch.zeros(len(self.names), device=self.device)
-        self.steps = 0
-        self.waiting = 0.0
-
-    def add(self, values: torch.Tensor, waited: float) -> None:
-        self.sums += values
-        self.steps += 1
-        self.waiting += waited
-
-    def send(self) -> None:
-        """Have the sums sent to the host, and begin new ones. Collective."""
-        sums = self.sums / world_size()
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        arrival = None if self.sent_at_once else HostCopy(sums)
-        self.sent = sums, arrival, self.steps, self.waiting
-        self._begin_sums()
-
-    def means(self, batch_size: int) -> dict:
-        """Of what was sent: averages over steps and processes, images/s of the whole run, share of
-        time waiting. Waits for the device."""
-        sums, arrival, steps, waiting = self.sent
-        if arrival:
-            sums = arrival.wait()
-        now = time.perf_counter()
-        seconds, self.begun = now - self.begun, now
-        return dict(zip(self.names, (v / steps for v in sums.tolist()), strict=True)) | {
-            "images_per_second": steps * batch_size / seconds,
-            "data_wait": waiting / seconds,
-            "seconds_per_step": seconds / steps,
-        }
-
-
-class RunLog:
-    """Writes `metrics.jsonl` and TensorBoard events under `output`; the main process only.
-
-    Args:
-        step: the step that the run resumes from, 0 for a new run; what was logged beyond it is
-            dropped, since the run is about to do it again.
-
-    Attribute `kept` holds the records that were not dropped.
-    """
-
-    def __init__(self, output: Path, step: int):
-        self.active, self.kept, self.step = is_main(), [], step
-        if not self.active:
-            return
-        path = output / LOG
-        if step > 0 and path.exists():
-            self.kept = read_records(path, step)
-        write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
-        # TensorBoard drops what it has from that step on; a run from 0 logs the kNN of step 0 anew.
-        self.board = SummaryWriter(str(output), purge_step=step + 1 if step else 0)
-
-    def write(self, step: int, values: dict) -> None:
-        """One line; its numbers go to TensorBoard as well."""
-        if not self.active or self._is_repeated(step, values):
-            return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
-
-    def _is_repeated(self, step: int, values: dict) -> bool:
-        """Whether a validation is logged already, of an epoch that ended without being saved."""
-        return step == self.step and any(
-            r["step"] == step and r.keys() == {"step", *values}
-            for r in self.kept
-            if "flags" not in r
-        )
-
-
-def progress_line(epoch: str, left: int, values: dict) -> str:
-    """One line of at most 140 characters about a report.
-
-    Args:
-        epoch: the position in the run.
-        left: steps until its end.
-        values: what was logged; "chance_loss", "loss_nn" and names that end in "_fill" are
-            optional.
-    """
-    chance = f" (chance {values['chance_loss']:.2f})" if "chance_loss" in values else ""
-    neighbours = f" nn {values['loss_nn']:.3g}" if "loss_nn" in values else ""
-    fills = (name for name in values if name.endswith("_fill"))
-    fill = "".join(f"{name.removesuffix('_fill')} {values[name]:.0%}  " for name in fills)
-    eta = datetime.timedelta(seconds=round(left * values["seconds_per_step"]))
-    return (
-        f"epoch {epoch}  loss {values['loss']:.4f}{chance}{neighbours}  "
-        f"acc@1 {values['acc1']:.2f} acc@5 {values['acc5']:.2f}  lr {values['lr']:.4g}  {fill}"
-        f"{values['images_per_second']:.0f} img/s  data {values['data_wait']:.0%}  ETA {eta}"
-    )
+def epochs_left(done: int, last: int, every: int) -> int:
+    """How many of the epochs after `done` are of a number `every`, or the last one."""
+    return last // every - done // every + (last % every > 0 and last > done)

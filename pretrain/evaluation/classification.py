@@ -25,7 +25,7 @@ from pretrain.data.listing import check_unchanged
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.engine.optimization import ScheduledSGD, parallelize
-from pretrain.engine.trainer import Task, Trainer
+from pretrain.engine.trainer import Task, Trainer, epochs_left
 from pretrain.evaluation.features import SplitFeatures, encode, extract, pooled
 from pretrain.moco.grouped_batchnorm import group_batchnorm
 
@@ -88,7 +88,8 @@ class Classification(Task):
     def after_epoch(self, trainer: Trainer, number: int) -> None:
         if number % self.eval_every and number != trainer.epochs:
             return
-        values = {"epoch": number} | evaluate(self.model.fc, *self.validation())
+        with trainer.timed("validation"):
+            values = {"epoch": number} | evaluate(self.model.fc, *self.validation())
         better = values["val_acc1"] > self.best
         self.best = max(self.best, values["val_acc1"])
         trainer.record(values, validation_line(trainer.epochs, values, self.best))
@@ -96,6 +97,11 @@ class Classification(Task):
         if better:
             trainer.save(BEST)
         trainer.save()
+
+    def to_come(self, trainer: Trainer) -> dict[str, int]:
+        """A checkpoint after each validation; the best ones' are not foreseen."""
+        left = epochs_left(trainer.epoch, trainer.epochs, self.eval_every)
+        return {"validation": left, "checkpoint": left}
 
     def state(self) -> dict:
         """All draws are functions of the seed and the position, so no generator is kept."""

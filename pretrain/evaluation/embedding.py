@@ -12,24 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from moco_det.common.errors import UserError, import_optional, one_line
+from moco_det.common.errors import UserError, import_optional
 from moco_det.common.files import replacing
 from moco_det.common.images import UnreadableImage, decode_image, read_image
 from moco_det.common.processes import all_objects, is_main, print_on_main, rank, world_size
-from pretrain.data import is_shards
+from pretrain.data import is_shards, sheets
 from pretrain.data.images import Loading, UnreadableImages, build_loader
 from pretrain.data.labelled import LabelledSplit, centre_crop
 from pretrain.data.listing import find_images, fingerprint, seen_alike
 from pretrain.data.multi_crop import MultiCrop
 from pretrain.data.shards import BrokenShard, Position, Stream, find_shards
 from pretrain.evaluation.features import SplitFeatures, extract
-
-TILE = 112  # pixels of an image of a sheet
-CAPTION = 28  # pixels below it
 
 
 @dataclass(frozen=True)
@@ -195,28 +192,23 @@ def draw_sheet(data: str, embedding: Embedding, queries: int, k: int, seed: int)
     rows = torch.from_numpy(np.sort(some))
     cosines, near = nearest(embedding.features, rows, k)
     wanted = torch.cat([rows[:, None], near], dim=1).tolist()
+    captions = [[f"{cosine:.3f}" for cosine in row] for row in cosines.tolist()]
     pixels = _pictures(data, {embedding.names[i] for row in wanted for i in row})
-    sheet = Image.new("RGB", ((k + 1) * TILE, len(wanted) * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(wanted):
-        for x, number in enumerate(row):
-            name = embedding.names[number]
-            left, top = x * TILE, y * (TILE + CAPTION)
-            sheet.paste(Image.fromarray(pixels[name]), (left, top))
-            said = "query" if x == 0 else f"{cosines[y, x - 1]:.3f}"
-            draw.text((left + 2, top + TILE), f"{said}\n{_ending(name)}", fill="black", font_size=9)
-    return sheet
 
+    def tile(number: int, said: str) -> sheets.Tile:
+        name = embedding.names[number]
+        return pixels[name], f"{said}\n{sheets.ending(name)}"
 
-def _ending(name: str, most: int = 20) -> str:
-    """The end of a name, where images of one folder differ."""
-    name = one_line(name, 200)
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+    tiles = [
+        [tile(query, "query")] + [tile(*found) for found in zip(others, said, strict=True)]
+        for (query, *others), said in zip(wanted, captions, strict=True)
+    ]
+    return sheets.draw_sheet(tiles)
 
 
 def _pictures(data: str, names: set[str]) -> dict[str, np.ndarray]:
     """Name -> its centre crop as a tile, read once more."""
-    tile = partial(centre_crop, size=TILE)
+    tile = partial(centre_crop, size=sheets.TILE)
     if is_shards(data):
         return {n: crop for n, crop, _ in ShardCrops(find_shards(data), tile) if n in names}
     return {name: tile(read_image(str(Path(data, name)))) for name in names}

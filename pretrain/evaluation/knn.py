@@ -20,14 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError, is_out_of_memory
-from moco_det.common.processes import all_objects, from_main, gather, gather_rows, world_size
+from moco_det.common.images import UnreadableImage
+from moco_det.common.processes import (
+    all_objects,
+    from_main,
+    gather,
+    gather_rows,
+    is_main,
+    rank,
+    world_size,
+)
 from pretrain.data.augmentations import resize_and_center_crop
 from pretrain.data.labelled import LabelledImages, LabelledSplit, Splits, find_class_folders
 from pretrain.data.listing import class_folders
+from pretrain.data.sheets import TILE, draw_sheet, ending
 from pretrain.evaluation.features import extract, extract_share, pooled
 
 QUERIES = 1024  # looked for at a time, those of all processes
 ROWS = 16384  # of the bank at a time: with the queries' similarities 0.2 GiB at D = 2048
+SHOWN, NEIGHBOURS = 6, 7  # images of val that are drawn, each with so many of train
 HALF_FROM = 2**28  # bytes; a larger part of the bank is kept in float16
 Result = TypeVar("Result")
 
@@ -115,6 +126,7 @@ class KnnMonitor:
     splits: Splits | None = None
 
     def __post_init__(self):
+        self.found: list[tuple[int, list[tuple[float, int]]]] = []  # for `draw_neighbours`
         self.classes, bank, queries = self.splits or find_class_folders(self.data)
         self.bank = self._images(sampled(bank, self.bank_size, self.seed))
         self.queries = self._images(queries)
@@ -134,40 +146,70 @@ class KnnMonitor:
         was_training = encoder.training
         backbone = pooled(encoder.eval())
         try:
-            bank, labels = together(lambda: self._share(backbone, self.bank))
-            queries, targets = together(lambda: self._share(backbone, self.queries))
+            bank, numbers = together(lambda: self._share(backbone, self.bank))
+            queries, asked = together(lambda: self._share(backbone, self.queries))
         finally:
             encoder.train(was_training)
-        counts = gather_rows([len(labels), len(targets)])  # W x 2
+        counts = gather_rows([len(numbers), len(asked)])  # W x 2
         if not counts.sum(dim=0).all():
             part = "val" if counts[:, 0].any() else "train"
             raise UserError(f"no image in {self.data / part} can be read")
         k = min(self.k, int(counts[:, 0].sum()))
         together(lambda: self._reserve(bank.shape[1], k))
         correct, step = 0, max(1, QUERIES // world_size())
+        shown = set(np.linspace(0, len(asked) - 1, SHOWN).astype(int)) if is_main() else set()
+        self.found.clear()
         for start in range(0, int(counts[:, 1].max()), step):
-            mine = queries[start : start + step], targets[start : start + step]
-            correct += self._correct(bank, labels, *(padded(part, step) for part in mine), k)
+            mine = (padded(part[start : start + step], step) for part in (queries, asked))
+            # Of all processes' queries. The main process's are the first ones.
+            everyones, of_everyone = map(gather, mine)
+            found = self._search(bank, numbers, everyones.float(), k)
+            correct += self._correct(*found, of_everyone)
+            for row in sorted(shown & set(range(start, min(start + step, len(asked))))):
+                cosines, near = (part[row - start, :NEIGHBOURS].tolist() for part in found)
+                self.found.append((int(asked[row]), list(zip(cosines, near, strict=True))))
         return from_main(100.0 * correct / int(counts[:, 1].sum()))
 
-    def _correct(
-        self, bank: Tensor, labels: Tensor, queries: Tensor, targets: Tensor, k: int
-    ) -> int:
-        """How many of all processes' queries are classified well; targets below 0 are none."""
-        queries, targets = gather(queries).float(), gather(targets)  # those of all processes
-        found = together(lambda: nearest(bank, labels, queries, k))
+    def _search(self, bank: Tensor, numbers: Tensor, queries: Tensor, k: int):
+        """Cosines and numbers of the images of train that are nearest to each query, Q x k both."""
+        found = together(lambda: nearest(bank, numbers, queries, k))
         if world_size() > 1:  # W parts' neighbours side by side: Q x Wk
             parts = (gather(part).chunk(world_size()) for part in found)
             found = nearest_of(*(torch.cat(part, dim=1) for part in parts), k)
-        predicted = votes(*found, len(self.classes), self.temperature).argmax(1)
-        return int((predicted == targets).sum())
+        return found
+
+    def _correct(self, cosines: Tensor, near: Tensor, asked: Tensor) -> int:
+        """How many queries are classified well; numbers of images below 0 are none."""
+        labels, targets = (
+            torch.as_tensor(images.split.labels, device=self.device)
+            for images in (self.bank, self.queries)
+        )
+        scores = votes(cosines, labels[near], len(self.classes), self.temperature)
+        return int(((scores.argmax(1) == targets[asked]) & (asked >= 0)).sum())
+
+    def draw_neighbours(self) -> np.ndarray | None:
+        """Of the last `top1`, on the main process: a row for each of some images of val, followed
+        by those of train that are nearest to it. uint8 RGB pixels; None where one is unreadable."""
+        try:
+            rows = [
+                [self._tile(self.queries, number, "query")]
+                + [self._tile(self.bank, near, f"{cosine:.3f}") for cosine, near in neighbours]
+                for number, neighbours in self.found
+            ]
+        except UnreadableImage:  # it was readable a moment ago
+            return None
+        return np.asarray(draw_sheet(rows)) if rows else None
+
+    def _tile(self, images: LabelledImages, number: int, said: str) -> tuple[np.ndarray, str]:
+        pixels = resize_and_center_crop(images.split.read(number), TILE)
+        return pixels, f"{said}\n{ending(self.classes[images.split.labels[number]])}"
 
     def _images(self, split: LabelledSplit) -> LabelledImages:
         crop = partial(resize_and_center_crop, size=self.image_size)
         return LabelledImages(split, self.image_size, crop)
 
     def _share(self, backbone: nn.Module, images: LabelledImages) -> tuple[Tensor, Tensor]:
-        """Normalised features M x D and labels M of the readable ones among this process's images.
+        """Normalised features M x D and numbers M of the readable ones among this process's images.
 
         They are written where they stay, since a list of batches would be as large once more.
         """
@@ -177,14 +219,16 @@ class KnnMonitor:
         half = room * example.nbytes > HALF_FROM
         dtype = torch.float16 if half else example.dtype
         features = example.new_empty(room, example.shape[1], dtype=dtype)
-        labels = torch.empty(room, dtype=torch.int64, device=self.device)
-        for some, their_labels in extract_share(backbone, images, self.workers, self.device):
-            readable = their_labels >= 0
+        numbers = torch.empty(room, dtype=torch.int64, device=self.device)
+        mine = torch.arange(rank(), len(images), world_size(), device=self.device)
+        seen = 0
+        for some, labels in extract_share(backbone, images, self.workers, self.device):
+            readable = labels >= 0
             end = filled + int(readable.sum())
             features[filled:end] = F.normalize(some[readable], dim=1)
-            labels[filled:end] = their_labels[readable]
-            filled = end
-        return features[:filled], labels[:filled]
+            numbers[filled:end] = mine[seen : seen + len(labels)][readable]
+            filled, seen = end, seen + len(labels)
+        return features[:filled], numbers[:filled]
 
     def _reserve(self, dim: int, k: int) -> None:
         """Take and leave what a search needs, so that no process fails while others wait for it.

@@ -1,7 +1,6 @@
 """Pictures of label maps: painted on the images that they belong to, in rows with captions."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -14,7 +13,6 @@ HEIGHT = 160  # of a tile, in pixels
 CAPTION = 18  # pixels below it
 GAP = 4
 SHARE = 0.6  # of a label's colour where it is painted
-Item = TypeVar("Item")
 
 # Of label images, but brighter: their strongest channel is 192.
 COLOURS = np.array([label_colour(number) for number in range(256)])
@@ -90,12 +88,3 @@ def stacked(rows: Sequence[np.ndarray]) -> Image.Image:
         sheet.paste(Image.fromarray(row), (0, top))
         top += row.shape[0]
     return sheet
-
-
-def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items at equal distances, the first and the last among them; or all."""
-    if count >= len(items):
-        return list(items)
-    if count <= 1:
-        return list(items[:count])
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -28,17 +28,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco_det.common.errors import UserError, import_optional
+from moco_det.common.files import evenly_spaced
 from moco_det.common.images import read_image
 from moco_det.common.processes import all_objects, print_on_main, rank, world_size
 from pretrain.data.segmented import CLASSES, VOID, SegmentedImage
 from pretrain.evaluation.knn import nearest
-from pretrain.evaluation.overlays import captioned_row, evenly_spaced, highlighted, stacked
+from pretrain.evaluation.overlays import captioned_row, highlighted, stacked
 from pretrain.evaluation.spatial_features import unit_features
 
 ALL = tuple(range(len(CLASSES)))
 SEVEN = tuple(map(CLASSES.index, ("aeroplane", "bottle", "bus", "car", "cat", "cow", "person")))
 QUERIES = 4096  # looked for at a time
-NEEDS = "segment retrieval", "'moco_det[evaluation]'"
+NEEDS = "segment retrieval", "scikit-learn"
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from moco_det.common.documents import read_json
 from moco_det.common.errors import UserError
-from moco_det.common.files import replacing, write_json
+from moco_det.common.files import evenly_spaced, replacing, write_json
 from moco_det.common.images import label_colour, read_image
 from moco_det.common.processes import all_objects, rank, world_size
 from pretrain.data.davis import VOID, Video, palette_of, read_mask
 from pretrain.evaluation.label_propagation import Propagation
-from pretrain.evaluation.overlays import captioned_row, evenly_spaced, painted
+from pretrain.evaluation.overlays import captioned_row, painted
 from pretrain.evaluation.region_measures import measure_frame
 from pretrain.evaluation.spatial_features import SpatialFeatures, unit_features
 

@@ -12,6 +12,7 @@ from moco_det.common.official_weights import OFFICIAL
 
 # Of `optimization.AMP_DTYPES`: what flags are made of is imported within the second of --help.
 AMP = ("none", "bf16", "fp16")
+LOG = ("tensorboard", "wandb", "mlflow", "none")  # of `trackers.TRACKERS`
 SWITCH = argparse.BooleanOptionalAction  # --mlp and --no-mlp
 KNN_BANK = {
     "default": None,
@@ -68,6 +69,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--momentum", default=0.9, type=float, help="of SGD, in [0, 1]")
     add("--wd", "--weight-decay", type=float, dest="weight_decay", help="factor, on all parameters")
     add("-p", "--print-freq", default=10, type=int, help="steps between two log lines")
+    add("--log", nargs="+", default=["tensorboard"], choices=LOG,
+        help="what shows numbers and pictures of the run, one or several; metrics.jsonl is written "
+        "in any case; wandb and mlflow are extras")  # fmt: skip
     add("--resume", default="", metavar="PATH|auto",
         help="checkpoint to go on from; auto: --output's last one, if any; "
         "default: a new run")  # fmt: skip
@@ -101,6 +105,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str]) -> argpa
 def check_training(args: argparse.Namespace) -> None:
     """What both commands that train ask of their flags. Raises UserError."""
     check(args, TRAINING_COUNTS, lambda count: count >= 1, "at least 1")
+    if "none" in args.log and len(args.log) > 1:
+        raise UserError(f"--log {' '.join(args.log)}: none goes with no other")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on from a run and --overwrite deletes it: pass one of them")
     if args.start_epoch >= args.epochs:

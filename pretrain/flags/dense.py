@@ -19,8 +19,8 @@ def davis_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--split", default="val", metavar="NAME", help="list of sequences, ImageSets/2017/NAME.txt")
     add("--masks", default=None, metavar="DIR",
-        help="write the masks, for the official evaluation as well; a run that was killed goes on "
-        "from them")  # fmt: skip
+        help="write the masks, which the official evaluation reads and a run that was killed goes "
+        "on from; default: they are not kept")  # fmt: skip
     add = parser.add_argument_group("label propagation, as in STC's evaluation").add_argument
     add("--top-k", default=10, type=int, help="sources that a place takes its labels from")
     add("-t", "--temperature", default=0.05, type=float, help="of the softmax of their cosines")
@@ -82,8 +82,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add(
         "--seed", default=0, type=int, help="of all draws, --pretrained random's weights among them"
     )
-    add("--output", default=None, metavar="FILE", help="write the numbers as JSON as well")
-    add("--sheet", default=None, metavar="FILE.png", help="draw some of what is found")
+    add("--output", default=None, metavar="FILE",
+        help="write the numbers as JSON as well; default: no file")  # fmt: skip
+    add("--sheet", default=None, metavar="FILE.png",
+        help="draw some of what is found; default: no sheet")  # fmt: skip
 
 
 def _check_common(args: argparse.Namespace) -> None:

@@ -114,4 +114,5 @@ def run_settings(args: argparse.Namespace, seed: int) -> RunSettings:
         start_epoch=args.start_epoch,
         print_freq=args.print_freq,
         save_steps=args.save_steps,
+        trackers=tuple(name for name in args.log if name != "none"),
     )

@@ -429,10 +429,12 @@ def test_tensorboard_shows_each_step_once_after_a_kill(images, tmp_path, steps):
     assert done.returncode == 0, done.stderr
     board = EventAccumulator(str(tmp_path))
     board.Reload()
-    shown = [event.step for event in board.Scalars("knn_top1")]
+    shown = [event.step for event in board.Scalars("features/knn_top1")]
     assert shown == [0, 3, 6, 9]
-    assert sorted({event.step for event in board.Scalars("loss")}) == list(range(1, STEPS + 1))
-    assert len(board.Scalars("loss")) == STEPS
+    assert sorted({event.step for event in board.Scalars("pretext/loss")}) == list(
+        range(1, STEPS + 1)
+    )
+    assert len(board.Scalars("pretext/loss")) == STEPS
 
 
 def test_the_knn_monitor_never_stops_a_run(images, tmp_path):

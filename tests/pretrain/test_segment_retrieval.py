@@ -45,5 +45,5 @@ def test_bad_input_is_told_before_the_work(data, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             retrieve(parse_segment_retrieval(flags(data, *more)), CPU)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match=r"pip install 'moco_det\[evaluation\]'"):
+    with pytest.raises(UserError, match=r"needs the package scikit-learn: .*'\.\[evaluation\]'"):
         retrieve(parse_segment_retrieval(flags(data)), CPU)

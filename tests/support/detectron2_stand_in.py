@@ -416,6 +416,8 @@ def modules() -> dict[str, types.ModuleType]:
     data = found["detectron2.data"]
     data.DatasetCatalog, data.MetadataCatalog = DatasetCatalog(), MetadataCatalog()
     found["detectron2.utils.events"].EventStorage = event_storage
+    found["detectron2.utils.events"].has_event_storage = lambda: False
+    found["detectron2.utils.events"].get_event_storage = nothing
     found["detectron2.utils.comm"].synchronize = nothing
     found["detectron2.utils.comm"].create_local_process_group = nothing
     found["detectron2.engine"].create_ddp_model = lambda model, **options: model

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from commands import load_command
 from PIL import Image
+from tiny_davis import write_tiny_davis
 from tiny_voc import write_tiny_config, write_tiny_voc
 
 
@@ -61,3 +62,33 @@ def test_the_doctor_decodes_as_training_does(run, tmp_path, monkeypatch):
     code, out, _ = run("--images", "all", "INPUT.MAX_IMAGE_PIXELS", "1000")
     assert code == 1
     assert "more than 1,000 pixels" in out
+
+
+def test_davis_is_checked_without_a_config(tmp_path, capsys):
+    tool = load_command("tools/check_data.py")
+    root = write_tiny_davis(tmp_path / "davis", frames=3)
+
+    def finish(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(["--davis", str(root), *arguments])
+        return int(stop.value.code), capsys.readouterr().out
+
+    code, out = finish()
+    assert code == 0
+    assert "note: 2 sequences; the official list has 30" in out
+    row = [cell.strip() for cell in out.splitlines()[-1].split("|")]
+    assert row[2:5] == ["6", "-", "3"]  # frames and objects
+    assert row[6:8] == ["6", "none"]
+    frame = root / "JPEGImages/480p/pair/00001.jpg"
+    frame.write_bytes(frame.read_bytes()[:-100])  # cut off in transfer
+    code, out = finish("--images", "all")
+    assert code == 1
+    assert f"{frame}: truncated file" in out
+    (root / "Annotations/480p/disc/00002.png").unlink()
+    code, out = finish()
+    assert code == 1
+    assert "frames: disc: frame 00002 has no mask" in out
+    with pytest.raises(SystemExit) as stop:
+        tool.main([])
+    assert stop.value.code == 2
+    assert "name what to check: --config-file FILE or --davis DIR" in capsys.readouterr().err

@@ -6,7 +6,7 @@ Probe            every stage of the computation: see `moco_det.parity.probe`
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
@@ -36,10 +36,15 @@ from moco_det.parity.probe import EngineProbe
 REPORT_SECONDS = 10.0  # between two progress lines
 
 
-def evaluate_model(cfg, model: nn.Module) -> dict:
+def evaluate_model(
+    cfg, model: nn.Module, show: Callable[[Dataset, list[dict]], None] | None = None
+) -> dict:
     """Evaluate `model` on every set of DATASETS.TEST and print the tables.
 
     The mode of `model` (training or evaluation) is left as it was.
+
+    Args:
+        show: is given each set and its predictions, on the main process.
 
     Returns:
         On the main process {"bbox": {"AP", ...}}, or {set: {"bbox": ...}} where there are several
@@ -61,6 +66,8 @@ def evaluate_model(cfg, model: nn.Module) -> dict:
             save_predictions(cfg.OUTPUT_DIR, name, predictions)
             results[name] = evaluate(dataset, predictions, cfg.TEST.KEYPOINT_OKS_SIGMAS)
             print_table(results[name])
+            if show:
+                show(dataset, predictions)
         synchronize()
     model.train(training)
     return next(iter(results.values())) if len(results) == 1 else results

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,8 @@ from moco_det.common.resume_state import (
     newest_whole,
 )
 from moco_det.common.weight_sources import read_state_dict
+from moco_det.datasets import Dataset
+from moco_det.visualize import compared
 from moco_det.weights.files import write_weights
 
 Content = TypeVar("Content")
@@ -107,6 +110,8 @@ class MetricLog:
 
     To the console, to metrics.json and to TensorBoard's event files, as Detectron2 does.
     metrics.json has one JSON object a line, with the 0-based "iteration"; a resumed run appends.
+    Its "eta_seconds" are those to the end of the run, with evaluations and checkpoints that are as
+    long as those before.
 
     Args:
         folder: OUTPUT_DIR; must exist.
@@ -116,6 +121,7 @@ class MetricLog:
     def __init__(self, folder: str | Path, start_iter: int, max_iter: int):
         self.start_iter, self.max_iter = start_iter, max_iter
         self._history: dict[str, HistoryBuffer] = {}
+        self._stages: dict[str, tuple[int, list[float]]] = {}  # period, seconds of each so far
         path = Path(folder) / "metrics.json"
         mend_last_line(path)  # a kill leaves half of one
         self._json = open(path, "a", buffering=1)  # noqa: SIM115
@@ -140,9 +146,34 @@ class MetricLog:
             scalars["lr"] = lr
             if "time" in self._history:
                 left = self.max_iter - iteration - 1
-                scalars["eta_seconds"] = self._history["time"].median(1000) * left
+                seconds = self._history["time"].median(1000) * left
+                scalars["eta_seconds"] = seconds + self._seconds_of_stages(iteration)
             print(_progress_line(iteration, scalars), flush=True)
             self.write(iteration, scalars)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str, period: int):
+        """What is done while this is open is a stage that comes every `period` iterations (0: none)
+        and after the last one."""
+        begun = time.perf_counter()
+        yield
+        self._stages.setdefault(stage, (period, []))[1].append(time.perf_counter() - begun)
+
+    def _seconds_of_stages(self, iteration: int) -> float:
+        """Of those that are to come after the step of `iteration`."""
+        total = 0.0
+        for period, taken in self._stages.values():
+            before_last = (self.max_iter - 1) // period - iteration // period if period else 0
+            total += (before_last + 1) * sum(taken) / len(taken)
+        return total
+
+    def predictions(self, iteration: int, dataset: Dataset, predictions: list[dict]) -> None:
+        """Some images of a test set, what is annotated on the left, what was found on the right."""
+        try:
+            for name, picture in compared(dataset, predictions):
+                self._events.add_image(f"predictions/{name}", picture, iteration)
+        except OSError as error:
+            raise UserError(f"cannot write to {self._events.log_dir}: {error}") from error
 
     def results(self, iteration: int, results: dict) -> None:
         """Evaluation results, nested or not, as "task/metric"."""

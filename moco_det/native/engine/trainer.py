@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +102,9 @@ def train(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
         f"seed {state.seed}"
     )
     with MetricLog(cfg.OUTPUT_DIR, first, max_iter) if is_main() else nullcontext() as log:
-        build_trainer(cfg, plan, state, checkpoints, log).run()
-        results = evaluate_model(cfg, state.model)
-        if log:
-            log.results(max_iter, results)
-    return results
+        trainer = build_trainer(cfg, plan, state, checkpoints, log)
+        trainer.run()
+        return trainer.evaluated(max_iter)
 
 
 def evaluate_weights(cfg, resume: bool = False, allow_missing: bool = False) -> dict:
@@ -320,7 +318,7 @@ class Trainer:
         state: what is trained.
         batches_from: (iteration, num_workers=...) -> this process's batches of one forward pass
             each, from that iteration on, without end; to be closed.
-        evaluate: model -> results.
+        evaluate: model, and what is to show its predictions or None -> results.
         accumulation: forward passes of one iteration, whose gradients are averaged.
         precision: of the forward passes, see `accumulate_gradients`.
         max_iter: iterations in all.
@@ -331,7 +329,7 @@ class Trainer:
 
     state: TrainingState
     batches_from: Callable[..., Iterator[list[dict]]]
-    evaluate: Callable[[nn.Module], dict]
+    evaluate: Callable[[nn.Module, Callable | None], dict]
     accumulation: int
     precision: torch.dtype | None
     max_iter: int
@@ -417,7 +415,8 @@ class Trainer:
         evaluating = due(done, self.eval_period) and not last
         if self.precise_bn_passes and (evaluating or last):
             fresh = self.batches_from(done, num_workers=0)
-            precise_bn(self.state.model, fresh, self.precise_bn_passes)
+            with self.timed("precise BN", self.eval_period):
+                precise_bn(self.state.model, fresh, self.precise_bn_passes)
         if due(done, self.checkpoint_period) or (stop and not last):
             self.save(f"model_{iteration:07d}", iteration)
         if last:
@@ -425,14 +424,26 @@ class Trainer:
         elif stop:
             end_run(stop, f"{self.checkpoints.last()}, to go on from with --resume")
         elif evaluating:
-            results = self.evaluate(self.state.model)
-            if self.log:
-                self.log.results(iteration, results)
+            self.evaluated(iteration)
+
+    def evaluated(self, iteration: int) -> dict:
+        """The results of an evaluation, logged with some of the predictions as of `iteration`."""
+        show = partial(self.log.predictions, iteration) if self.log else None
+        with self.timed("evaluation", self.eval_period):
+            results = self.evaluate(self.state.model, show)
+        if self.log:
+            self.log.results(iteration, results)
+        return results
+
+    def timed(self, stage: str, period: int) -> AbstractContextManager:
+        """What is done while this is open counts in the time that is left, once in `period`."""
+        return self.log.timed(stage, period) if self.log else nullcontext()
 
     def save(self, name: str, iteration: int) -> None:
-        if is_main():
-            self.checkpoints.save(name, self.state.state_dict(iteration))
-        synchronize()
+        with self.timed("checkpoint", self.checkpoint_period):
+            if is_main():
+                self.checkpoints.save(name, self.state.state_dict(iteration))
+            synchronize()
 
     def save_missing_final(self) -> None:
         """After a kill between the last iteration's two checkpoints, which hold the same."""

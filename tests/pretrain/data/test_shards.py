@@ -26,8 +26,10 @@ import webdataset
 from recorded_run import SIZE, numbered_image, write_shards
 
 from moco_det.common.errors import LONGEST, UserError
+from moco_det.common.images import check_image
 from pretrain.data import is_shards
 from pretrain.data.augmentations import MoCoAugmentation
+from pretrain.data.images import make_views
 from pretrain.data.multi_crop import MultiCrop
 from pretrain.data.shards import (
     BrokenShard,
@@ -111,6 +113,35 @@ def test_views_are_those_of_the_folder_code(pattern):
         rng = np.random.default_rng((3, 0, 1, number))
         for view in views:
             assert np.array_equal(view, expected(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), rng))
+
+
+@pytest.mark.parametrize("where", ["cpu", "device"])
+def test_small_crops_of_shards_are_those_of_the_folder_code(pattern, where):
+    """All switches of the views at once, of a stream that goes on after a batch."""
+    flags = ("--multi-crop", "3", "--small-size", "16", "--constrained", "1", "--strong-aug", "mix")
+    flags += ("--max-iou", "0.5", "--aug-plus", "--samples-per-epoch", "16", "--augment-on", where)
+    made = source(pattern, *flags)
+    assert made.conditions == ("free_pairs", "free_crops")
+    first, second = itertools.islice(made, 2)
+    again = source(pattern, *flags)
+    again.resume(made.state() | {"processes": [{"positions": [(0, 8)], "turn": 0}]}, Path("last"))
+    assert_same_bits(list(next(iter(again))), list(second))
+    stream = next(iter(made._streams().streams))
+    stream.position = Position()
+    samples = stream.samples()
+    for number in range(8):
+        sample = next(samples)
+        encoded = check_image(sample["png"], "image")
+        rng = np.random.default_rng((7, 0, number + 1, 0))
+        views, free = make_views(encoded, stream.crops, rng)
+        assert first.free_crops[number].tolist() == free
+        for batch, view in zip(first.views, views, strict=True):
+            if where == "device":
+                assert np.array_equal(batch.look[number], view.look)
+                batch, view = batch.pixels, view.pixels
+            assert np.array_equal(batch[number], view)
+    sizes = [getattr(view, "pixels", view).shape[1] for view in first.views]
+    assert sizes == [SIZE, SIZE, 16, 16, 16]
 
 
 @pytest.mark.parametrize("taken", [1, 7, 15])

@@ -1,5 +1,6 @@
 """A contrastive step and what it reports, against both written out."""
 
+import contextlib
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from mean_colour import MeanColour, NormalisedColour, Residual, views
 from pretrain.engine import checkpoints, pretraining
 from pretrain.engine.optimization import AMP_DTYPES, ScheduledSGD
 from pretrain.engine.pretraining import MoCoPretraining, contrastive_step, pretext_metrics
-from pretrain.engine.trainer import MetricMeter
+from pretrain.engine.watching import MetricMeter
 from pretrain.moco import MECHANISMS, build_mechanism
 from pretrain.moco.instance_discrimination import shuffle_index
 from pretrain.moco.losses import LOSSES, InfoNCE
@@ -117,6 +118,7 @@ def a_trainer(**position) -> SimpleNamespace:
         **given | position,
         output=Path("out"),
         log=SimpleNamespace(kept=[]),
+        timed=lambda stage: contextlib.nullcontext(),
         found=found,
         record=lambda values, line: found.append(values["knn_top1"]),
     )

@@ -5,25 +5,18 @@ import signal
 
 import pytest
 import torch
-from pretraining_runs import records, values
+from pretraining_runs import records
 from same_bits import assert_same_bits
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.files import make_folder
 from moco_det.common.processes import StopRequest
-from pretrain.engine import trainer as trainer_module
+from pretrain.engine import watching
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
 from pretrain.engine.optimization import ScheduledSGD
-from pretrain.engine.trainer import (
-    MetricMeter,
-    RunLog,
-    RunSettings,
-    Task,
-    Trainer,
-    progress_line,
-)
+from pretrain.engine.trainer import RunSettings, Task, Trainer
+from pretrain.engine.watching import MetricMeter
 
 
 class Numbers:
@@ -181,7 +174,7 @@ def reports_arrive_late(monkeypatch):
         meter.sent_at_once = False
         send(meter)
 
-    monkeypatch.setattr(trainer_module, "HostCopy", Late)
+    monkeypatch.setattr(watching, "HostCopy", Late)
     monkeypatch.setattr(MetricMeter, "send", sent_late)
 
 
@@ -220,79 +213,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --output .*file"):
         make_folder(tmp_path / "file" / "below", "--output")
-
-
-# -- what a person watches ------------------------------------------------------------------------
-
-REPORT = {
-    "loss": 5.25, "acc1": 12.5, "acc5": 50.0, "lr": 0.03, "images_per_second": 1234.4,
-    "data_wait": 0.016, "seconds_per_step": 0.5,
-}  # fmt: skip
-
-
-def test_means_are_over_the_steps_since_the_last_report(monkeypatch):
-    clock = iter([0.0, 100.0, 104.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    meter = MetricMeter(torch.device("cpu"), ("loss", "acc1"))
-    meter.add(torch.tensor([9.0, 9.0]), 9.0)
-    meter.reset()
-    meter.add(torch.tensor([1.0, 10.0]), 0.5)
-    meter.add(torch.tensor([2.0, 30.0]), 0.5)
-    meter.send()
-    meter.add(torch.tensor([7.0, 70.0]), 5.0)  # is of the next report
-    assert meter.means(batch_size=16) == {
-        "loss": 1.5, "acc1": 20.0, "images_per_second": 8.0, "data_wait": 0.25,
-        "seconds_per_step": 2.0,
-    }  # fmt: skip
-
-
-def test_a_validation_that_is_done_again_is_not_logged_again(tmp_path):
-    """The run was killed between the record and the checkpoint after it."""
-    log = RunLog(tmp_path, 0)
-    log.write(3, {"loss": 2.0})
-    log.write(3, {"epoch": 1, "val_acc1": 50.0})
-    log.board.close()
-    (events,) = tmp_path.glob("events*")
-    events.rename(events.with_name(events.name.replace("tfevents.", "tfevents.0")))  # is older
-    log = RunLog(tmp_path, 3)
-    log.write(3, {"flags": {}})
-    log.write(3, {"epoch": 1, "val_acc1": 50.0})
-    log.write(6, {"epoch": 2, "val_acc1": 60.0})
-    log.board.close()
-    assert values(tmp_path, "val_acc1") == [50.0, 60.0]
-    board = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("val_acc1")] == [(3, 50.0), (6, 60.0)]
-
-
-def test_a_resumed_log_drops_what_is_done_again(tmp_path):
-    log = RunLog(tmp_path, 0)
-    for step in (1, 2, 3):
-        log.write(step, {"loss": float(step), "note": "text"})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')  # cut short by a kill
-    resumed = RunLog(tmp_path, 2)
-    assert [record["loss"] for record in resumed.kept] == [1.0, 2.0]
-    resumed.write(3, {"loss": 30.0})
-    assert [record["loss"] for record in records(tmp_path)] == [1.0, 2.0, 30.0]
-    RunLog(tmp_path, 0)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""  # a new run
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ({}, "loss 5.2500  acc@1 12.50 acc@5 50.00  lr 0.03  1234 img/s  data 2%  ETA 0:01:00"),
-        (
-            {"chance_loss": 11.09, "queue_fill": 0.25},
-            "loss 5.2500 (chance 11.09)  acc@1 12.50 acc@5 50.00  lr 0.03  queue 25%  1234 img/s",
-        ),
-        (
-            {"chance_loss": 11.09, "loss_nn": 10.456, "queue_fill": 0.25},
-            "loss 5.2500 (chance 11.09) nn 10.5  acc@1 12.50 acc@5 50.00  lr 0.03  queue 25%  ",
-        ),
-    ],
-)
-def test_a_progress_line_says_what_was_logged(more, words):
-    line = progress_line("200/200 [5000/5004]", 120, REPORT | more)
-    assert line.startswith("epoch 200/200 [5000/5004]  " + words)
-    assert len(line) <= 140

@@ -1,5 +1,6 @@
 """A step of a classifier, its validations and what it saves, each by hand."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,9 @@ class Run:
 
     def __init__(self):
         self.seen = []
+
+    def timed(self, stage):
+        return contextlib.nullcontext()
 
     def record(self, values, line):
         self.seen.append((values["epoch"], round(values["val_acc1"])))

@@ -8,7 +8,13 @@ import torch
 from moco_det.common.errors import UserError
 from pretrain.flags.common import RANGES, as_flags
 from pretrain.flags.dense import davis_parser, segment_retrieval_parser
-from pretrain.flags.evaluation import knn_parser, linear_parser, parse_knn, parse_linear
+from pretrain.flags.evaluation import (
+    knn_parser,
+    linear_parser,
+    parse_knn,
+    parse_linear,
+    voc_svm_parser,
+)
 from pretrain.flags.launch import launch, loading, run_settings
 from pretrain.flags.pretraining import parse_keywords, parse_pretraining, pretraining_parser
 
@@ -220,7 +226,7 @@ def test_a_number_out_of_its_range_is_refused_with_its_flag(parse, words):
 
 def test_every_number_has_a_range():
     parsers = (pretraining_parser(), linear_parser(), knn_parser())
-    parsers += (davis_parser(), segment_retrieval_parser())
+    parsers += (voc_svm_parser(), segment_retrieval_parser(), davis_parser())
     numbers = {a.dest for p in parsers for a in p._actions if a.type in (int, float)}
     assert numbers == RANGES.keys()
 

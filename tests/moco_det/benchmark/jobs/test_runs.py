@@ -139,7 +139,9 @@ def test_refusals(tmp_path, words, reason):
         named_checkpoints([word.format(tmp_path / "c.pth") for word in words])
 
 
-def test_conversion_is_done_once_and_for_one_checkpoint(checkpoint, tmp_path, capfd):
+def test_conversion_is_done_once_for_one_checkpoint_and_again_where_it_is_gone(
+    checkpoint, tmp_path, capfd
+):
     weights = weight_file("mine", checkpoint, tmp_path)
     assert weights == tmp_path / "weights/mine.pkl"
     convert({"mine": checkpoint}, tmp_path)
@@ -153,6 +155,9 @@ def test_conversion_is_done_once_and_for_one_checkpoint(checkpoint, tmp_path, ca
     other.write_bytes(checkpoint.read_bytes() + b" ")
     with pytest.raises(UserError, match="which was another checkpoint"):
         convert({"mine": other}, tmp_path)
+    weights.unlink()
+    convert({"mine": checkpoint}, tmp_path)
+    assert weights.is_file()
 
 
 def test_a_file_that_cannot_be_converted_is_named(tmp_path):
@@ -175,14 +180,6 @@ def test_a_conversion_of_the_first_version_is_not_repeated(checkpoint, tmp_path,
     weights.with_suffix(".json").write_text(json.dumps(note))
     with pytest.raises(UserError, match="which was another checkpoint"):
         convert({"mine": checkpoint}, tmp_path)
-
-
-def test_converted_weights_that_are_gone_are_made_again(checkpoint, tmp_path, capfd):
-    convert({"mine": checkpoint}, tmp_path)
-    weights = weight_file("mine", checkpoint, tmp_path)
-    weights.unlink()
-    convert({"mine": checkpoint}, tmp_path)
-    assert weights.is_file()
 
 
 # -- damaged folders ------------------------------------------------------------------------------

@@ -265,7 +265,9 @@ def test_what_a_run_leaves_behind(make_cfg, stub, tmp_path):
 
 def test_an_undefined_metric_is_null_in_json(make_cfg, stub, monkeypatch):
     monkeypatch.setattr(
-        trainer, "evaluate_model", lambda cfg, model: {"bbox": {"AP": 1.5, "AP-cow": float("nan")}}
+        trainer,
+        "evaluate_model",
+        lambda cfg, model, show: {"bbox": {"AP": 1.5, "AP-cow": float("nan")}},
     )
     cfg = make_cfg("out")
     train(cfg)

@@ -9,7 +9,6 @@ import torch
 from float64 import ROUNDING, assert_equal_but_for_rounding, in_float64
 from fork_server import run_in_two_processes
 from recording import read
-from torchvision.ops import box_iou
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
@@ -236,8 +235,14 @@ def losses_detections_gradients(device, kind, *opts):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("device", "mask_format"),
+    [
+        ("cpu", "polygon"),
+        pytest.param("cuda", "polygon", marks=pytest.mark.gpu),
+        pytest.param("cuda", "bitmask", marks=pytest.mark.gpu),
+    ],
+)
 def test_both_kinds_of_kernels_give_the_same(device, mask_format):
     """Losses, gradients and detections of a batch, by the code of GPUs and by that of CPUs.
 
@@ -310,36 +315,6 @@ def test_bfloat16_autocast_is_close():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(expected[name].item(), rel=0.1)
     sum(losses.values()).backward()
-
-
-def test_learns_one_image():
-    """Overfits: after a few steps it finds the object it was shown, where it was shown."""
-    torch.manual_seed(0)
-    model = build_model(
-        small_cfg("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 64)
-    )
-    x = example(64, 64, boxes=((16.0, 16.0, 48.0, 48.0),), classes=(2,))
-    x["image"][:, 16:48, 16:48] //= 4
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    # The low rate at the end takes the noise of sampling out: IoU 0.74 to 0.94 over seeds, and
-    # over numbers of threads, which round differently.
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [56], 0.1)
-    for _ in range(80):
-        losses = model([x, x])
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        schedule.step()
-    # Running statistics lag behind after 80 steps; the batch is the population here.
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model([x, x])
-    (found,) = model.eval()([x])
-    assert found["classes"][0] == 2
-    assert found["scores"][0] > 0.7
-    assert box_iou(found["boxes"][:1], x["gt_boxes"]) > 0.6
 
 
 def two_images():
