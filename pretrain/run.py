@@ -124,7 +124,8 @@ def check_backbone(args: argparse.Namespace, backbone: nn.Module, given: dict[st
     if given.get("arch") or args.small_stem:
         name = "arch" if given.get("arch") else "small_stem"
         raise UserError(f"{name} is for networks that are known by a name: drop it, or backbone")
-    dry_run(backbone, args.image_size)
+    for size in [args.image_size] + [args.small_size] * bool(args.multi_crop):
+        dry_run(backbone, size)
     args.arch = args.backbone = f"{type(backbone).__module__}.{type(backbone).__qualname__}"
 
 
