@@ -245,8 +245,9 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        known = module.split(".")[0] in EXTRAS
-        remedy = how_to_install(module) if known else f"pip install {install}"
+        remedy, top = f"pip install {install}", module.split(".")[0]
+        if top in EXTRAS:
+            install, remedy = DISTRIBUTIONS.get(top, top), how_to_install(module)
         raise UserError(f"{needed_by} needs the package {install}: {remedy} ({error})") from error
 
 

@@ -1,6 +1,6 @@
 """Tables of trials beside the numbers of a paper, and how they are printed.
 
-All numbers are in percent. They stay numbers until the functions here, or the templates of a page,
+All numbers are in percent, but where a column says otherwise. They stay numbers until the functions here, or the templates of a page,
 print them. Python's names are those of the field; the keys of report.json and table.json and the
 columns of the CSV files are those that the first version wrote, so that its files stay comparable.
 """
@@ -22,7 +22,7 @@ from moco_det.common.files import write_json, write_text
 
 SIGNIFICANT = "*"
 LEGEND = (
-    "In percent. Ours: mean ± sample standard deviation of n runs; one run has no deviation, and "
+    "In percent, unless a column says otherwise; ↓: smaller is better. Ours: mean ± sample standard deviation of n runs; one run has no deviation, and "
     "an empty cell has not been run. A gap to another row is taken over the trials that both have. "
     f"{SIGNIFICANT} marks a difference that chance does not explain: beyond the two-sided 95 % "
     "interval of Student's t for two means of one deviation, which is pooled from the runs at hand "
@@ -39,12 +39,14 @@ class Cell:
         published: the paper's mean.
         from_published: our mean minus the paper's.
         from_reference: our mean minus that of the reference row, over the trials that both have.
+        decimals: what is printed of them.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
     published: float | None = None
     from_published: Difference | None = None
     from_reference: Difference | None = None
+    decimals: int = 1
 
     @property
     def summary(self) -> Summary | None:
@@ -140,20 +142,20 @@ class Table:
 # -- numbers as text ------------------------------------------------------------------------------
 
 
-def number_text(number: float | None) -> str:
-    return "" if number is None else f"{number:.1f}"
+def number_text(number: float | None, decimals: int = 1) -> str:
+    return "" if number is None else f"{number:.{decimals}f}"
 
 
 def mean_text(cell: Cell) -> str:
     """ "55.9 ± 0.2", "55.9" of one run, "" of none."""
-    return cell.summary.text() if cell.summary else ""
+    return cell.summary.text(cell.decimals) if cell.summary else ""
 
 
-def difference_text(difference: Difference | None) -> str:
+def difference_text(difference: Difference | None, decimals: int = 1) -> str:
     """ "+0.3", with a mark where it is significant; "" for None."""
     if difference is None:
         return ""
-    return signed(difference.value) + (SIGNIFICANT if difference.significant else "")
+    return signed(difference.value, decimals) + (SIGNIFICANT if difference.significant else "")
 
 
 def count_text(row: Row) -> str:
@@ -185,9 +187,11 @@ def _lines_of(row: Row, reference_labels: str) -> dict[str, list[str]]:
     cells = row.all_cells
     lines = {
         f"ours ({count_text(row)})": [mean_text(cell) for cell in cells],
-        "paper": [number_text(cell.published) for cell in cells],
-        "ours − paper": [difference_text(cell.from_published) for cell in cells],
-        f"gap to {reference_labels}": [difference_text(cell.from_reference) for cell in cells],
+        "paper": [number_text(cell.published, cell.decimals) for cell in cells],
+        "ours − paper": [difference_text(cell.from_published, cell.decimals) for cell in cells],
+        f"gap to {reference_labels}": [
+            difference_text(cell.from_reference, cell.decimals) for cell in cells
+        ],
     }
     return {name: texts for name, texts in lines.items() if any(texts)}
 

@@ -10,7 +10,7 @@ from paths import CONFIGS, EXPERIMENTS, REPOSITORY
 from recording import FOLDER
 
 from moco_det.benchmark.jobs.ablation import read_ablation
-from moco_det.benchmark.jobs.classifiers import parsed
+from moco_det.benchmark.jobs.encoder_runs import parsed
 from moco_det.benchmark.jobs.grid import FOLDER as DATA
 from moco_det.benchmark.jobs.grid import Experiment, load_grid
 from moco_det.common.errors import UserError
