@@ -1,4 +1,4 @@
-"""Frames and choices of scales as Detectron2's augmentations, with it and with a stand-in for it."""
+"""Frames and choices of scales as Detectron2's augmentations, with it and with a stand-in."""
 
 import numpy as np
 import pytest
