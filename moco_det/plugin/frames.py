@@ -67,7 +67,7 @@ class FrameTransform(T.Transform):
 
     def __init__(self, frame: Frame, fill: Sequence[int]):
         super().__init__()
-        self._set_attributes(locals())
+        self.frame, self.fill = frame, fill
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
         return np.asarray(self.frame.image(Image.fromarray(image), self.fill))

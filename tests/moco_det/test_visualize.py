@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tiny_nyud import write_tiny_nyud
 
 from moco_det import colours, visualize
 from moco_det.common.errors import UserError
@@ -254,6 +255,29 @@ def test_label_map_of_a_prediction():
     del prediction["sem_seg"][1]
     found = visualize.predicted_labels(prediction, (20, 30))
     assert set(np.unique(found)) == {0, 2, 255}
+
+
+def test_depths_are_colours_of_one_scale(tmp_path, capsys):
+    """Near is red, far is blue; what is unknown stays as it is, and 10 m is the end."""
+    image = torch.full((3, 4, 6), 77, dtype=torch.uint8)
+    depths = np.zeros((4, 6), np.float32)
+    depths[:, 1], depths[:, 2], depths[:, 3:] = 0.5, 9.5, 30
+    picture = visualize.draw_depth(image, depths)
+    assert (picture[:, :, 0] == 77).all()
+    near, far, beyond = (picture[:, 0, x].tolist() for x in (1, 2, 3))
+    assert near[0] > 2 * near[2]
+    assert far[2] > 2 * far[1]
+    assert beyond == visualize.draw_depth(image, depths / 3)[:, 0, 3].tolist()  # 10 m
+    dataset = get_dataset(f"nyud_depth:{write_tiny_nyud(tmp_path / 'nyud')}:train")
+    record = dataset.records()[0]
+    drawn = visualize.draw_annotations(image := visualize.read_image(record), record, dataset)
+    found = prediction_record("0001", {"depth": torch.from_numpy(dataset.read_map(record))})
+    again = visualize.draw_prediction(image, found, dataset, 0.5)
+    assert (drawn != again).float().mean() < 0.01  # millimetres
+    assert torch.equal(visualize.draw_prediction(image, {}, dataset, 0.5), image)
+    found["depth"]["size"] = [1, 1]
+    assert torch.equal(visualize.draw_prediction(image, found, dataset, 0.5), image)
+    assert "depths of (height, width) [1, 1]" in capsys.readouterr().err
 
 
 def test_skeleton_of_the_annotation_file(tmp_path):
