@@ -45,9 +45,9 @@ class Experiment:
     """A detector, a data set and a schedule.
 
     `iterations`, `batch` (images per step) and `trials` are the paper's. `file`: its one config,
-    for all rows; None: configs/CONFIGS_ROW.yaml, or configs/NAME_ROW.yaml. `seconds_per_iteration` on 8 GPUs, as `measured`
-    says. `options`: config keys and values for every run. `classes`: names to write on pictures,
-    where the data set's own do not apply.
+    for all rows; None: configs/CONFIGS_ROW.yaml, or configs/NAME_ROW.yaml.
+    `seconds_per_iteration` on 8 GPUs, as `measured` says. `options`: config keys and values for
+    every run. `classes`: names to write on pictures, where the data set's own do not apply.
     """
 
     name: str

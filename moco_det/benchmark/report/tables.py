@@ -1,8 +1,9 @@
 """Tables of trials beside the numbers of a paper, and how they are printed.
 
-All numbers are in percent, but where a column says otherwise. They stay numbers until the functions here, or the templates of a page,
-print them. Python's names are those of the field; the keys of report.json and table.json and the
-columns of the CSV files are those that the first version wrote, so that its files stay comparable.
+All numbers are in percent, but where a column says otherwise. They stay numbers until the functions
+here, or the templates of a page, print them. Python's names are those of the field; the keys of
+report.json and table.json and the columns of the CSV files are those that the first version wrote,
+so that its files stay comparable.
 """
 
 import csv
@@ -22,8 +23,9 @@ from moco_det.common.files import write_json, write_text
 
 SIGNIFICANT = "*"
 LEGEND = (
-    "In percent, unless a column says otherwise; ↓: smaller is better. Ours: mean ± sample standard deviation of n runs; one run has no deviation, and "
-    "an empty cell has not been run. A gap to another row is taken over the trials that both have. "
+    "In percent, unless a column says otherwise; ↓: smaller is better. Ours: mean ± sample "
+    "standard deviation of n runs; one run has no deviation, and an empty cell has not been run. "
+    "A gap to another row is taken over the trials that both have. "
     f"{SIGNIFICANT} marks a difference that chance does not explain: beyond the two-sided 95 % "
     "interval of Student's t for two means of one deviation, which is pooled from the runs at hand "
     "and, for AP on COCO, from what is known of single runs (0.15)."
