@@ -19,10 +19,12 @@ from xml.dom import minidom
 import numpy as np
 import pytest
 import setuptools
+import torch
 from PIL import Image
 from readme_commands import CONFIGS, READMES, REPOSITORY, header_commands, parse, readme_commands
 from tiny_voc import write_tiny_voc
 
+import pretrain
 from moco_det.benchmark.jobs.ablation import read_ablation
 from moco_det.benchmark.jobs.classifiers import parse_flags
 from moco_det.benchmark.jobs.grid import ClassifierExperiment, Experiment, load_grid
@@ -413,3 +415,46 @@ def test_the_six_commands_lead_from_images_to_a_table(workplace, capsys):
     table = capsys.readouterr().out.splitlines()[-6:]
     assert any("moco" in line for line in table), table
     assert any("random" in line for line in table), table
+
+
+# -- examples in Python, for real -----------------------------------------------------------------
+
+PYTHON = [
+    (path, code)
+    for path in (Path("README.md"), Path("pretrain/README.md"))
+    for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), re.S)
+]
+TINY_RUN = {
+    "image_size": 32, "batch_size": 4, "moco_k": 8, "moco_dim": 8, "epochs": 1, "workers": 0,
+    "knn_every": 0, "log": "none", "lr": 1e-5, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "code"), PYTHON)
+def test_examples_in_python_run(workplace, monkeypatch, path, code):
+    """Made tiny by arguments that they do not give, or that a reader would choose otherwise."""
+    run_whole = pretrain.pretrain
+    monkeypatch.setattr(
+        pretrain,
+        "pretrain",
+        lambda data, backbone=None, **flags: run_whole(data, backbone, **TINY_RUN, **flags),
+        raising=False,
+    )
+    shown = {}
+    exec(code, shown)
+    if "run" in shown:
+        assert shown["run"].checkpoint.is_file()
+    if "fresh" in shown:
+        trained = shown["run"].backbone.state_dict()
+        for name, value in shown["fresh"].state_dict().items():
+            assert torch.equal(value, trained[f"backbone.{name}"]), name
+    if "model" in shown:
+        assert int(shown["model"].queue_ptr) == 16
+    if "cfg" in shown:
+        assert shown["cfg"].MODEL.RESNETS.DEPTH == 50
+
+
+def test_every_example_in_python_is_found():
+    assert len(PYTHON) == 4
+    for path, code in PYTHON:
+        assert len(code.splitlines()) <= 20, path
