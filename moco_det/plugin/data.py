@@ -37,7 +37,13 @@ from torch.utils.data import DataLoader
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
-from moco_det.config.checks import check_class_count, check_kind, is_depth, is_per_pixel
+from moco_det.config.checks import (
+    annotations_of,
+    check_class_count,
+    is_depth,
+    is_per_pixel,
+    learns_from,
+)
 from moco_det.datasets import (
     BUILT_IN,
     NOTHING,
@@ -255,7 +261,12 @@ def check_classes(cfg) -> None:
     """UserError unless every data set has what the model learns, and as many classes as it."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
-        check_kind(cfg, name, metadata.get("evaluator_type", ""))
+        if annotations_of(metadata.get("evaluator_type", "")) != learns_from(cfg):
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} and dataset {name} do not "
+                "fit: SemanticSegmentor learns from label maps, DepthEstimator from depth maps, "
+                "all others from objects"
+            )
         classes = metadata.get("stuff_classes" if is_per_pixel(cfg) else "thing_classes")
         if classes:
             check_class_count(cfg, name, classes)
