@@ -26,6 +26,7 @@ from moco_det.config.checks import (
     check_datasets,
     check_input,
     check_metric_files,
+    check_solver,
     check_weights,
     num_classes,
     plan_batch,
@@ -145,6 +146,7 @@ def _config(run: Run, settings: Settings, local: bool) -> CfgNode:
     native = settings.engine == "native"
     cfg = load_config(str(run.config_file), run.options, any_value=not native)
     check_input(cfg, crops_objects=not native)
+    check_solver(cfg)
     if local and not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         plan_batch(cfg, settings.gpus)
     return cfg

@@ -234,7 +234,7 @@ def test_a_test_loader_has_no_label_maps(plugin, catalogs, semantic, monkeypatch
     monkeypatch.setattr(plugin.data, "build_detection_test_loader", build)
     monkeypatch.setattr(plugin.data, "DatasetMapper", mapper)
     cfg = config("DATALOADER.NUM_WORKERS", 3)
-    plugin.data.build_semantic_test_loader(cfg, semantic)
+    plugin.pixel_data.build_semantic_test_loader(cfg, semantic)
     (((records,), options),) = build.calls
     assert options == {"mapper": "mapper", "num_workers": 3}
     assert mapper.calls == [((cfg,), {"is_train": False})]

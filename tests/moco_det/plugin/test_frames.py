@@ -45,7 +45,7 @@ def test_both_engines_draw_the_same_inputs(plugin, tmp_path, kind):
     root = write_tiny_nyud(tmp_path / "nyud")
     records = get_dataset(f"nyud_{target}:{root}:train").records() * 4
     cfg = make_cfg(architecture, inputs)
-    ours, theirs = build_train_mapper(cfg), plugin.data.build_pixel_mapper(cfg)
+    ours, theirs = build_train_mapper(cfg), plugin.pixel_data.build_pixel_mapper(cfg)
     np.random.seed(0)
     expected = [theirs(record) for record in records]
     np.random.seed(0)
@@ -66,7 +66,7 @@ def test_test_images_are_of_the_frames_size(plugin, tmp_path):
     cfg = make_cfg("DepthEstimator", FRAME)
     cfg.DATALOADER.NUM_WORKERS = 0
     record = get_dataset(name).records()[0]
-    (item,) = next(iter(plugin.data.build_semantic_test_loader(cfg, name)))
+    (item,) = next(iter(plugin.pixel_data.build_semantic_test_loader(cfg, name)))
     expected = build_test_mapper(cfg)(record, None)
     assert torch.equal(item["image"], expected["image"])
     assert (item["height"], item["width"]) == SIZE
@@ -75,9 +75,11 @@ def test_test_images_are_of_the_frames_size(plugin, tmp_path):
 def test_test_images_are_asked_for_in_the_frames_size(plugin, monkeypatch):
     if plugin.real:
         pytest.skip("looks into the stand-in's mapper")
-    monkeypatch.setattr(plugin.data.DatasetCatalog, "get", lambda name: [{"sem_seg_file_name": 1}])
+    monkeypatch.setattr(
+        plugin.pixel_data.DatasetCatalog, "get", lambda name: [{"sem_seg_file_name": 1}]
+    )
     for inputs in (FRAME, {}):
         cfg = make_cfg("DepthEstimator", inputs)
-        mapper = plugin.data.build_semantic_test_loader(cfg, "x").kwargs["mapper"]
+        mapper = plugin.pixel_data.build_semantic_test_loader(cfg, "x").kwargs["mapper"]
         sizes = [augmentation.args[0] for augmentation in mapper.kwargs.get("augmentations", ())]
         assert sizes == ([(40, 72)] if inputs else [])
