@@ -76,7 +76,9 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
 
-    add = parser.add_argument_group("nearest neighbours, of 'Revisiting Contrastive'").add_argument
+    add = parser.add_argument_group(
+        'nearest neighbours of "Revisiting Contrastive Methods"'
+    ).add_argument
     add("--nearest-neighbours", default=0, const=20, nargs="?", type=int, metavar="K",
         help="keys of the queue that are positives too; 20 without a number, 0: off")  # fmt: skip
     add("--nn-weight", default=0.4, type=float, help="of their loss, beside that of the own key")
