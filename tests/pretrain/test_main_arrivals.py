@@ -261,6 +261,15 @@ def test_the_flags_of_the_loss(task_of):
     assert type(task_of("--loss", "nce").loss) is NCE
 
 
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [((), ("tensorboard",)), (("wandb", "mlflow"), ("wandb", "mlflow")), (("none",), ())],
+)
+def test_the_flag_of_what_shows_a_run(images, flags, trackers):
+    argv = [*FLAGS, *(["--log", *flags] if flags else []), "--", str(images)]
+    assert run_settings(parse_pretraining(argv), seed=5).trackers == trackers
+
+
 def test_the_flags_of_the_run(parse, tmp_path):
     flags = ("--epochs", "9", "--start-epoch", "2", "-p", "3", "--save-steps", "6")
     args = parse(*flags, "--output", str(tmp_path))
