@@ -286,10 +286,14 @@ def test_a_config_opens_with_command_hardware_time_result_and_source(path):
     assert any(str(path) in command.words or "recipe" in comment for command in HEADERS[path])
 
 
+REVISITING = "revisiting_"  # how the names of tables begin that have a section of their own
+
+
 def published(kind: type) -> dict[tuple[str, str], list[float]]:
     """(experiment of a kind, row's label) -> the papers' numbers of metrics that a run has."""
     grid, found = load_grid(), {}
-    parts = [part for table in grid.tables.values() for part in table.parts]
+    tables = [table for name, table in grid.tables.items() if not name.startswith(REVISITING)]
+    parts = [part for table in tables for part in table.parts]
     for part in [part for part in parts if isinstance(part.experiment, kind)]:
         for row, numbers in part.published.items():
             pairs = zip(numbers, part.columns.values(), strict=True)
@@ -325,6 +329,26 @@ def test_the_tables_hold_the_papers_classifiers():
     papers = published(ClassifierExperiment)
     assert shown == {key: numbers for key, numbers in papers.items() if numbers != [None]}
     assert len(rows) == 2 and len(cells) == 32
+
+
+def test_the_tables_of_revisiting_are_the_grid_s():
+    """Rows, names for --weights and numbers, and the command that fills each."""
+    text = (REPOSITORY / "configs/README.md").read_text()
+    section = text.split("\n## Revisiting Contrastive Methods\n")[1].split("\n## ")[0]
+    grid, shown = load_grid(), re.split(r"^### Table (\d): ", section, flags=re.M)[1:]
+    tables = {name: table for name, table in grid.tables.items() if name.startswith(REVISITING)}
+    assert [f"{REVISITING}{number}" for number in shown[::2]] == list(tables)
+    for table, block in zip(tables.values(), shown[1::2], strict=True):
+        lines = [line[1:-1].split("|") for line in block.splitlines() if line[:1] == "|"]
+        heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        columns = [f"{p.heading} {c}".strip() for p in table.parts for c in p.columns]
+        assert heads == ["features of", "`--weights`", *columns]
+        for name, (label, given, *cells) in zip(table.rows(()), rows, strict=True):
+            row = grid.rows[name]
+            assert (label, given) == (row.label, f"`{name}`" * bool(row.pretrain))
+            found = [float(cell) if cell else None for cell in cells]
+            assert found == [number for part in table.parts for number in part.published[name]]
+        assert f"--tables {table.name}\n" in block
 
 
 def test_the_picture_is_made_of_a_report(tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from moco_det.benchmark.significance import difference_from_published, differenc
 from moco_det.common.files import write_text
 
 LINE_STYLES = 8  # in report.css
-DECIMALS = {"depth/rmse": 3}  # of metrics that are not printed with one
 
 Values = Mapping[int, float]  # trial -> percent
 Curves = Mapping[str, Mapping[str, Sequence[Points]]]
@@ -217,7 +216,7 @@ def make_cell(
     from_reference = difference_of_trials(
         [values[trial] for trial in common], [reference[trial] for trial in common], known
     )
-    decimals = DECIMALS.get(metric, 1)
+    decimals = tables.decimals_of(metric)
     return Cell(values, published, from_published, from_reference, decimals)
 
 

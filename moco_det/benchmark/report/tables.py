@@ -144,6 +144,11 @@ class Table:
 # -- numbers as text ------------------------------------------------------------------------------
 
 
+def decimals_of(metric: str | None) -> int:
+    """What is printed of its values: one of a percentage, more of metres."""
+    return 3 if metric == "depth/rmse" else 1
+
+
 def number_text(number: float | None, decimals: int = 1) -> str:
     return "" if number is None else f"{number:.{decimals}f}"
 
@@ -304,6 +309,7 @@ TASKS = {
     "keypoints": ("keypoint ", ("AP50", "AP", "AP75")),
     "densepose_gps": ("dense pose ", ("AP50", "AP", "AP75")),
     "sem_seg": ("", ("mIoU",)),
+    "depth": ("depth ", ("rmse",)),  # in metres
 }
 
 Numbers = Mapping[int, Mapping[str, float]]  # trial -> what was measured -> value
@@ -322,7 +328,8 @@ def trials_table(
 
     def cell(numbers: Numbers, measured: str) -> Cell:
         complete = all(measured in trial for trial in numbers.values())
-        return Cell({n: trial[measured] for n, trial in numbers.items()} if complete else {})
+        values = {n: trial[measured] for n, trial in numbers.items()} if complete else {}
+        return Cell(values, decimals=decimals_of(measured))
 
     return Table(
         title,
