@@ -70,7 +70,7 @@ def test_what_is_too_small_is_padded_with_the_mean_and_ignored(plugin, record):
 
 
 def test_image_and_labels_are_augmented_alike(plugin, record):
-    crop = plugin.data.T.RandomCrop("absolute", (8, 12))
+    crop = plugin.pixel_data.T.RandomCrop("absolute", (8, 12))
     seen = set()
     for _ in range(20):
         item = make_mapper(plugin, [crop], size=(8, 12))(record)
