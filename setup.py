@@ -30,7 +30,7 @@ class BuildWithFolders(build_py):
 
 
 # The official metrics of these data sets, which `moco_det.evaluation` runs.
-LVIS = ["lvis>=0.5.3"]
+LVIS = ["faster-coco-eval>=1.7"]
 CITYSCAPES = ["cityscapesscripts>=2.2"]
 DENSEPOSE = ["scipy"]  # reads the files of the body model, too
 # Reads tar shards for pretraining.
@@ -41,6 +41,10 @@ EVALUATION = ["scikit-learn>=1.3", "scipy"]
 
 # Weights of the Hugging Face Hub, and the files that most of them are.
 HUB = ["huggingface_hub>=0.23", "safetensors>=0.4"]
+
+# On no package registry; it is compiled against the torch that is there, so pip must not isolate
+# its build.
+DETECTRON2 = ["detectron2 @ git+https://github.com/facebookresearch/detectron2.git"]
 
 # Submits the runs of tools/reproduce.py.
 SLURM = ["submitit>=1.5"]
@@ -82,6 +86,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "detectron2": DETECTRON2,
         "lvis": LVIS,
         "cityscapes": CITYSCAPES,
         "densepose": DENSEPOSE,

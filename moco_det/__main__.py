@@ -13,6 +13,7 @@ from moco_det.common.installation import own_file
 COMMANDS = {
     "quickstart": "tools/quickstart.py",
     "subset": "pretrain/subset.py",
+    "crop-overlap": "pretrain/crop_overlap.py",
     "pretrain": "pretrain/main.py",
     "linear": "pretrain/linear.py",
     "knn": "pretrain/knn.py",

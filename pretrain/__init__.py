@@ -1,12 +1,12 @@
 """Images to checkpoint: self-supervised pretraining, and what its encoder is worth by itself.
 
-    from pretrain import MoCo, pretrain    # the algorithm, and a whole run of any backbone
+    from pretrain import MoCo, add_head, pretrain    # the algorithm, and a run of any backbone
 
 Start with `run.py`: it builds what the flags of `main.py`, or a program's arguments, name, and
 trains. From there a step goes through `data` (files to views), `moco` (views to logits) and
 `engine` (logits to a checkpoint).
 
-    main linear knn voc_svm segment_retrieval davis embed doctor
+    main linear knn voc_svm segment_retrieval davis embed doctor subset crop_overlap
                              commands: flags, then what they ask for; nobody imports a command
     run.py                   one run of pretraining, for main.py and for Python programs
     flags/                   their flags, recipes and launch: the last to see an argparse.Namespace
@@ -21,8 +21,12 @@ Of `moco_det` only `moco_det.common` is known here: the checkpoint is the interf
 import importlib
 
 # Imported when they are first asked for: torch takes seconds.
-_HOMES = {"MoCo": "pretrain.moco.momentum_contrast", "pretrain": "pretrain.run"}
-__all__ = ["MoCo", "pretrain"]
+_HOMES = {
+    "MoCo": "pretrain.moco.momentum_contrast",
+    "add_head": "pretrain.moco.encoders",
+    "pretrain": "pretrain.run",
+}
+__all__ = ["MoCo", "add_head", "pretrain"]
 
 
 def __getattr__(name: str):

@@ -24,7 +24,13 @@ import torch
 
 from moco_det.common.files import check_output_file, replacing, write_json
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
+from moco_det.common.processes import (
+    from_main,
+    is_main,
+    on_main,
+    print_on_main,
+    workers_per_process,
+)
 from moco_det.common.run_folders import RunFiles, claimed
 from pretrain.data.davis import Davis
 from pretrain.engine.device import use_deterministic_kernels
@@ -50,7 +56,7 @@ def follow(args: argparse.Namespace, device: torch.device) -> None:
     for path, flag in ((args.output, "--output"), (args.sheet, "--sheet")):
         if path:
             on_main(check_output_file, path, flag)
-    videos = on_main(Davis(Path(args.data), args.split).videos)
+    videos = from_main(on_main(Davis(Path(args.data), args.split).videos))
     torch.manual_seed(args.seed)
     use_deterministic_kernels(True)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)

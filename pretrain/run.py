@@ -124,7 +124,8 @@ def check_backbone(args: argparse.Namespace, backbone: nn.Module, given: dict[st
     if given.get("arch") or args.small_stem:
         name = "arch" if given.get("arch") else "small_stem"
         raise UserError(f"{name} is for networks that are known by a name: drop it, or backbone")
-    dry_run(backbone, args.image_size)
+    for size in [args.image_size] + [args.small_size] * bool(args.multi_crop):
+        dry_run(backbone, size)
     args.arch = args.backbone = f"{type(backbone).__module__}.{type(backbone).__qualname__}"
 
 
@@ -293,11 +294,29 @@ def describe(args, source, model: InstanceDiscrimination, device: torch.device, 
         f"global batch {args.batch_size} = {processes} process(es) x {groups} BN group(s) "
         f"x {args.batch_size // processes // groups}; {device}, seed {seed}, output {args.output}"
     )
-    shuffled = "with" if model.shuffle_bn else "without"
-    method = f"{args.mechanism}, {args.loss}, {shuffled} shuffled BN"
-    if args.nearest_neighbours:
-        method += f", {args.nearest_neighbours} nearest neighbours of weight {args.nn_weight:g}"
-        method += f" after {args.nn_from_epoch} epochs" if args.nn_from_epoch else ""
-    print_on_main(method)
+    print_on_main(method_words(args, model))
     if args.knn_every and not KnnMonitor.applies_to(Path(args.data)):
         print_on_main(f"no kNN monitor: {args.data} lacks class folders in train/ and val/")
+
+
+def method_words(args: argparse.Namespace, model: InstanceDiscrimination) -> str:
+    """Where keys come from, and what their positives are."""
+    words = [args.mechanism, args.loss]
+    words.append(f"{'with' if model.shuffle_bn else 'without'} shuffled BN")
+    if args.multi_crop:
+        where = (
+            f", at least {args.constrained:.0%} of each within the key's"
+            if args.constrained
+            else ""
+        )
+        words.append(f"{args.multi_crop} small crops of {args.small_size} px{where}")
+    if (args.min_iou, args.max_iou) != (0, 1):
+        words.append(f"large crops with an IoU of {args.min_iou:g} to {args.max_iou:g}")
+    if args.strong_aug != "none":
+        also = {"mix": "also by AutoAugment", "autoaugment": "by AutoAugment"}[args.strong_aug]
+        words.append(f"positives augmented {also}")
+    if args.nearest_neighbours:
+        late = f" after {args.nn_from_epoch} epochs" if args.nn_from_epoch else ""
+        weight = f"of weight {args.nn_weight:g}{late}"
+        words.append(f"{args.nearest_neighbours} nearest neighbours {weight}")
+    return ", ".join(words)

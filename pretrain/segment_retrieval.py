@@ -23,7 +23,13 @@ import torch
 
 from moco_det.common.files import check_output_file, replacing, write_json
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
+from moco_det.common.processes import (
+    from_main,
+    is_main,
+    on_main,
+    print_on_main,
+    workers_per_process,
+)
 from pretrain.data.segmented import find_segmented
 from pretrain.engine.device import use_deterministic_kernels
 from pretrain.evaluation.features import load_encoder
@@ -40,7 +46,10 @@ def retrieve(args: argparse.Namespace, device: torch.device) -> None:
         if path:
             on_main(check_output_file, path, flag)
     k_means()  # it may not be installed
-    train, val = (on_main(find_segmented, Path(args.data), s) for s in (args.train_split, "val"))
+    train, val = (
+        from_main(on_main(find_segmented, Path(args.data), split))
+        for split in (args.train_split, "val")
+    )
     torch.manual_seed(args.seed)
     use_deterministic_kernels(True)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)

@@ -19,6 +19,11 @@ QUICK = sorted(
     for path in (CONFIGS / "quick").glob("*.yaml")
     if not path.name.startswith("Base-")
 )
+REVISITING = sorted(
+    f"revisiting/{path.name}"
+    for path in (CONFIGS / "revisiting").glob("*.yaml")
+    if not path.name.startswith("Base-")
+)  # what they say is in test_configs_revisiting.py
 PAPER = yaml.safe_load((FOLDER / "paper_transfer.yaml").read_text())
 INITS = ("supervised_frozen_bn", "supervised", "random", "moco")
 FIELDS = ("Command", "Hardware", "Time", "Expected", "Source")
@@ -242,7 +247,7 @@ def test_every_detection_experiment_is_held_to_a_baseline():
     assert {split(run)[0] for run in BASELINES} == detection
 
 
-@pytest.mark.parametrize("path", [*(f"{run}.yaml" for run in RUNS), *QUICK])
+@pytest.mark.parametrize("path", [*(f"{run}.yaml" for run in RUNS), *QUICK, *REVISITING])
 def test_file_says_only_what_is_its_own(path):
     """No file repeats a value that the files it is laid over give already."""
     layers = _layers(CONFIGS / path)
@@ -264,8 +269,9 @@ def _layers(path):
 
 
 def test_every_base_is_used():
-    used = {name for path in (*RUNS, *QUICK) for name, _ in _layers(_file(path))}
-    assert {path.name for path in CONFIGS.glob("Base-*.yaml")} <= used
+    used = {name for path in (*RUNS, *QUICK, *REVISITING) for name, _ in _layers(_file(path))}
+    bases = *CONFIGS.glob("Base-*.yaml"), *CONFIGS.glob("revisiting/Base-*.yaml")
+    assert {path.name for path in bases} <= used
 
 
 def _file(name):
@@ -288,7 +294,7 @@ def header(run):
     return fields
 
 
-@pytest.mark.parametrize("run", [*RUNS, *QUICK])
+@pytest.mark.parametrize("run", [*RUNS, *QUICK, *REVISITING])
 def test_header(run):
     fields = header(run)
     assert set(fields) == {"Title", *FIELDS}

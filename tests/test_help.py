@@ -21,7 +21,7 @@ from pretrain.data import benchmarks
 from pretrain.data.multi_crop import STRONG
 from pretrain.engine import device, optimization
 from pretrain.evaluation import svm
-from pretrain.flags import common, evaluation, pretraining
+from pretrain.flags import common, evaluation, pretraining, views
 from pretrain.moco import MECHANISMS
 from pretrain.moco.losses import LOSSES
 
@@ -122,7 +122,7 @@ def test_names_within_flags_are_those_of_what_they_choose():
     assert device.COMPILE == pretraining.COMPILE
     assert tuple(MECHANISMS) == pretraining.MECHANISMS
     assert tuple(LOSSES) == pretraining.LOSSES
-    assert tuple(STRONG) == pretraining.STRONG
+    assert tuple(STRONG) == views.STRONG
     assert (benchmarks.FOLDERS, *benchmarks.BENCHMARKS) == evaluation.DATASETS
     assert (svm.COST, svm.COSTS, svm.FOLDS) == (evaluation.COST, evaluation.COSTS, evaluation.FOLDS)
     assert TARGETS.keys() == SUFFIXES.keys()

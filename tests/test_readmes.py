@@ -19,10 +19,12 @@ from xml.dom import minidom
 import numpy as np
 import pytest
 import setuptools
+import torch
 from PIL import Image
 from readme_commands import CONFIGS, READMES, REPOSITORY, header_commands, parse, readme_commands
 from tiny_voc import write_tiny_voc
 
+import pretrain
 from moco_det.benchmark.jobs.ablation import read_ablation
 from moco_det.benchmark.jobs.classifiers import parse_flags
 from moco_det.benchmark.jobs.grid import ClassifierExperiment, Experiment, load_grid
@@ -284,10 +286,14 @@ def test_a_config_opens_with_command_hardware_time_result_and_source(path):
     assert any(str(path) in command.words or "recipe" in comment for command in HEADERS[path])
 
 
+REVISITING = "revisiting_"  # how the names of tables begin that have a section of their own
+
+
 def published(kind: type) -> dict[tuple[str, str], list[float]]:
     """(experiment of a kind, row's label) -> the papers' numbers of metrics that a run has."""
     grid, found = load_grid(), {}
-    parts = [part for table in grid.tables.values() for part in table.parts]
+    tables = [table for name, table in grid.tables.items() if not name.startswith(REVISITING)]
+    parts = [part for table in tables for part in table.parts]
     for part in [part for part in parts if isinstance(part.experiment, kind)]:
         for row, numbers in part.published.items():
             pairs = zip(numbers, part.columns.values(), strict=True)
@@ -323,6 +329,26 @@ def test_the_tables_hold_the_papers_classifiers():
     papers = published(ClassifierExperiment)
     assert shown == {key: numbers for key, numbers in papers.items() if numbers != [None]}
     assert len(rows) == 2 and len(cells) == 32
+
+
+def test_the_tables_of_revisiting_are_the_grid_s():
+    """Rows, names for --weights and numbers, and the command that fills each."""
+    text = (REPOSITORY / "configs/README.md").read_text()
+    section = text.split("\n## Revisiting Contrastive Methods\n")[1].split("\n## ")[0]
+    grid, shown = load_grid(), re.split(r"^### Table (\d): ", section, flags=re.M)[1:]
+    tables = {name: table for name, table in grid.tables.items() if name.startswith(REVISITING)}
+    assert [f"{REVISITING}{number}" for number in shown[::2]] == list(tables)
+    for table, block in zip(tables.values(), shown[1::2], strict=True):
+        lines = [line[1:-1].split("|") for line in block.splitlines() if line[:1] == "|"]
+        heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        columns = [f"{p.heading} {c}".strip() for p in table.parts for c in p.columns]
+        assert heads == ["features of", "`--weights`", *columns]
+        for name, (label, given, *cells) in zip(table.rows(()), rows, strict=True):
+            row = grid.rows[name]
+            assert (label, given) == (row.label, f"`{name}`" * bool(row.pretrain))
+            found = [float(cell) if cell else None for cell in cells]
+            assert found == [number for part in table.parts for number in part.published[name]]
+        assert f"--tables {table.name}\n" in block
 
 
 def test_the_picture_is_made_of_a_report(tmp_path, monkeypatch):
@@ -413,3 +439,46 @@ def test_the_six_commands_lead_from_images_to_a_table(workplace, capsys):
     table = capsys.readouterr().out.splitlines()[-6:]
     assert any("moco" in line for line in table), table
     assert any("random" in line for line in table), table
+
+
+# -- examples in Python, for real -----------------------------------------------------------------
+
+PYTHON = [
+    (path, code)
+    for path in (Path("README.md"), Path("pretrain/README.md"))
+    for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), re.S)
+]
+TINY_RUN = {
+    "image_size": 32, "batch_size": 4, "moco_k": 8, "moco_dim": 8, "epochs": 1, "workers": 0,
+    "knn_every": 0, "log": "none", "lr": 1e-5, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "code"), PYTHON)
+def test_examples_in_python_run(workplace, monkeypatch, path, code):
+    """Made tiny by arguments that they do not give, or that a reader would choose otherwise."""
+    run_whole = pretrain.pretrain
+    monkeypatch.setattr(
+        pretrain,
+        "pretrain",
+        lambda data, backbone=None, **flags: run_whole(data, backbone, **TINY_RUN, **flags),
+        raising=False,
+    )
+    shown = {}
+    exec(code, shown)
+    if "run" in shown:
+        assert shown["run"].checkpoint.is_file()
+    if "fresh" in shown:
+        trained = shown["run"].backbone.state_dict()
+        for name, value in shown["fresh"].state_dict().items():
+            assert torch.equal(value, trained[f"backbone.{name}"]), name
+    if "model" in shown:
+        assert int(shown["model"].queue_ptr) == 16
+    if "cfg" in shown:
+        assert shown["cfg"].MODEL.RESNETS.DEPTH == 50
+
+
+def test_every_example_in_python_is_found():
+    assert len(PYTHON) == 4
+    for path, code in PYTHON:
+        assert len(code.splitlines()) <= 20, path

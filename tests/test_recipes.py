@@ -5,12 +5,18 @@ and the commands' defaults together must come to exactly these. The papers' numb
 experiments.yaml too, where that lies beside the repository.
 """
 
+import math
+
+import cv2
+import numpy as np
 import pytest
+import torch
 import yaml
 from paths import CONFIGS, EXPERIMENTS
 
 from pretrain.flags.evaluation import parse_linear
 from pretrain.flags.pretraining import parse_pretraining
+from pretrain.run import train
 
 # Sections 3 and 4 of MoCo v1, the official code for what they leave open. They have float32, "auto"
 # takes bf16 on GPUs.
@@ -32,6 +38,12 @@ V2 = V1 | {"cos": True, "mlp": True, "aug_plus": True, "moco_t": 0.2}
 SIMCLR = V2 | {
     "mechanism": "end-to-end", "optimizer": "lars", "lr": 0.3, "warmup_epochs": 10,
     "weight_decay": 1e-6, "moco_t": 0.1, "color_strength": 1.0, "crop_min": 0.08,
+}  # fmt: skip
+# Section 4 of "Revisiting Contrastive Methods", and its public code.
+REVISITING_MOCO = V2 | {"lr": 0.3}
+REVISITING_MULTICROP = REVISITING_MOCO | {"image_size": 160, "multi_crop": 4}
+REVISITING = REVISITING_MULTICROP | {
+    "constrained": 0.1, "moco_m": 0.995, "strong_aug": "mix", "nearest_neighbours": 20,
 }  # fmt: skip
 IG1B = V1 | {
     "batch_size": 1024, "iterations": 1250000, "lr": 0.12, "lr_decay": 0.9,
@@ -58,6 +70,9 @@ PAPERS = {
     "pretrain/moco_v2_r50": V2,
     "pretrain/moco_v1_r50_ig1b": IG1B,
     "pretrain/simclr_r50": SIMCLR,
+    "pretrain/revisiting_moco_r50": REVISITING_MOCO,
+    "pretrain/revisiting_multicrop_r50": REVISITING_MULTICROP,
+    "pretrain/revisiting_r50": REVISITING,
     "finetune/imagenet_r50": FINETUNING,
     "finetune/inaturalist2018_r50": FINETUNING | {"lr": 0.025},
 }
@@ -77,8 +92,8 @@ SMALL = {
         "moco_dim": 64, "moco_k": 64, "moco_m": 0.99, "moco_t": 0.1,
     },
     "pretrain/quickstart_r18": {
-        "arch": "resnet18", "image_size": 32, "batch_size": 64, "epochs": 10, "lr": 0.015,
-        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1,
+        "arch": "resnet18", "image_size": 32, "batch_size": 64, "epochs": 16, "lr": 0.015,
+        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1, "color_strength": 0.25,
     },
     "pretrain/reproduce_quick_r50": {
         "arch": "resnet50w0.25x", "image_size": 32, "batch_size": 64, "epochs": 15, "lr": 0.015,
@@ -166,6 +181,56 @@ def test_pretraining_is_as_published(published, recipe, entries):
     assert {name: found[PUBLISHED[name]] for name in compared} == compared
     assert found["mlp"] == ("mlp" in values["head"])
     assert found["cos"] == (values.get("schedule") == "cosine")
+
+
+def test_revisiting_is_as_published(published):
+    """Its entry has the baseline; what was added, in the other two; the code's settings."""
+    entry, protocol = published["pretrain"]["rc_coco"], published["revisiting"]["protocol"]
+    moco, crops, whole = (
+        effective(f"pretrain/revisiting_{name}r50") for name in ("moco_", "multicrop_", "")
+    )
+    for found in (moco, crops, whole):
+        for name in ("arch", "batch", "lr", "tau"):
+            assert found[PUBLISHED[name]] == entry[name]
+        assert found["epochs"] == entry["epochs"][0]
+        assert found["cos"] and found["mlp"]
+    assert (moco["moco_m"], whole["moco_m"]) == (entry["m"], entry["m_with_multicrop"])
+    large, small = entry["crops"]["large"], entry["crops"]["small"]
+    for found in (crops, whole):
+        assert (found["image_size"], found["crop_min"]) == (large["px"], large["area"][0])
+        assert (found["multi_crop"], found["small_size"]) == (small["n"], small["px"])
+        assert found["small_scale"] == small["area"]
+    neighbours = protocol["nearest_neighbours"]
+    assert (whole["nearest_neighbours"], whole["nn_weight"]) == (
+        neighbours["k"], neighbours["weight"],
+    )  # fmt: skip
+
+
+# What the first lines of such a run say of its method.
+SAID = {
+    "moco_r50": "",
+    "multicrop_r50": ", 4 small crops of 12 px",
+    "r50": ", 4 small crops of 12 px, at least 10% of each within the key's, positives augmented also by "
+    "AutoAugment, 20 nearest neighbours of weight 0.4",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_recipe_of_revisiting_takes_a_step(name, tmp_path, capsys):
+    """At a size for a second: a narrow encoder on images of 24 and 12 pixels."""
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / f"{number}.png"), noise)
+    recipe = str(CONFIGS / f"pretrain/revisiting_{name}.yaml")
+    argv = [str(tmp_path), "--recipe", recipe, "--output", str(tmp_path / "run")]
+    argv += ["-a", "resnet18w0.25x", "-b", "4", "--image-size", "24", "--small-size", "12"]
+    argv += ["--moco-k", "24", "--iterations", "1", "--seed", "0", "-j", "0"]
+    done = train(parse_pretraining(argv), torch.device("cpu"))
+    assert 0 < done.metrics["loss"] < 10 * math.log(25)
+    assert ("loss_nn" in done.metrics) == (name == "r50")
+    printed = capsys.readouterr().out
+    assert "epoch 1/1 [1/1]  loss" in printed
+    assert f"moco, infonce, with shuffled BN{SAID[name]}\n" in printed
 
 
 def test_the_linear_protocol_is_as_published(published):

@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="your JPEGImages, Annotations and ImageSets/Main; needs --images (default: drawn)",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of the data, pretraining and first pair of detectors")
-    add("--seeds", type=int, default=2, help="pairs of detectors to train")
+    add("--seeds", type=int, default=3, help="pairs of detectors to train")
     add("--recipe", type=Path, default=RECIPE, metavar="YAML",
         help=f"flags of pretraining (default: {RECIPE.name})")  # fmt: skip
     add("--config-file", type=Path, default=CONFIG, metavar="YAML",

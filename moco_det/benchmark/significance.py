@@ -125,7 +125,7 @@ def t_95(degrees_of_freedom: int) -> float:
     return 1.96 + 2.5 / degrees_of_freedom
 
 
-def signed(value: float) -> str:
+def signed(value: float, decimals: int = 1) -> str:
     """+1.5, −1.5 (with a true minus sign), 0.0."""
-    text = f"{value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else text[1:]

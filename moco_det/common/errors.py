@@ -202,8 +202,8 @@ def print_any_name() -> None:
 # Module -> the extra of setup.py that its package is in; all others are needed by everything.
 EXTRAS = {
     "cityscapesscripts": "cityscapes",
+    "faster_coco_eval": "lvis",
     "huggingface_hub": "hub",
-    "lvis": "lvis",
     "mlflow": "mlflow",
     "pyarrow": "parquet",
     "safetensors": "hub",
@@ -213,7 +213,10 @@ EXTRAS = {
     "wandb": "wandb",
     "webdataset": "webdataset",
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where pip calls it something else
+DISTRIBUTIONS = {  # where pip calls it something else
+    "faster_coco_eval": "faster-coco-eval",
+    "sklearn": "scikit-learn",
+}
 
 
 def is_absent(module: str) -> bool:
@@ -245,8 +248,9 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        known = module.split(".")[0] in EXTRAS
-        remedy = how_to_install(module) if known else f"pip install {install}"
+        remedy, top = f"pip install {install}", module.split(".")[0]
+        if top in EXTRAS:
+            install, remedy = DISTRIBUTIONS.get(top, top), how_to_install(module)
         raise UserError(f"{needed_by} needs the package {install}: {remedy} ({error})") from error
 
 

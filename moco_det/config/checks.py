@@ -80,7 +80,12 @@ def check_keypoints(cfg, dataset: Dataset) -> None:
 
 def check_dataset(cfg, dataset: Dataset) -> None:
     """UserError unless `dataset` has what the model learns, and as many classes as it."""
-    check_kind(cfg, dataset.name, dataset.evaluator)
+    has, learns = annotations_of(dataset.evaluator), learns_from(cfg)
+    if has != learns:
+        raise UserError(
+            f"dataset {dataset.name} has {has}, but MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE} learns from {learns}"
+        )
     if cfg.MODEL.DENSEPOSE_ON and dataset.evaluator != "densepose":
         raise UserError(
             f"dataset {dataset.name} has no dense pose, but MODEL.DENSEPOSE_ON is True: take "
@@ -90,22 +95,15 @@ def check_dataset(cfg, dataset: Dataset) -> None:
         check_class_count(cfg, dataset.name, dataset.classes)
 
 
-def check_kind(cfg, name: str, evaluator: str) -> None:
-    """UserError unless data set `name` has what the model learns from.
+def annotations_of(evaluator: str) -> str:
+    """What a data set has, by its evaluator."""
+    return {"sem_seg": "label maps", "depth": "depth maps"}.get(evaluator, "objects")
 
-    Args:
-        evaluator: of the data set, which says what it has.
-    """
-    of_evaluator = {"sem_seg": "label maps", "depth": "depth maps"}
-    has = of_evaluator.get(evaluator, "objects")
-    learns = {SEMANTIC: "label maps", DEPTH: "depth maps"}.get(
-        cfg.MODEL.META_ARCHITECTURE, "objects"
-    )
-    if has != learns:
-        raise UserError(
-            f"dataset {name} has {has}, but MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE} learns from {learns}"
-        )
+
+def learns_from(cfg) -> str:
+    """What the model learns from, in the words of `annotations_of`."""
+    kinds = {SEMANTIC: "label maps", DEPTH: "depth maps"}
+    return kinds.get(cfg.MODEL.META_ARCHITECTURE, "objects")
 
 
 def check_class_count(cfg, name: str, classes: Sequence[str]) -> None:

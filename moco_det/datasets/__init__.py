@@ -168,10 +168,21 @@ def locate(name: str) -> Location:
         return Location(kind, root / first, second, root)
     if kind in KINDS and first and second:
         return Location(kind, Path(first).expanduser(), second)
-    *others, last = (f"{kind}:{dataset.form}" for kind, dataset in KINDS.items())
-    forms = f"{', '.join(others)} or {last}"
+    forms = _own_forms()
     if ":" in name:
         raise UserError(f"dataset {shown(name, 34)}: a data set of one's own is written {forms}")
     nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
     asked = shown(name, 34)
     raise UserError(f"no dataset {asked}: the nearest name is {nearest}; own data: {forms}")
+
+
+def _own_forms() -> str:
+    """How a data set of one's own is written: every form, with the kinds that have it."""
+    kinds: dict[str, list[str]] = {}
+    for kind, dataset in KINDS.items():
+        kinds.setdefault(dataset.form, []).append(kind)
+    parts = []
+    for form, (first, *others) in kinds.items():
+        alike = f" (likewise {', '.join(others)})" if others else ""
+        parts.append(f"{first}:{form}{alike}")
+    return " or ".join(parts)

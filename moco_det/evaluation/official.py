@@ -1,16 +1,18 @@
-"""LVIS's and Cityscapes' metrics, computed by the official tools, which are optional packages.
+"""LVIS's and Cityscapes' metrics, computed by optional packages.
 
-Both tools are older than today's NumPy: `lvis` calls np.float, which left NumPy with 1.24, and
-cityscapesscripts np.in1d, which left it with 2.4; they stop with an AttributeError. `old_numpy`
-puts a stand-in that has these names in the place of `np` in the one module that asks for them,
-while a call runs; NumPy itself is not touched, and nothing stays changed. What the names do is what
-they did, so the metrics are the official ones.
+LVIS's are those of `faster-coco-eval`, which has the rules of the official package `lvis` and gives
+its numbers to the last digit (see test_official_lvis.py). The official one requires opencv-python,
+which would be installed over opencv-python-headless, a second copy of the same files.
+
+Cityscapes' tool is the official one. It is older than today's NumPy: it calls np.in1d, which left
+NumPy with 2.4, and stops with an AttributeError. `old_numpy` puts a stand-in that has this name in
+the place of `np` in the one module that asks for it, while a call runs; NumPy itself is not
+touched, and nothing stays changed.
 """
 
 import contextlib
 import copy
 import io
-import logging
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator
@@ -35,14 +37,16 @@ from moco_det.evaluation.coco import (
 from moco_det.evaluation.predictions import check_masks, tasks_of
 
 DETECTIONS_PER_IMAGE = 300  # LVIS's rule, where COCO has 100
-_LVIS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+_LVIS_METRICS = {
+    "AP": "AP_all", "AP50": "AP_50", "AP75": "AP_75",
+    "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large",
+    "APr": "APr", "APc": "APc", "APf": "APf",
+}  # fmt: skip
 _CITYSCAPES_TOOL = "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling"
 
 
 class _OldNumPy:
-    """NumPy with the names that the tools miss."""
-
-    float = float
+    """NumPy with the name that the tool misses."""
 
     @staticmethod
     def in1d(elements: np.ndarray, values) -> np.ndarray:
@@ -84,25 +88,14 @@ def evaluate_lvis(
         only: the images that count; None for all.
 
     Raises:
-        UserError: the package `lvis` is not installed.
+        UserError: the package `faster-coco-eval` is not installed.
         ValueError: predictions for other images.
     """
-    tool = _lvis()
+    tool = import_optional("faster_coco_eval", "this data set's metric", "faster-coco-eval")
     tasks = [task for task in tasks_of(predictions) if task in ("bbox", "segm")]
     ground_truth = _lvis_ground_truth(tool, dataset, "segm" in tasks, only)
     check_masks(predictions, image_sizes(ground_truth))
     return {task: _lvis_metrics(tool, ground_truth, dataset, predictions, task) for task in tasks}
-
-
-def _lvis() -> ModuleType:
-    """The package `lvis`, kept from setting up logging for the whole program as it is imported."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    tool = import_optional("lvis", "this data set's metric", "lvis")
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("lvis").setLevel(logging.ERROR)  # it warns of results given as a list
-    return tool
 
 
 def _lvis_ground_truth(
@@ -120,11 +113,7 @@ def _lvis_ground_truth(
     frequency = dict(zip(dataset.category_ids, dataset.frequencies, strict=True))
     for category in found["categories"]:
         category["frequency"] = frequency[category["id"]]
-    ground_truth = tool.LVIS.__new__(tool.LVIS)
-    ground_truth.logger = logging.getLogger("lvis.lvis")
-    ground_truth.dataset = found
-    ground_truth._create_index()
-    return ground_truth
+    return tool.COCO(found)
 
 
 def _lvis_metrics(
@@ -134,20 +123,16 @@ def _lvis_metrics(
     predictions: list[dict[str, Any]],
     task: str,
 ) -> dict[str, float]:
-    results = [r for p in predictions for r in as_results(p, dataset.category_ids, task)]
-    found = tool.LVISResults(
-        ground_truth, results or [_nothing(ground_truth)], DETECTIONS_PER_IMAGE
-    )
-    run = tool.LVISEval(ground_truth, found, task)
-    with old_numpy(tool.eval):
-        run.run()
-    return {name: percent(run.results[name]) for name in _LVIS_METRICS}
+    results = [r for p in predictions for r in _best(as_results(p, dataset.category_ids, task))]
+    run = tool.COCOeval_faster(ground_truth, ground_truth.loadRes(results), task, lvis_style=True)
+    run.params.maxDets = [DETECTIONS_PER_IMAGE]
+    run.run()
+    return {name: percent(run.stats_as_dict[theirs]) for name, theirs in _LVIS_METRICS.items()}
 
 
-def _nothing(ground_truth) -> dict[str, Any]:
-    """The tool fails on an empty list, and passes over a detection of a category that is none."""
-    image_id = next(iter(ground_truth.imgs))
-    return {"image_id": image_id, "category_id": 0, "bbox": [0, 0, 1, 1], "score": 0.0}
+def _best(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of an image that count; the tool knows COCO's limit only, which is for each class."""
+    return sorted(results, key=lambda result: -result["score"])[:DETECTIONS_PER_IMAGE]
 
 
 # -- Cityscapes ------------------------------------------------------------------------------------

@@ -3,24 +3,20 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
-    build_detection_test_loader,
     build_detection_train_loader,
     detection_utils,
     get_detection_dataset_dicts,
 )
-from detectron2.data import transforms as T
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -30,14 +26,17 @@ from detectron2.evaluation import (
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco_det.common.errors import UserError
 from moco_det.common.files import replacing
 from moco_det.common.images import read_upright
-from moco_det.config.checks import check_class_count, check_kind, is_depth, is_per_pixel
+from moco_det.config.checks import (
+    annotations_of,
+    check_class_count,
+    is_per_pixel,
+    learns_from,
+)
 from moco_det.datasets import (
     BUILT_IN,
     NOTHING,
@@ -51,8 +50,6 @@ from moco_det.datasets import (
     VocDataset,
     Wanted,
     get_dataset,
-    read_depth,
-    read_labels,
 )
 from moco_det.datasets.dataset import check_images
 from moco_det.datasets.semantic import IGNORED
@@ -67,8 +64,6 @@ from moco_det.evaluation.predictions import (
     predictions_file,
     save_predictions,
 )
-from moco_det.native.modeling.pixel_input import pad, scaled_size
-from moco_det.plugin.frames import RandomFrame, ScaleChoice
 from moco_det.visualize import compared
 
 # -- image files ----------------------------------------------------------------------------------
@@ -255,158 +250,15 @@ def check_classes(cfg) -> None:
     """UserError unless every data set has what the model learns, and as many classes as it."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
-        check_kind(cfg, name, metadata.get("evaluator_type", ""))
+        if annotations_of(metadata.get("evaluator_type", "")) != learns_from(cfg):
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} and dataset {name} do not "
+                "fit: SemanticSegmentor learns from label maps, DepthEstimator from depth maps, "
+                "all others from objects"
+            )
         classes = metadata.get("stuff_classes" if is_per_pixel(cfg) else "thing_classes")
         if classes:
             check_class_count(cfg, name, classes)
-
-
-# -- label maps, depth maps -----------------------------------------------------------------------
-
-
-class RandomScale(T.Augmentation):
-    """Resizes an image to its own size times a factor.
-
-    Args:
-        smallest, largest: between which the factor is drawn uniformly.
-    """
-
-    def __init__(self, smallest: float, largest: float):
-        super().__init__()
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        height, width = image.shape[:2]
-        factor = self._rand_range(self.smallest, self.largest)
-        new = scaled_size(height, width, factor)
-        return T.ResizeTransform(height, width, *new, Image.BILINEAR)
-
-
-@dataclass
-class SemanticDatasetMapper:
-    """Turns a record with a label map into a training input of Detectron2's SemanticSegmentor.
-
-    The native engine's mapper of this name, with Detectron2's augmentations.
-
-    Args:
-        augmentations: Detectron2's, or like them.
-        image_format: channel order the model wants.
-        num_classes: what the labels must stay below.
-        size: (height, width) to which smaller results are padded; None: as they are.
-        padding: (3,) pixel with which they are: the mean, which is 0 after normalisation.
-        ignore_value: label of such pixels.
-    """
-
-    augmentations: Sequence[T.Augmentation]
-    image_format: str
-    num_classes: int
-    size: Sequence[int] | None
-    padding: Sequence[float]
-    ignore_value: int = 255
-
-    def __post_init__(self):
-        self.padding = torch.tensor(self.padding, dtype=torch.float32).view(3, 1, 1)
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with "image" (3, H, W) and "sem_seg" (H, W) int64.
-
-        The image is uint8, or float32 where it is padded, with a mean that is no whole number.
-
-        Raises:
-            UserError: the label map cannot be read, is of another size, or a label is no class.
-        """
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
-        detection_utils.check_image_size(dict(record), image)
-        data = T.AugInput(image, sem_seg=read_labels(record, self.num_classes))
-        T.AugmentationList(self.augmentations)(data)
-        pixels = torch.from_numpy(np.ascontiguousarray(data.image.transpose(2, 0, 1)))
-        labels = torch.from_numpy(data.sem_seg.astype(np.int64))
-        if self.size is not None:
-            pixels = pad(pixels, self.size, self.padding)
-            labels = pad(labels, self.size, self.ignore_value)
-        return {**record, "image": pixels, "sem_seg": labels}
-
-
-@dataclass
-class DepthDatasetMapper:
-    """Turns a record with a depth map into a training input of a `DepthEstimator`.
-
-    The native engine's mapper of this name, with Detectron2's augmentations.
-
-    Args:
-        augmentations: a `RandomFrame`, and perhaps Detectron2's flip.
-        image_format: channel order the model wants.
-    """
-
-    augmentations: Sequence[T.Augmentation]
-    image_format: str
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with "image" uint8 (3, H, W) and "depth" (H, W) float32 in metres.
-
-        Raises:
-            UserError: a file cannot be read, sizes differ, or a depth is none.
-        """
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
-        detection_utils.check_image_size(dict(record), image)
-        data = T.AugInput(image, sem_seg=read_depth(record))
-        T.AugmentationList(self.augmentations)(data)
-        pixels = np.ascontiguousarray(data.image.transpose(2, 0, 1))
-        depths = np.ascontiguousarray(data.sem_seg)
-        return {**record, "image": torch.from_numpy(pixels), "depth": torch.from_numpy(depths)}
-
-
-def build_pixel_mapper(cfg) -> SemanticDatasetMapper | DepthDatasetMapper:
-    """For training a model of pixels."""
-    if is_depth(cfg):
-        return DepthDatasetMapper(_build_scaling(cfg), cfg.INPUT.FORMAT)
-    return build_semantic_mapper(cfg)
-
-
-def _build_scaling(cfg) -> list[T.Augmentation]:
-    """The resize and flip of the training images."""
-    augmentations = detection_utils.build_augmentation(cfg, is_train=True)
-    scale, choices, crop = cfg.INPUT.RANDOM_SCALE, cfg.INPUT.SCALE_CHOICES, cfg.INPUT.CROP
-    if cfg.INPUT.FIXED_SIZE:
-        fill = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
-        drawn = scale, choices, cfg.INPUT.RANDOM_ROTATION
-        augmentations[0] = RandomFrame(cfg.INPUT.FIXED_SIZE, fill, *drawn)
-    elif choices:
-        augmentations[0] = ScaleChoice(choices, crop.SIZE if crop.ENABLED else ())
-    elif scale:
-        augmentations[0] = RandomScale(*scale)
-    return augmentations
-
-
-def build_semantic_mapper(cfg) -> SemanticDatasetMapper:
-    """For training; `moco_det.config.checks.check_input` says what it needs of the INPUT keys."""
-    augmentations = _build_scaling(cfg)
-    if cfg.INPUT.CROP.ENABLED:
-        # Last, so that crops are of this size whatever the scale; Detectron2's own mapper crops
-        # before it resizes.
-        augmentations.append(T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
-    return SemanticDatasetMapper(
-        augmentations,
-        cfg.INPUT.FORMAT,
-        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
-        cfg.MODEL.PIXEL_MEAN,
-        cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-    )
-
-
-def build_semantic_test_loader(cfg, dataset_name: str) -> DataLoader:
-    """Detectron2's, without the label maps: its mapper would read a palette's colours as grey."""
-    records = [
-        {key: value for key, value in record.items() if key != "sem_seg_file_name"}
-        for record in DatasetCatalog.get(dataset_name)
-    ]
-    size = cfg.INPUT.FIXED_SIZE
-    fixed = {"augmentations": [T.Resize(tuple(size), Image.BILINEAR)]} if size else {}
-    mapper = DatasetMapper(cfg, is_train=False, **fixed)
-    return build_detection_test_loader(
-        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
 
 
 # -- dense pose -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Detectron2's augmentations of what `native.modeling.pixel_input` does to images and maps."""
+"""What `native.modeling.pixel_input` does to images and maps, as Detectron2's augmentations."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,25 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from moco_det.datasets.semantic import IGNORED
-from moco_det.native.modeling.pixel_input import Frame, covering_size
+from moco_det.native.modeling.pixel_input import Frame, covering_size, scaled_size
+
+
+class RandomScale(T.Augmentation):
+    """Resizes an image to its own size times a factor.
+
+    Args:
+        smallest, largest: between which the factor is drawn uniformly.
+    """
+
+    def __init__(self, smallest: float, largest: float):
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        factor = self._rand_range(self.smallest, self.largest)
+        new = scaled_size(height, width, factor)
+        return T.ResizeTransform(height, width, *new, Image.BILINEAR)
 
 
 class ScaleChoice(T.Augmentation):
@@ -67,7 +85,7 @@ class FrameTransform(T.Transform):
 
     def __init__(self, frame: Frame, fill: Sequence[int]):
         super().__init__()
-        self._set_attributes(locals())
+        self.frame, self.fill = frame, fill
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
         return np.asarray(self.frame.image(Image.fromarray(image), self.fill))

@@ -55,8 +55,6 @@ from moco_det.native.modeling.layers import accumulate_gradients, precise_bn, sy
 from moco_det.plugin.data import (
     build_dense_pose_loader,
     build_evaluator,
-    build_pixel_mapper,
-    build_semantic_test_loader,
     check_classes,
     check_voc_scoring,
     is_ours,
@@ -64,6 +62,7 @@ from moco_det.plugin.data import (
     shared_records,
 )
 from moco_det.plugin.extensions import build_lr_scheduler, build_optimizer, load_config
+from moco_det.plugin.pixel_data import build_pixel_mapper, build_semantic_test_loader
 from moco_det.weights.files import load_backbone_weights
 
 __all__ = ["Trainer", "evaluate_weights", "load_config", "train"]

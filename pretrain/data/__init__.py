@@ -1,8 +1,10 @@
 """Images to batches: files, tar shards and labelled folders, augmented and sampled.
 
-Start with `images.py`, then `augmentations.py`, and `batched_augmentations.py` for what can be left
-to the device that trains; `listing.py` says which images there are. `davis.py` and `segmented.py`
-read the two data sets that feature maps are judged on. A source of batches, whichever it is, has
+Start with `images.py`; `multi_crop.py` draws the views of an image, of windows (`crops.py`) and
+looks (`augmentations.py`), and `batched_augmentations.py` has what can be left to the device that
+trains. `listing.py` says which images there are, `subsets.py` which to take. `davis.py` and
+`segmented.py` read the two data sets that feature maps are judged on. A source of batches,
+whichever it is, has
     steps_per_epoch
     start(epoch, step)  the next iteration begins at batch `step` of `epoch`
     iteration           this process's share of each global batch; unreadable images are dealt with

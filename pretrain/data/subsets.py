@@ -56,7 +56,9 @@ def long_tailed_sizes(available: np.ndarray, alpha: float, total: int | None = N
     (arXiv:1904.05160, where alpha is 6).
 
     The r-th of C classes has a share of (r/C)^(-1/alpha) - 1 of the first one's, which are the
-    quantiles of numpy's `pareto(alpha)`. No class is smaller than SMALLEST, or than it was.
+    quantiles of numpy's `pareto(alpha)`. No class is smaller than SMALLEST, or than it was. The
+    source tells alpha, 1280 and 5 images for the first and the last class, and 115,846 in all, but
+    not how it drew them: of classes of 1280 this makes 117,540.
 
     Args:
         available: images of each class, in the order from head to tail, C.

@@ -23,7 +23,7 @@ from pretrain.engine.optimization import ScheduledSGD, parallelize
 from pretrain.engine.trainer import Task, Trainer, epochs_left
 from pretrain.moco.instance_discrimination import InstanceDiscrimination
 
-SHOWN = 8  # images of a process whose views are drawn
+SHOWN = 6  # images of a process whose views are drawn
 
 
 @dataclass(eq=False)

@@ -240,7 +240,7 @@ class Trainer:
         """That are still to come, as far as such stages have been measured."""
         to_come = dict(self.task.to_come(self))
         if every := self.settings.save_steps:
-            checkpoints_left = self.last_step // every - self.step // every
+            checkpoints_left = self.last_step // every - (self.step - 1) // every  # with one now
             to_come["checkpoint"] = to_come.get("checkpoint", 0) + checkpoints_left
         return self.stages.seconds(to_come)
 

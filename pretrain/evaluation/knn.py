@@ -38,7 +38,7 @@ from pretrain.evaluation.features import extract, extract_share, pooled
 
 QUERIES = 1024  # looked for at a time, those of all processes
 ROWS = 16384  # of the bank at a time: with the queries' similarities 0.2 GiB at D = 2048
-SHOWN, NEIGHBOURS = 6, 7  # images of val that are drawn, each with so many of train
+SHOWN, NEIGHBOURS = 4, 6  # images of val that are drawn, each with so many of train
 HALF_FROM = 2**28  # bytes; a larger part of the bank is kept in float16
 Result = TypeVar("Result")
 

@@ -8,6 +8,7 @@ Shape legend:
 """
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -55,15 +56,19 @@ class VideoSegmenter:
     def masks(self, video: Video) -> list[np.ndarray]:
         """A mask for each frame, uint8 of the frames' size; the first is the one given."""
         given = first_mask(video)
+        frames = map(self._features, self._read(video.frames))
+        start = next(frames)
+        first = _one_hot(torch.from_numpy(given).to(self.device))
+        # Without antialiasing, as OpenCV does it in STC's code.
+        first = F.interpolate(first[None], start.shape[1:], mode="bilinear")[0]
+        labels = self.propagation.through(start, frames, first)
+        return [given, *(_hardened(soft, given.shape) for soft in labels)]
+
+    def _read(self, paths: list[Path]) -> Iterator[np.ndarray]:
+        """The frames, each thread's next one ahead: a video may be long."""
         with ThreadPoolExecutor(self.threads) as threads:
-            frames = map(self._features, threads.map(read_image, video.frames))
-            start = next(frames)
-            first = _one_hot(torch.from_numpy(given).to(self.device))
-            # Without antialiasing, as OpenCV does it in STC's code.
-            first = F.interpolate(first[None], start.shape[1:], mode="bilinear")[0]
-            labels = self.propagation.through(start, frames, first)
-            found = [_hardened(soft, given.shape) for soft in labels]
-        return [given, *found]
+            for start in range(0, len(paths), self.threads):
+                yield from threads.map(read_image, paths[start : start + self.threads])
 
     def _features(self, pixels: np.ndarray) -> Tensor:
         """D x H x W of a frame."""

@@ -18,13 +18,12 @@ from pretrain.flags.common import (
     check_training,
     parse_with_recipe,
 )
+from pretrain.flags.views import add_view_flags, check_views
 
-# The names of `device.COMPILE`, `moco.MECHANISMS`, `losses.LOSSES` and `multi_crop.STRONG`:
-# see `common.AMP`.
+# The names of `device.COMPILE`, `moco.MECHANISMS` and `losses.LOSSES`: see `common.AMP`.
 COMPILE = ("auto", "on", "off")
 MECHANISMS = ("moco", "end-to-end", "memory-bank")
 LOSSES = ("infonce", "nce")
-STRONG = ("none", "autoaugment", "mix")
 
 
 def pretraining_parser() -> argparse.ArgumentParser:
@@ -77,7 +76,9 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
     add("--bn-groups", default=None, type=int,
         help="BN groups per process; default: 32 samples each, if the batch allows")  # fmt: skip
 
-    add = parser.add_argument_group("nearest neighbours, of 'Revisiting Contrastive'").add_argument
+    add = parser.add_argument_group(
+        'nearest neighbours of "Revisiting Contrastive Methods"'
+    ).add_argument
     add("--nearest-neighbours", default=0, const=20, nargs="?", type=int, metavar="K",
         help="keys of the queue that are positives too; 20 without a number, 0: off")  # fmt: skip
     add("--nn-weight", default=0.4, type=float, help="of their loss, beside that of the own key")
@@ -103,24 +104,6 @@ def add_moco_flags(parser: argparse.ArgumentParser) -> None:
         help="steps between two decays of the learning rate; default: --schedule")  # fmt: skip
 
 
-def add_view_flags(parser: argparse.ArgumentParser) -> None:
-    """Which views of an image are positives of its key: arXiv:2106.05967, Sec. 3.1, 4.1 and 4.2."""
-    add = parser.add_argument_group('views of "Revisiting Contrastive Methods"').add_argument
-    add("--multi-crop", default=0, type=int, metavar="N",
-        help="small crops beside the two of --image-size, which is 160 in the paper")  # fmt: skip
-    add("--small-size", default=96, type=int, help="side of a small crop in pixels")
-    add("--small-scale", default=[0.05, 0.14], type=float, nargs=2, metavar=("LEAST", "MOST"),
-        help="area of a small crop, as a share of the image's")  # fmt: skip
-    add("--constrained", default=0.0, const=0.1, type=float, nargs="?", metavar="SHARE",
-        help="of each small crop, at least, lies within the key's crop; 0.1 where no number "
-        "follows; default: 0, small crops anywhere")  # fmt: skip
-    add("--strong-aug", default="none", choices=STRONG,
-        help="AutoAugment in place of the colours, blur and flips of all crops but the key's, or "
-        "either of the two at random")  # fmt: skip
-    add("--min-iou", default=0.0, type=float, help="least IoU of the two large crops")
-    add("--max-iou", default=1.0, type=float, help="largest IoU of the two large crops")
-
-
 def parse_pretraining(
     argv: list[str], parser: argparse.ArgumentParser | None = None
 ) -> argparse.Namespace:
@@ -134,7 +117,6 @@ def parse_pretraining(
     check(args, ["moco_t", "lr_decay"], lambda value: value > 0, "above 0")
     check(args, ["nearest_neighbours", "nn_from_epoch"], lambda count: count >= 0, "at least 0")
     check(args, ["nn_weight"], lambda value: value >= 0, "at least 0")
-    check(args, ["crop_min"], lambda value: 0 < value <= 1, "above 0 and at most 1")
     if args.warmup_epochs >= args.epochs and not args.iterations:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: there are --epochs {args.epochs}")
     if args.cos and args.lr_decay_every:
@@ -148,7 +130,7 @@ def parse_pretraining(
         raise UserError("--color-strength belongs to v2's augmentation: pass --aug-plus as well")
     _check_neighbours(args)
     _check_shards(args)
-    _check_views(args)
+    check_views(args)
     check_ranges(args)
     return args
 
@@ -169,37 +151,6 @@ def _check_neighbours(args: argparse.Namespace) -> None:
     elif wanted > args.moco_k:
         raise UserError(
             f"--nearest-neighbours {wanted}: there are --moco-k {args.moco_k} keys in the queue"
-        )
-
-
-def _check_views(args: argparse.Namespace) -> None:
-    """Raises UserError for views that cannot be drawn, or that the mechanism has no use for."""
-    check(args, ["small_size"], lambda count: count >= 1, "at least 1")
-    least, most = args.small_scale
-    if not 0 < least <= most <= 1:
-        raise UserError(
-            f"--small-scale {least:g} {most:g}: it takes the least and the largest share of the "
-            "image's area, above 0 and at most 1"
-        )
-    if args.constrained and not args.multi_crop:
-        raise UserError("--constrained is about small crops: pass --multi-crop N as well")
-    if args.multi_crop and args.mechanism != "moco":
-        raise UserError(f"--multi-crop belongs to --mechanism moco, not to {args.mechanism}")
-    limited = (args.min_iou, args.max_iou) != (0, 1)
-    if args.mechanism == "memory-bank" and (limited or args.strong_aug != "none"):
-        raise UserError(
-            "--mechanism memory-bank has a single view of an image in a step: --min-iou, --max-iou "
-            "and --strong-aug belong to the other mechanisms"
-        )
-    if args.min_iou > args.max_iou:
-        raise UserError(f"--min-iou {args.min_iou:g} is above --max-iou {args.max_iou:g}")
-    if args.min_iou == 1 and args.crop_min < 1:
-        raise UserError("--min-iou 1: two random crops are never the same; pass less")
-    unavoidable = 2 * args.crop_min - 1  # of two crops that cover the image together
-    if args.max_iou < unavoidable:
-        raise UserError(
-            f"--max-iou {args.max_iou:g} cannot be met: two crops of --crop-min {args.crop_min:g} "
-            f"of the image have an IoU of {unavoidable:g} at least"
         )
 
 

@@ -25,7 +25,8 @@ class MoCo(InstanceDiscrimination):
 
     Multi-crop ("Revisiting Contrastive Methods", arXiv:2106.05967, Sec. 4.1) adds small views of
     each image. They go through the query encoder only: each is one more query whose positive is the
-    image's key, and none is ever a key. So Eqn. (1) is averaged over N (1 + views) positives.
+    image's key, and none is ever a key. So Eqn. (1) is averaged over N (1 + views) positives. The
+    running statistics of the query encoder see the large views and then the small ones.
 
     Args:
         encoder: the network f, images (N, 3, H, W) -> features (N, C).

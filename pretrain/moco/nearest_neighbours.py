@@ -28,7 +28,8 @@ def embed_with_backbone(
 
 
 def with_input(head: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor):
-    """A hook by which an encoder, whose last module is its head, returns the head's input too."""
+    """A hook by which an encoder, whose last module is its head, returns the head's input too:
+    it then gives a pair, N x C and N x D."""
     return output, inputs[0]
 
 

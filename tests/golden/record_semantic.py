@@ -44,7 +44,8 @@ def record_inputs():
     """Consecutive training inputs, drawn from numpy's global generator."""
     from detectron2.data import transforms as T
 
-    from moco_det.plugin.data import RandomScale, SemanticDatasetMapper
+    from moco_det.plugin.frames import RandomScale
+    from moco_det.plugin.pixel_data import SemanticDatasetMapper
 
     augmentations = [RandomScale(*SCALE), T.RandomFlip(), T.RandomCrop("absolute", CROP)]
     mapper = SemanticDatasetMapper(augmentations, "RGB", CLASSES, CROP, MEAN)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tiny_nyud import write_tiny_nyud
+from tiny_voc import write_tiny_voc
 
 from moco_det import colours, visualize
 from moco_det.common.errors import UserError
@@ -256,6 +258,29 @@ def test_label_map_of_a_prediction():
     assert set(np.unique(found)) == {0, 2, 255}
 
 
+def test_depths_are_colours_of_one_scale(tmp_path, capsys):
+    """Near is red, far is blue; what is unknown stays as it is, and 10 m is the end."""
+    image = torch.full((3, 4, 6), 77, dtype=torch.uint8)
+    depths = np.zeros((4, 6), np.float32)
+    depths[:, 1], depths[:, 2], depths[:, 3:] = 0.5, 9.5, 30
+    picture = visualize.draw_depth(image, depths)
+    assert (picture[:, :, 0] == 77).all()
+    near, far, beyond = (picture[:, 0, x].tolist() for x in (1, 2, 3))
+    assert near[0] > 2 * near[2]
+    assert far[2] > 2 * far[1]
+    assert beyond == visualize.draw_depth(image, depths / 3)[:, 0, 3].tolist()  # 10 m
+    dataset = get_dataset(f"nyud_depth:{write_tiny_nyud(tmp_path / 'nyud')}:train")
+    record = dataset.records()[0]
+    drawn = visualize.draw_annotations(image := visualize.read_image(record), record, dataset)
+    found = prediction_record("0001", {"depth": torch.from_numpy(dataset.read_map(record))})
+    again = visualize.draw_prediction(image, found, dataset, 0.5)
+    assert (drawn != again).float().mean() < 0.01  # millimetres
+    assert torch.equal(visualize.draw_prediction(image, {}, dataset, 0.5), image)
+    found["depth"]["size"] = [1, 1]
+    assert torch.equal(visualize.draw_prediction(image, found, dataset, 0.5), image)
+    assert "depths of (height, width) [1, 1]" in capsys.readouterr().err
+
+
 def test_skeleton_of_the_annotation_file(tmp_path):
     category = {
         "id": 1,
@@ -307,3 +332,30 @@ def test_neighbouring_colours_differ():
     shades = [np.array(colours.colour(index)) for index in range(20)]
     for one, other in zip(shades, shades[1:], strict=False):
         assert np.abs(one - other).sum() > 150
+
+
+def test_annotations_and_predictions_side_by_side(tmp_path, monkeypatch):
+    """Of 7 images the first, the third, the fifth and the last, which was not predicted."""
+    dataset = get_dataset(f"voc:{write_tiny_voc(tmp_path / 'VOC', images=21)}:test")
+    records = dataset.records()
+    scores = [0.9, 0.9, 0.2, 0.9, 0.9, 0.9]
+    predictions = [
+        {"image_id": r["image_id"], "boxes": torch.tensor([[2.0, 2.0, 20.0, 20.0]]),
+         "scores": torch.tensor([score]), "classes": torch.tensor([0])}
+        for r, score in zip(records, scores, strict=False)
+    ]  # fmt: skip
+    shown = dict(visualize.compared(dataset, predictions))
+    folder = visualize.re.sub("[^A-Za-z0-9-]+", "_", dataset.name)
+    assert list(shown) == [f"{folder}/{number}" for number in (0, 1, 2)]
+    for picture, index in zip(shown.values(), (0, 2, 4), strict=True):
+        record = records[index]
+        image = visualize.read_image(record)
+        left, right = picture.split(image.shape[2], dim=2)
+        assert torch.equal(left, visualize.draw_annotations(image, record, dataset))
+        assert torch.equal(
+            right, visualize.draw_prediction(image, predictions[index], dataset, 0.5)
+        )
+        assert torch.equal(right, image) == (scores[index] < 0.5)
+    monkeypatch.setattr(visualize, "LONGEST_COMPARED", 20)
+    _, small = next(visualize.compared(dataset, predictions))
+    assert max(small.shape[1], small.shape[2] // 2) == 20

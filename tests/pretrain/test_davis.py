@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import run_as_torchrun
 from PIL import Image
 from tiny_davis import write_tiny_davis
 
@@ -44,6 +45,16 @@ def test_numbers_masks_and_sheet_are_written(data, tmp_path, capsys):
     follow(parse_davis(argv), CPU)  # again: of the masks that are there
     assert "3 frames, kept masks" in capsys.readouterr().out
     assert json.loads(output.read_text()) == written
+
+
+def test_two_processes_find_what_one_does(data, tmp_path):
+    argv = flags(data, "--output", tmp_path / "two.json", "--masks", tmp_path / "two")
+    done = run_as_torchrun("pretrain/davis.py", *argv)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("3 frames\n") == 2
+    argv = flags(data, "--output", tmp_path / "one.json", "--masks", tmp_path / "two")
+    follow(parse_davis(argv), CPU)
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 
 def test_settings_reach_the_propagation(data, tmp_path, capsys):

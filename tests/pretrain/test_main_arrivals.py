@@ -16,7 +16,7 @@ from pretrain.moco.losses import NCE, InfoNCE
 from pretrain.moco.memory_bank import MemoryBank
 from pretrain.moco.momentum_contrast import MoCo
 from pretrain.moco.nearest_neighbours import NearestNeighbourMoCo
-from pretrain.run import build_model, build_source, build_task
+from pretrain.run import build_model, build_source, build_task, check_backbone
 
 CPU = torch.device("cpu")
 FLAGS = ["-a", "resnet18w0.25x", "-b", "8", "-j", "0", "--moco-dim", "12", "--moco-k", "30",
@@ -99,6 +99,13 @@ def test_the_flags_of_the_encoder(parse):
     assert other.fc[2].out_features == 12
     wide = build_model(parse("-a", "resnet18"), samples=20).encoder_q
     assert wide.conv1.out_channels == 4 * plain.conv1.out_channels
+
+
+def test_a_backbone_is_tried_at_the_size_of_small_crops_too(parse):
+    args = parse("--image-size", "32", "--multi-crop", "1", "--small-size", "16")
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8))
+    with pytest.raises(UserError, match="does not take images of 2 x 3 x 16 x 16"):
+        check_backbone(args, backbone, {})
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -252,6 +259,15 @@ def test_the_flags_of_what_is_kept_and_watched(task_of, images):
 def test_the_flags_of_the_loss(task_of):
     assert type(task_of().loss) is InfoNCE
     assert type(task_of("--loss", "nce").loss) is NCE
+
+
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [((), ("tensorboard",)), (("wandb", "mlflow"), ("wandb", "mlflow")), (("none",), ())],
+)
+def test_the_flag_of_what_shows_a_run(images, flags, trackers):
+    argv = [*FLAGS, *(["--log", *flags] if flags else []), "--", str(images)]
+    assert run_settings(parse_pretraining(argv), seed=5).trackers == trackers
 
 
 def test_the_flags_of_the_run(parse, tmp_path):

@@ -86,6 +86,10 @@ def build_resnet_backbone(cfg, input_shape):
     return resnet
 
 
+class SemanticSegmentor(Placeholder, nn.Module):
+    pass
+
+
 class Res5ROIHeads(nn.Module):
     @classmethod
     def _build_res5_block(cls, cfg):
@@ -160,6 +164,10 @@ class ResizeShortestEdge(Augmentation, Placeholder):
     pass
 
 
+class Resize(Augmentation, Placeholder):
+    pass
+
+
 class RandomFlip(Augmentation):
     def get_transform(self, image):
         return HFlip() if self._rand_range(0, 1) < 0.5 else None
@@ -211,7 +219,10 @@ class AugmentationList:
             transform = augmentation.get_transform(data.image)
             if transform is not None:
                 data.image = transform.apply_image(data.image)
-                data.sem_seg = transform.apply_image(data.sem_seg, nearest=True)
+                if hasattr(transform, "apply_segmentation"):
+                    data.sem_seg = transform.apply_segmentation(data.sem_seg)
+                else:
+                    data.sem_seg = transform.apply_image(data.sem_seg, nearest=True)
 
 
 # -- structures and evaluators --------------------------------------------------------------------
@@ -370,14 +381,15 @@ class DetectionCheckpointer(Checkpointer):
 CONTENT = {
     "config": [CfgNode, configurable, get_cfg],
     "layers": [ShapeSpec, get_norm],
-    "modeling": [Backbone, build_resnet_backbone, build_model],
+    "modeling": [Backbone, SemanticSegmentor, build_resnet_backbone, build_model],
     "modeling.roi_heads": [Res5ROIHeads],
     "data": [],
     "data.detection_utils": [
         read_image, convert_PIL_to_numpy, check_image_size, build_augmentation,
     ],
     "data.transforms": [
-        Augmentation, AugInput, AugmentationList, RandomCrop, ResizeTransform, ResizeShortestEdge,
+        Augmentation, AugInput, AugmentationList, RandomCrop, Resize, ResizeTransform,
+        ResizeShortestEdge,
     ],
     "evaluation": [DatasetEvaluators],
     "structures": [BoxMode, Boxes, Instances, Keypoints, PolygonMasks, BitMasks],
@@ -387,7 +399,7 @@ CONTENT = {
     "checkpoint": [DetectionCheckpointer],
     "engine": [TrainerBase, DefaultTrainer, SimpleTrainer, AMPTrainer],
     "engine.hooks": [PreciseBN],
-    "solver": [build_optimizer],
+    "solver": [build_optimizer, build_lr_scheduler],
 }  # fmt: skip
 # Classes and functions whose arguments are all that matters.
 PLACEHOLDERS = {
@@ -412,6 +424,7 @@ def modules() -> dict[str, types.ModuleType]:
             setattr(found[parent], child, found[name])
     modeling, heads = found["detectron2.modeling"], found["detectron2.modeling.roi_heads"]
     modeling.BACKBONE_REGISTRY, modeling.SEM_SEG_HEADS_REGISTRY = Registry("b"), Registry("s")
+    modeling.META_ARCH_REGISTRY = Registry("m")
     heads.ROI_HEADS_REGISTRY = Registry("r")
     data = found["detectron2.data"]
     data.DatasetCatalog, data.MetadataCatalog = DatasetCatalog(), MetadataCatalog()

@@ -33,7 +33,7 @@ def write_tiny_nyud(root: Path, images: int = 3, split: str = "train") -> Path:
     return root
 
 
-# On res4 of a ResNet-18, whose stride is 16: the layers of the real runs, and far fewer.
+# On res3 of a ResNet-18, whose stride is 8: the layers of the real runs, and far fewer.
 TINY = """
 MODEL:
   DEVICE: cpu
@@ -45,12 +45,12 @@ MODEL:
     DEPTH: 18
     RES2_OUT_CHANNELS: 64
     STRIDE_IN_1X1: False
-    OUT_FEATURES: [res4]
+    OUT_FEATURES: [res3]
     NORM: SyncBN
   SEM_SEG_HEAD:
     NAME: {head}
-    IN_FEATURES: [res4]
-    COMMON_STRIDE: 16
+    IN_FEATURES: [res3]
+    COMMON_STRIDE: 8
     NUM_CLASSES: {classes}
     CONVS_DIM: 16
     DILATION: 1

@@ -6,9 +6,11 @@ import sys
 import pytest
 from commands import python, run
 
+from moco_det.benchmark.jobs import quickstart, runner
 from moco_det.benchmark.jobs.job import JobFolder
 from moco_det.benchmark.jobs.quickstart import (
     MARK,
+    detector_slots,
     make_plan,
     preparation,
     prepare_output,
@@ -81,6 +83,7 @@ def test_embedded_chain(repository, tmp_path):
     (draw,), (pretrain,) = (job.commands for job in jobs)
     assert draw.argv[0] == pretrain.argv[0] == sys.executable
     assert draw.seconds + pretrain.seconds < 300
+    assert draw.argv[draw.argv.index("--train-scenes") + 1] == str(quickstart.LABELLED_SCENES)
 
 
 def test_pairs_of_detectors_differ_in_their_first_weights_only(repository, tmp_path):
@@ -101,6 +104,19 @@ def test_pairs_of_detectors_differ_in_their_first_weights_only(repository, tmp_p
     ]
     commands = [plan.settings.command(run) for run in runs]
     assert [c[c.index("SEED") + 1] for c in commands] == ["3", "3", "4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "seeds", "threads"),
+    [(1, 4, ["1"]), (2, 4, ["1", "1"]), (64, 4, ["16"] * 4), (8, 1, ["4", "4"])],
+)
+def test_detectors_share_the_cores(repository, tmp_path, monkeypatch, cores, seeds, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner, "_visible_gpus", list)
+    for module in (quickstart, runner):
+        monkeypatch.setattr(module, "cores", lambda: cores)
+    slots = detector_slots(plan_for(repository, tmp_path, seeds=seeds))
+    assert [slot["OMP_NUM_THREADS"] for slot in slots] == threads
 
 
 @pytest.mark.parametrize(

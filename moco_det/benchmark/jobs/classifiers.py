@@ -6,24 +6,19 @@ Nothing is converted: the linear protocol and fine-tuning read a checkpoint of p
 """
 
 import os
-import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco_det.benchmark.jobs.ablation import NO_SETTINGS, accepted
+from moco_det.benchmark.jobs.encoder_runs import encoder_command, identity
 from moco_det.benchmark.jobs.grid import ClassifierRun
 from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder
 from moco_det.common.documents import read_json_lines, shown
 from moco_det.common.errors import UserError
-from moco_det.common.files import file_hash
-from moco_det.common.installation import own_file
-from moco_det.datasets import data_root
 from pretrain.engine.checkpoints import LAST
 from pretrain.evaluation.classification import BEST
 from pretrain.flags.common import as_flags
-from pretrain.flags.evaluation import linear_parser, parse_linear
+from pretrain.flags.evaluation import linear_parser
 
 TOP1, TOP5 = "classification/top1", "classification/top5"  # as metrics.json calls a detector's
 # What the runner passes itself, or what would make another experiment of the run.
@@ -91,25 +86,6 @@ class ClassifierFolder(JobFolder):
             (self.path / BEST).unlink(missing_ok=True)
 
 
-def data_folder(run: ClassifierRun) -> Path:
-    """DATA of the command."""
-    return data_root().absolute() / run.experiment.data
-
-
-def run_flags(run: ClassifierRun) -> list[str]:
-    """The flags of the run as words. Raises UserError for one that the command does not know."""
-    values = dict(run.flags)
-    recipe = values.pop("recipe", None)
-    words = as_flags(values, linear_parser(), f"the flags of {run.name}")
-    return [*(["--recipe", recipe] if recipe else []), *words]
-
-
-def parsed(run: ClassifierRun) -> Namespace:
-    """What the command will make of its flags. Raises UserError for what it refuses."""
-    words = [str(data_folder(run)), *run_flags(run)]
-    return accepted(parse_linear, words, run.name)
-
-
 def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = ()) -> Job:
     """`launch`: torchrun and its arguments; without it the command starts a process for each GPU.
 
@@ -117,13 +93,7 @@ def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = 
         UserError: the command would refuse the run's flags.
     """
     run = folder.run
-    hidden = ["env", "CUDA_VISIBLE_DEVICES="] if run.cpu else []
-    spawned = ["--multiprocessing-distributed"] if gpus > 1 and not launch else []
-    command = [
-        *hidden, *(launch or [sys.executable]), str(own_file("pretrain/linear.py")),
-        str(data_folder(run)), *run_flags(run), *spawned,
-        "--seed", str(run.trial), "--output", str(folder.path), "--resume", "auto",
-    ]  # fmt: skip
+    command = encoder_command(run, gpus, launch, "--output", str(folder.path), "--resume", "auto")
     return Job(
         folder,
         [Command(run.experiment.name, command)],
@@ -132,23 +102,6 @@ def classifier_job(folder: ClassifierFolder, gpus: int, launch: Sequence[str] = 
         read_result=lambda: {} if folder.results() else None,
         about={"engine": "pretrain", "seed": run.trial, "gpus": gpus},
     )
-
-
-def identity(run: ClassifierRun) -> dict[str, Any]:
-    """See `Job`: the flags that are not at their defaults, less those that no number depends on."""
-    defaults, pretrained = linear_parser(), run.flags["pretrained"]
-    settings = {
-        name: value
-        for name, value in vars(parsed(run)).items()
-        if value != defaults.get_default(name)
-        and name not in {*NO_SETTINGS, "print_freq", "pretrained"}
-    }
-    given = Path(pretrained).is_file()
-    return {
-        "flags": settings,
-        "weights": file_hash(Path(pretrained)) if given else pretrained,
-        "seed": run.trial,
-    }
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A row of a table is an initialisation. Some rows have a config of their own (ran
 the others are checkpoints that the user names, `moco_in1m=CKPT`, and run the `_moco` config with
 them. A name that the grid lacks is a row of the user's own, in every table.
 
-An experiment trains detectors, by tools/train_net.py, or classifiers, by pretrain/linear.py.
+An experiment trains detectors, by tools/train_net.py, or classifiers, by pretrain/linear.py, or
+evaluates frozen features, by another command of pretrain/.
 """
 
 import re
@@ -26,7 +27,8 @@ class Row:
     """An initialisation. `config`: ending of its config file; `weights`: its MODEL.WEIGHTS, None
     where the config says it; neither: a checkpoint that the user gives.
 
-    `arch`: that checkpoint's encoder; `pretrain`: flags of pretrain/main.py that make it.
+    `arch`: that checkpoint's encoder; `pretrain`: flags of pretrain/main.py that make it of
+    `images`, which stands for their folder.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Row:
     weights: str | None = None
     arch: str = "resnet50"
     pretrain: str | None = None
+    images: str = "IMAGENET"
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Experiment:
     """A detector, a data set and a schedule.
 
     `iterations`, `batch` (images per step) and `trials` are the paper's. `file`: its one config,
-    for all rows; None: configs/NAME_ROW.yaml. `seconds_per_iteration` on 8 GPUs, as `measured`
-    says. `options`: config keys and values for every run. `classes`: names to write on pictures,
-    where the data set's own do not apply.
+    for all rows; None: configs/CONFIGS_ROW.yaml, or configs/NAME_ROW.yaml.
+    `seconds_per_iteration` on 8 GPUs, as `measured` says. `options`: config keys and values for
+    every run. `classes`: names to write on pictures, where the data set's own do not apply.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Experiment:
     batch: int
     trials: int
     file: str | None = None
+    configs: str | None = None
     seconds_per_iteration: float | None = None
     measured: str | None = None
     trial_sd: Mapping[str, KnownDeviation] | None = None
@@ -60,7 +64,7 @@ class Experiment:
     classes: tuple[str, ...] = ()
 
     def config_file(self, configs: Path, ending: str) -> Path:
-        return configs / (self.file or f"{self.name}_{ending}.yaml")
+        return configs / (self.file or f"{self.configs or self.name}_{ending}.yaml")
 
     @property
     def gpu_hours(self) -> float | None:
@@ -92,7 +96,27 @@ class ClassifierExperiment:
     trial_sd: Mapping[str, KnownDeviation] | None = None
 
 
-AnyExperiment = Experiment | ClassifierExperiment
+@dataclass(frozen=True)
+class FrozenExperiment:
+    """An evaluation of an encoder's frozen features that ends with a file of numbers.
+
+    `command`: its script in pretrain/, "voc_svm"; the others are those of `ClassifierExperiment`.
+    """
+
+    name: str
+    title: str
+    command: str
+    data: str
+    trials: int
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gpu_hours: float | None = None
+    measured: str | None = None
+    trial_sd: Mapping[str, KnownDeviation] | None = None
+
+
+EncoderExperiment = ClassifierExperiment | FrozenExperiment
+AnyExperiment = Experiment | EncoderExperiment
 
 
 @dataclass(frozen=True)
@@ -169,15 +193,15 @@ class Grid:
             weights: row -> converted weights, the user's; for detectors.
             trials: numbers of the trials, which are their seeds; None: 1 to the paper's number.
             configs: the folder of the config files.
-            options: config keys and values for every detector; classifiers heed MODEL.DEVICE cpu.
-            checkpoints: row -> the user's file as it is; for classifiers.
+            options: config keys and values for every detector; the others heed MODEL.DEVICE cpu.
+            checkpoints: row -> the user's file as it is; for classifiers and frozen features.
             flags: of pretrain/linear.py, for every classifier.
         """
 
         def make(experiment, row: Row, trial: int) -> AnyRun | None:
-            if isinstance(experiment, ClassifierExperiment):
+            if isinstance(experiment, EncoderExperiment):
                 given = checkpoints or {}, configs, flags or {}, options
-                return make_classifier_run(experiment, row, trial, *given)
+                return make_encoder_run(experiment, row, trial, *given)
             return make_run(experiment, row, trial, weights, configs, options)
 
         runs = {}
@@ -227,14 +251,14 @@ def make_run(
 
 
 @dataclass(frozen=True)
-class ClassifierRun:
-    """One training of a classifier with its evaluation. `trial` is its seed.
+class EncoderRun:
+    """One run of a script of pretrain/, `command`, on an encoder. `trial` is its seed.
 
-    `flags`: of pretrain/linear.py, by their long names; `pretrained` is among them. `changed`:
-    those of them that the user has given, in place of the paper's. `cpu`: not on a GPU.
+    `flags`: of the command, by their long names; `pretrained` is among them. `changed`: those of
+    them that the user has given, in place of the paper's. `cpu`: not on a GPU.
     """
 
-    experiment: ClassifierExperiment
+    experiment: EncoderExperiment
     row: str
     trial: int
     flags: Mapping[str, Any]
@@ -246,18 +270,32 @@ class ClassifierRun:
         return f"{self.experiment.name}/{self.row}/trial{self.trial}"
 
 
-AnyRun = Run | ClassifierRun
+class ClassifierRun(EncoderRun):
+    """One training of a classifier with its evaluation."""
+
+    command = "linear"
 
 
-def make_classifier_run(
-    experiment: ClassifierExperiment,
+class FrozenRun(EncoderRun):
+    """One evaluation of frozen features."""
+
+    @property
+    def command(self) -> str:
+        return self.experiment.command
+
+
+AnyRun = Run | EncoderRun
+
+
+def make_encoder_run(
+    experiment: EncoderExperiment,
     row: Row,
     trial: int,
     checkpoints: Mapping[str, Path],
     configs: Path,
     flags: Mapping[str, Any],
     options: Sequence[str] = (),
-) -> ClassifierRun | None:
+) -> EncoderRun | None:
     """One run, see `Grid.runs`; None for a row that needs a checkpoint which is not given."""
     if row.name in checkpoints:
         start = {"pretrained": str(checkpoints[row.name])}
@@ -269,6 +307,8 @@ def make_classifier_run(
     if "recipe" in paper:
         paper["recipe"] = str(configs / paper["recipe"])
     cpu = ("MODEL.DEVICE", "cpu") in zip(options[::2], options[1::2], strict=True)
+    if isinstance(experiment, FrozenExperiment):
+        return FrozenRun(experiment, row.name, trial, paper, cpu=cpu)
     return ClassifierRun(experiment, row.name, trial, paper | flags, flags, cpu)
 
 
@@ -282,9 +322,10 @@ def load_grid(path: Path = FOLDER / "paper.yaml", **places: Path) -> Grid:
     experiments = {
         name: _experiment(name, entry, places) for name, entry in content["experiments"].items()
     }
-    for name, entry in content.get("classifiers", {}).items():
-        data = entry["data"].format(**places)
-        experiments[name] = ClassifierExperiment(name, **entry | {"data": data})
+    for section, kind in (("classifiers", ClassifierExperiment), ("frozen", FrozenExperiment)):
+        for name, entry in content.get(section, {}).items():
+            data = entry["data"].format(**places)
+            experiments[name] = kind(name, **entry | {"data": data})
     tables = {}
     for name, entry in content["tables"].items():
         parts = tuple(_part(part, experiments) for part in entry["parts"])

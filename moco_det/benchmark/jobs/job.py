@@ -277,7 +277,7 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "fvcore", "pycocotools", "opencv-python-headless",
-    "detectron2", "lvis", "cityscapesScripts",
+    "detectron2", "faster-coco-eval", "cityscapesScripts",
 )  # fmt: skip
 
 

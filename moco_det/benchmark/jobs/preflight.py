@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from moco_det.benchmark.jobs.classifiers import data_folder, parsed
-from moco_det.benchmark.jobs.grid import AnyRun, ClassifierRun, Run
+from moco_det.benchmark.jobs.encoder_runs import data_folder, parsed
+from moco_det.benchmark.jobs.frozen import check_data
+from moco_det.benchmark.jobs.grid import AnyRun, ClassifierRun, EncoderRun, FrozenRun, Run
 from moco_det.benchmark.jobs.job import FINISHED
 from moco_det.benchmark.jobs.runner import gpu_slots
 from moco_det.benchmark.jobs.runs import Settings
@@ -25,6 +26,7 @@ from moco_det.config.checks import (
     check_datasets,
     check_input,
     check_metric_files,
+    check_solver,
     check_weights,
     num_classes,
     plan_batch,
@@ -33,14 +35,14 @@ from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 from moco_det.native.modeling.meta_arch import build_model
 from moco_det.weights.resnet import detectron2_weights
-from pretrain.data.labelled import find_splits
+from pretrain.data.benchmarks import find_dataset
 from pretrain.evaluation.features import SUPERVISED, load_encoder
 from pretrain.moco.encoders import build_encoder
 
 BYTES_OF_A_PARAMETER = 8  # its float32 value, and the optimizer's momentum
 
 Configs = Mapping[str, CfgNode]  # name of a detector's run -> its config
-Flags = Mapping[str, Namespace]  # name of a classifier's run -> its flags
+Flags = Mapping[str, Namespace]  # name of an encoder's run -> its flags
 
 
 class Problems:
@@ -110,20 +112,22 @@ def preflight(
                 _check_identity(run, settings, made)
             if found.state == FINISHED:
                 continue
-            if isinstance(run, ClassifierRun):
+            if isinstance(run, EncoderRun):
                 flags[run.name] = parsed(run)
             else:
                 configs[run.name] = _config(run, settings, local)
     detectors = [run for run in runs if run.name in configs]
-    classifiers = [run for run in runs if run.name in flags]
+    encoders = [run for run in runs if run.name in flags]
+    classifiers = [run for run in encoders if isinstance(run, ClassifierRun)]
     if not (toy and ahead):
         _check_data(configs, problems)
         _check_labelled(classifiers, flags, settings, problems)
+        _check_frozen([run for run in encoders if isinstance(run, FrozenRun)], problems)
     _check_weights(detectors, configs, made, ahead, problems)
-    _check_encoders(classifiers, flags, made, ahead, problems)
+    _check_encoders(encoders, flags, made, ahead, problems)
     if local:
         asking = [run for run, cfg in configs.items() if cfg.MODEL.DEVICE.startswith("cuda")]
-        asking += [run.name for run in classifiers if not run.cpu]
+        asking += [run.name for run in encoders if not run.cpu]
         _check_gpus(asking, settings, toy, problems)
     needed = _detector_bytes(detectors, configs, settings)
     needed += _classifier_bytes(classifiers, flags, settings)
@@ -133,7 +137,7 @@ def preflight(
 
 def _check_identity(run: AnyRun, settings: Settings, made: Collection[str]) -> None:
     """See `Job.check_identity`; weights are known by what is in their file, once there is one."""
-    given = [run.flags["pretrained"]] if isinstance(run, ClassifierRun) else run.options
+    given = [run.flags["pretrained"]] if isinstance(run, EncoderRun) else run.options
     if not [word for word in given if word in made and not Path(word).is_file()]:
         settings.job(run).check_identity()
 
@@ -142,6 +146,7 @@ def _config(run: Run, settings: Settings, local: bool) -> CfgNode:
     native = settings.engine == "native"
     cfg = load_config(str(run.config_file), run.options, any_value=not native)
     check_input(cfg, crops_objects=not native)
+    check_solver(cfg)
     if local and not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         plan_batch(cfg, settings.gpus)
     return cfg
@@ -183,9 +188,9 @@ def _check_labelled(
     """The data sets of classifiers, and that they fill a batch that the processes can share."""
     training_images = Once(_training_images)
     for run in runs:
-        batch = flags[run.name].batch_size
+        batch, dataset = flags[run.name].batch_size, flags[run.name].dataset
         with problems.of(run.name):
-            images = training_images(data_folder(run))
+            images = training_images(data_folder(run), dataset)
             if images < batch or batch % settings.gpus:
                 raise UserError(
                     f"batch_size {batch} must be a multiple of --gpus-per-run {settings.gpus} and "
@@ -193,19 +198,28 @@ def _check_labelled(
                 )
 
 
-def _training_images(data: Path) -> int:
+def _training_images(data: Path, dataset: str) -> int:
     try:
-        _, train, _ = find_splits(data)
+        _, train, _ = find_dataset(dataset, data)
     except UserError as error:
         raise UserError(
             f"{error}; link the data set as {data}, or set DETECTRON2_DATASETS to the folder that "
             f"holds {data.name}/"
         ) from error
-    return len(train.paths)
+    return len(train.labels)
+
+
+def _check_frozen(runs: Sequence[FrozenRun], problems: Problems) -> None:
+    """The data sets of frozen evaluations."""
+    one_of = {run.experiment.name: run for run in runs}
+    checked = Once(lambda experiment: check_data(one_of[experiment]))
+    for run in runs:
+        with problems.of(run.name):
+            checked(run.experiment.name)
 
 
 def _check_encoders(
-    runs: Sequence[ClassifierRun],
+    runs: Sequence[EncoderRun],
     flags: Flags,
     made: Collection[str],
     ahead: bool,

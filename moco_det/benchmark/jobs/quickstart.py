@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moco_det.benchmark.jobs.grid import Experiment, Row, Run, make_run
 from moco_det.benchmark.jobs.job import RUNNING, Job, JobFolder, cores, script_job
-from moco_det.benchmark.jobs.runner import gpu_slots, run_in_order, run_side_by_side
+from moco_det.benchmark.jobs.runner import Slot, gpu_slots, run_in_order, run_side_by_side
 from moco_det.benchmark.jobs.runs import Settings, convert, weight_file
 from moco_det.benchmark.report.quickstart import collect, draw_pairs, write_report
 from moco_det.benchmark.synthetic.images import CLASSES
@@ -28,6 +28,7 @@ from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
+LABELLED_SCENES = 60  # of the embedded data set: few, for labels are what pretraining saves
 MOST_SEEDS = 1000
 MOST_AT_A_TIME = 4  # detectors side by side on a CPU: each takes a gigabyte
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart
@@ -177,12 +178,17 @@ def prepare_output(output: Path) -> None:
 def preparation(plan: Quickstart) -> list[Job]:
     """What comes before the detectors. The seconds are those of two CPU cores."""
     draw = ["-m", "moco_det.benchmark.synthetic.images", "--output", plan.images.parent]
-    draw += ["--seed", plan.seed]
+    draw += ["--seed", plan.seed, "--train-scenes", LABELLED_SCENES]
     pretrain = [own_file("pretrain/main.py"), plan.images, "--recipe", plan.recipe]
     pretrain += ["--output", plan.pretrain_folder, "--seed", plan.seed]
-    drawing = script_job(JobFolder("draw", plan.images.parent), draw, seconds=15)
+    drawing = script_job(JobFolder("draw", plan.images.parent), draw, seconds=10)
     pretraining = script_job(JobFolder("pretrain", plan.pretrain_folder), pretrain, seconds=210)
     return [drawing, pretraining] if plan.embedded else [pretraining]
+
+
+def detector_slots(plan: Quickstart) -> list[Slot]:
+    """See `gpu_slots`; on a CPU, two at a time of one thread end before one at a time of two."""
+    return gpu_slots(plan.settings.gpus, min(cores(), len(plan.runs()), MOST_AT_A_TIME))
 
 
 def run(plan: Quickstart) -> Path:
@@ -198,9 +204,7 @@ def run(plan: Quickstart) -> Path:
     run_in_order(prepared)
     convert({"moco": plan.checkpoint}, plan.output)
     detectors = [plan.settings.job(run) for run in plan.runs()]
-    # On a CPU, two of one thread each end sooner than one after the other of two threads.
-    at_a_time = min(cores(), len(detectors), MOST_AT_A_TIME)
-    failed = run_side_by_side(detectors, gpu_slots(plan.settings.gpus, at_a_time))
+    failed = run_side_by_side(detectors, detector_slots(plan))
     if failed:
         names = ", ".join(job.name for job in failed)
         raise UserError(f"{len(failed)} detectors failed, as is said above: {names}")

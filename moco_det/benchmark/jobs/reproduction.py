@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from moco_det.benchmark.jobs import slurm
-from moco_det.benchmark.jobs.classifiers import parsed
+from moco_det.benchmark.jobs.encoder_runs import parsed
 from moco_det.benchmark.jobs.grid import (
     FOLDER,
     AnyRun,
@@ -65,11 +65,11 @@ class Reproduction:
         return runs
 
     def rows_without_checkpoint(self) -> dict[str, str]:
-        """Row of the tables that needs a checkpoint and has none -> flags of pretrain/main.py that
-        make one, where the paper says how."""
+        """Row of the tables that needs a checkpoint and has none -> arguments of pretrain/main.py
+        that make one, where the paper says how."""
         names = dict.fromkeys(row for table in self.tables for row in table.rows(()))
         rows = [self.grid.rows[name] for name in names if name not in self.checkpoints]
-        return {row.name: row.pretrain for row in rows if row.pretrain}
+        return {row.name: f"{row.images} {row.pretrain}" for row in rows if row.pretrain}
 
 
 def estimated_hours(run: AnyRun) -> float | None:
@@ -115,9 +115,9 @@ def dry_run(plan: Reproduction) -> str:
     lacking = plan.rows_without_checkpoint()
     if lacking:
         text += "\n\nRows without a checkpoint, which are not run. To pretrain them:"
-        start = "torchrun --nproc_per_node 8 pretrain/main.py IMAGENET"
-        for name, flags in lacking.items():
-            text += f"\n  {start} {flags} --output output/pretrain/{name}"
+        start = "torchrun --nproc_per_node 8 pretrain/main.py"
+        for name, arguments in lacking.items():
+            text += f"\n  {start} {arguments} --output output/pretrain/{name}"
         text += "\nand pass each as --weights ROW=output/pretrain/ROW/checkpoint_last.pth.tar"
     return text
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moco_det.benchmark.jobs.classifiers import ClassifierFolder, classifier_job
-from moco_det.benchmark.jobs.grid import DEFAULT_ROW, AnyRun, ClassifierRun, Run
+from moco_det.benchmark.jobs.frozen import FrozenFolder, frozen_job
+from moco_det.benchmark.jobs.grid import DEFAULT_ROW, AnyRun, ClassifierRun, FrozenRun, Run
 from moco_det.benchmark.jobs.job import FINISHED, Command, Job, JobFolder, script_job
 from moco_det.benchmark.jobs.runner import run_in_order
 from moco_det.common.documents import (
@@ -137,6 +138,8 @@ def read_results(folder: Path) -> dict[str, float]:
 
 # -- runs as jobs ---------------------------------------------------------------------------------
 
+AnyFolder = RunFolder | ClassifierFolder | FrozenFolder
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -151,9 +154,9 @@ class Settings:
     gpus: int = 1
     retries: int = 1
 
-    def folder(self, run: AnyRun) -> RunFolder | ClassifierFolder:
-        kind = ClassifierFolder if isinstance(run, ClassifierRun) else RunFolder
-        return kind(run, self.output)
+    def folder(self, run: AnyRun) -> AnyFolder:
+        kinds = {ClassifierRun: ClassifierFolder, FrozenRun: FrozenFolder, Run: RunFolder}
+        return kinds[type(run)](run, self.output)
 
     def command(self, run: Run, launch: Sequence[str] = ()) -> list[str]:
         """tools/train_net.py with its arguments.
@@ -173,6 +176,8 @@ class Settings:
         folder = self.folder(run)
         if isinstance(run, ClassifierRun):
             return classifier_job(folder, self.gpus, launch)
+        if isinstance(run, FrozenRun):
+            return frozen_job(folder, self.gpus, launch)
         return Job(
             folder,
             [Command(run.experiment.name, self.command(run, launch))],

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moco_det.benchmark.jobs.grid import AnyExperiment, AnyRun, ClassifierRun, Grid, Part
+from moco_det.benchmark.jobs.grid import AnyExperiment, AnyRun, EncoderRun, Grid, Part
 from moco_det.benchmark.jobs.grid import Table as PaperTable
 from moco_det.benchmark.jobs.job import FAILED, FINISHED, provenance
 from moco_det.benchmark.jobs.runs import Settings
@@ -164,7 +164,7 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _changes(run: AnyRun) -> str:
     """The options of a run, but for its weights and the data sets' places."""
-    if isinstance(run, ClassifierRun):
+    if isinstance(run, EncoderRun):
         return ", ".join(f"{flag} {value}" for flag, value in run.changed.items())
     given = run.options[len(run.experiment.options) :]
     pairs = zip(given[::2], given[1::2], strict=True)
@@ -216,7 +216,8 @@ def make_cell(
     from_reference = difference_of_trials(
         [values[trial] for trial in common], [reference[trial] for trial in common], known
     )
-    return Cell(values, published, from_published, from_reference)
+    decimals = tables.decimals_of(metric)
+    return Cell(values, published, from_published, from_reference, decimals)
 
 
 def loss_curves(runs: Sequence[AnyRun], settings: Settings) -> Curves:

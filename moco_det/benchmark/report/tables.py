@@ -1,8 +1,9 @@
 """Tables of trials beside the numbers of a paper, and how they are printed.
 
-All numbers are in percent. They stay numbers until the functions here, or the templates of a page,
-print them. Python's names are those of the field; the keys of report.json and table.json and the
-columns of the CSV files are those that the first version wrote, so that its files stay comparable.
+All numbers are in percent, but where a column says otherwise. They stay numbers until the functions
+here, or the templates of a page, print them. Python's names are those of the field; the keys of
+report.json and table.json and the columns of the CSV files are those that the first version wrote,
+so that its files stay comparable.
 """
 
 import csv
@@ -22,8 +23,9 @@ from moco_det.common.files import write_json, write_text
 
 SIGNIFICANT = "*"
 LEGEND = (
-    "In percent. Ours: mean ± sample standard deviation of n runs; one run has no deviation, and "
-    "an empty cell has not been run. A gap to another row is taken over the trials that both have. "
+    "In percent, unless a column says otherwise; ↓: smaller is better. Ours: mean ± sample "
+    "standard deviation of n runs; one run has no deviation, and an empty cell has not been run. "
+    "A gap to another row is taken over the trials that both have. "
     f"{SIGNIFICANT} marks a difference that chance does not explain: beyond the two-sided 95 % "
     "interval of Student's t for two means of one deviation, which is pooled from the runs at hand "
     "and, for AP on COCO, from what is known of single runs (0.15)."
@@ -39,12 +41,14 @@ class Cell:
         published: the paper's mean.
         from_published: our mean minus the paper's.
         from_reference: our mean minus that of the reference row, over the trials that both have.
+        decimals: what is printed of them.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
     published: float | None = None
     from_published: Difference | None = None
     from_reference: Difference | None = None
+    decimals: int = 1
 
     @property
     def summary(self) -> Summary | None:
@@ -140,20 +144,25 @@ class Table:
 # -- numbers as text ------------------------------------------------------------------------------
 
 
-def number_text(number: float | None) -> str:
-    return "" if number is None else f"{number:.1f}"
+def decimals_of(metric: str | None) -> int:
+    """What is printed of its values: one of a percentage, more of metres."""
+    return 3 if metric == "depth/rmse" else 1
+
+
+def number_text(number: float | None, decimals: int = 1) -> str:
+    return "" if number is None else f"{number:.{decimals}f}"
 
 
 def mean_text(cell: Cell) -> str:
     """ "55.9 ± 0.2", "55.9" of one run, "" of none."""
-    return cell.summary.text() if cell.summary else ""
+    return cell.summary.text(cell.decimals) if cell.summary else ""
 
 
-def difference_text(difference: Difference | None) -> str:
+def difference_text(difference: Difference | None, decimals: int = 1) -> str:
     """ "+0.3", with a mark where it is significant; "" for None."""
     if difference is None:
         return ""
-    return signed(difference.value) + (SIGNIFICANT if difference.significant else "")
+    return signed(difference.value, decimals) + (SIGNIFICANT if difference.significant else "")
 
 
 def count_text(row: Row) -> str:
@@ -185,9 +194,11 @@ def _lines_of(row: Row, reference_labels: str) -> dict[str, list[str]]:
     cells = row.all_cells
     lines = {
         f"ours ({count_text(row)})": [mean_text(cell) for cell in cells],
-        "paper": [number_text(cell.published) for cell in cells],
-        "ours − paper": [difference_text(cell.from_published) for cell in cells],
-        f"gap to {reference_labels}": [difference_text(cell.from_reference) for cell in cells],
+        "paper": [number_text(cell.published, cell.decimals) for cell in cells],
+        "ours − paper": [difference_text(cell.from_published, cell.decimals) for cell in cells],
+        f"gap to {reference_labels}": [
+            difference_text(cell.from_reference, cell.decimals) for cell in cells
+        ],
     }
     return {name: texts for name, texts in lines.items() if any(texts)}
 
@@ -298,6 +309,7 @@ TASKS = {
     "keypoints": ("keypoint ", ("AP50", "AP", "AP75")),
     "densepose_gps": ("dense pose ", ("AP50", "AP", "AP75")),
     "sem_seg": ("", ("mIoU",)),
+    "depth": ("depth ", ("rmse",)),  # in metres
 }
 
 Numbers = Mapping[int, Mapping[str, float]]  # trial -> what was measured -> value
@@ -316,7 +328,8 @@ def trials_table(
 
     def cell(numbers: Numbers, measured: str) -> Cell:
         complete = all(measured in trial for trial in numbers.values())
-        return Cell({n: trial[measured] for n, trial in numbers.items()} if complete else {})
+        values = {n: trial[measured] for n, trial in numbers.items()} if complete else {}
+        return Cell(values, decimals=decimals_of(measured))
 
     return Table(
         title,

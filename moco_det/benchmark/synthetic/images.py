@@ -6,7 +6,7 @@ exposure, contrast, scale, stretch, rotation, texture period, background, focus 
 
     images/{train,val}/<class>/*.jpg   a close-up of one object each; MoCo trains on `train` and
                                        ignores the folders, the kNN monitor reads classes from them
-    scenes/                            VOC layout, 1 to 4 objects of any class in one image
+    scenes/                            VOC layout, 1 to 3 objects of any class in one image
 
 Image i of a split depends on (seed, split, i) alone. Boxes are those of the drawn masks: objects
 lie inside the image and do not cover one another, so a box is exact to the pixel.
@@ -24,8 +24,8 @@ import numpy as np
 IMAGE_SIZE = 128  # pixels, both sides
 JPEG_QUALITY = 92
 RADIUS_ALONE = (62, 92)  # pixels, half the extent of an object in images/: it leaves the frame
-RADIUS_SCENE = (17, 33)  # pixels, half the extent of an object in scenes/
-MAX_OBJECTS = 4  # in one scene
+RADIUS_SCENE = (22, 38)  # pixels, half the extent of an object in scenes/
+MAX_OBJECTS = 3  # in one scene
 SPLIT_IDS = {
     "images/train": 0,
     "images/val": 1,

@@ -142,6 +142,8 @@ def semantic_head_arguments(
     """
     head = cfg.MODEL.SEM_SEG_HEAD
     in_feature = semantic_feature(cfg, strides)
+    # Detectron2's config has no such key where this project's were not added to it.
+    dilation = {"dilation": head.DILATION} if "DILATION" in head else {}
     return {
         "in_feature": in_feature,
         "in_channels": channels[in_feature],
@@ -151,7 +153,7 @@ def semantic_head_arguments(
         "norm": head.NORM,
         "ignore_value": head.IGNORE_VALUE,
         "loss_weight": head.LOSS_WEIGHT,
-        "dilation": head.DILATION,
+        **dilation,
     }
 
 
@@ -169,6 +171,7 @@ def build_semantic_head(cfg, backbone: nn.Module) -> FCN16Head:
     name = cfg.MODEL.SEM_SEG_HEAD.NAME
     if name not in HEADS:
         raise UserError(
-            f"MODEL.SEM_SEG_HEAD.NAME is {name}: the native engine has {' and '.join(HEADS)} only"
+            f"MODEL.SEM_SEG_HEAD.NAME is {name}: the native engine has FCN16Head only, and for "
+            "depth FCNDepthHead"
         )
     return HEADS[name](**semantic_head_arguments(cfg, backbone.channels, backbone.strides))

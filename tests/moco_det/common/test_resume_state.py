@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from moco_det.common.checkpoint_files import UnreadableFile
@@ -88,6 +88,52 @@ def test_an_optimizer_refuses_what_it_would_have_died_of_or_lost(path, message):
     state = changed(optimizer().state_dict(), *path)
     with pytest.raises(StateFault, match=message):
         check_optimizer(state, optimizer(0), stepped=True)
+
+
+def adam(steps=1) -> Adam:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    found = Adam(layer.parameters(), 0.1)
+    for _ in range(steps):
+        layer(torch.ones(1, 3)).sum().backward()
+        found.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("state", 1, "del"), r"state\[1\] has no exp_avg: the moments would be lost"),
+        (("state", 1, {}), r"state\[1\] has no exp_avg"),
+        (("state", 0, "exp_avg_sq", "del"), r"state\[0\] has no exp_avg_sq"),
+        (("state", 0, "exp_avg", torch.ones(2, 2)), r"the shape \(2, 2\), not \(2, 3\)"),
+        (("state", 0, "exp_avg_sq", torch.full((2, 3), math.inf)), "exp_avg_sq is not finite"),
+        (("state", 0, "exp_avg_sq", torch.full((2, 3), -1.0)), "exp_avg_sq is negative"),
+        (("state", 0, "step", torch.tensor(-1.0)), "not a tensor of the steps taken"),
+        (("state", 0, "step", "del"), "step is None"),
+        (("param_groups", 0, "betas", (0.9, 1.5)), "betas is 1.5, not a number"),
+        (("param_groups", 0, "betas", 0.9), "betas is 0.9, not a list of 2"),
+        (("param_groups", 0, "betas", "del"), "lacks betas"),
+        (("param_groups", 0, "eps", math.nan), "eps is nan"),
+        (("param_groups", 0, "amsgrad", 1), "amsgrad is 1, not true or false"),
+    ],
+)
+def test_adam_refuses_what_it_would_have_died_of_or_lost(path, message):
+    state = adam().state_dict()
+    check_optimizer(state, adam(0), stepped=True)
+    check_optimizer(adam(0).state_dict(), adam(0), stepped=False)
+    with pytest.raises(StateFault, match=message):
+        check_optimizer(changed(state, *path), adam(0), stepped=True)
+
+
+def test_one_optimizer_takes_no_state_of_the_other():
+    for saved, other, lacking in (
+        (adam(), optimizer(0), "dampening"),
+        (optimizer(), adam(0), "amsgrad"),
+    ):
+        saved.param_groups[0]["params"] = saved.param_groups[0]["params"][:2]
+        with pytest.raises(StateFault, match=lacking):
+            check_optimizer(saved.state_dict(), other, stepped=True)
 
 
 def test_a_schedule_keeps_its_methods_and_stands_on_the_step():

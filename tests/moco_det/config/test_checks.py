@@ -14,6 +14,7 @@ from moco_det.config.checks import (
     check_dataset,
     check_input,
     check_metric_files,
+    check_solver,
     check_weights,
     is_semantic,
     num_classes,
@@ -117,6 +118,55 @@ def test_good_input(options):
 def test_bad_input(options, message):
     with pytest.raises(UserError, match=message):
         check_input(make_cfg(*options), crops_objects=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("INPUT.SCALE_CHOICES", (1.0,), "INPUT.RANDOM_SCALE", (0.5, 2.0)), "set one of them to"),
+        (("INPUT.RANDOM_ROTATION", 5.0), "INPUT.RANDOM_ROTATION is 5, which takes an INPUT.FIXED"),
+        (("INPUT.FIXED_SIZE", (64,)), r"INPUT.FIXED_SIZE is \(64,\): set it to \(\) or"),
+        (("INPUT.FIXED_SIZE", (64.5, 32)), r"\(64.5, 32\): .* in pixels"),
+        (
+            (
+                "INPUT.FIXED_SIZE",
+                (64, 32),
+                "INPUT.CROP.ENABLED",
+                True,
+                "INPUT.CROP.TYPE",
+                "absolute",
+            ),
+            "set INPUT.CROP.ENABLED False",
+        ),
+        (("MODEL.SEM_SEG_HEAD.NAME", "FCNDepthHead"), "go together, and only they"),
+    ],
+)
+def test_bad_frames(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_input(make_cfg(*options), crops_objects=True)
+    assert len(str(error.value)) < LONGEST
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("INPUT.SCALE_CHOICES", (0.5,)), r"SCALE_CHOICES \(0.5,\) is for SemanticSegmentor only"),
+        (("INPUT.FIXED_SIZE", (64, 64)), r"INPUT.FIXED_SIZE \(64, 64\) is for .* only: set it to"),
+        (("INPUT.RANDOM_ROTATION", 5.0), "INPUT.RANDOM_ROTATION 5.0 is for .* set it to 0"),
+    ],
+)
+def test_detectors_have_no_frames(options, message):
+    with pytest.raises(UserError, match=message):
+        check_input(make_cfg(*options, semantic=False), crops_objects=True)
+
+
+def test_optimizers():
+    check_solver(make_cfg("SOLVER.OPTIMIZER", "Adam"))
+    check_solver(make_cfg("SOLVER.NESTEROV", True))
+    with pytest.raises(UserError, match="SOLVER.OPTIMIZER is 'LAMB': use SGD or Adam"):
+        check_solver(make_cfg("SOLVER.OPTIMIZER", "LAMB"))
+    with pytest.raises(UserError, match="Adam does not have"):
+        check_solver(make_cfg("SOLVER.OPTIMIZER", "Adam", "SOLVER.NESTEROV", True))
 
 
 def test_detectors_have_no_random_scale_and_crop_in_detectron2_only():

@@ -61,7 +61,7 @@ def test_builtin_names_lie_below_the_root(tmp_path, monkeypatch, cityscapes):
     write_tiny_semantic(tmp_path / "VOC2012", images=3, split="val")
     assert len(get_dataset("voc_2012_sem_seg_val").records()) == 3
     assert len(get_dataset("cityscapes_fine_sem_seg_val").records()) == 2
-    assert sum("sem_seg" in name for name in BUILT_IN) == 6
+    assert sum("sem_seg" in name for name in BUILT_IN) == 6 + 2  # NYUD's: test_nyud.py
     for name in ("voc_2012_sem_seg_trainval", "cityscapes_fine_sem_seg_train"):
         with pytest.raises(UserError, match=rf"{name}: expected .* DETECTRON2_DATASETS"):
             get_dataset(name)

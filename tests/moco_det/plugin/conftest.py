@@ -14,7 +14,7 @@ def plugin(request):
     if real:
         pytest.importorskip("detectron2", reason="also with Detectron2, which is not installed")
     with detectron2(real):
-        ours = ("extensions", "data", "trainer", "probe")
+        ours = ("extensions", "frames", "data", "pixel_data", "trainer", "probe")
         theirs = ("layers", "data", "structures", "evaluation", "engine", "utils.events")
         yield SimpleNamespace(
             **{name: importlib.import_module(f"moco_det.plugin.{name}") for name in ours},

@@ -15,6 +15,7 @@ pytest.importorskip("detectron2", reason="the plugin of Detectron2, which is not
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from PIL import Image
 from tiny_coco import tiny_coco, write_tiny_coco
 from tiny_voc import write_tiny_config, write_tiny_voc
@@ -84,6 +85,22 @@ def test_results_are_those_of_the_saved_records(cfg, tmp_path, case):
         expected = {metric: ours[task][metric] for metric in metrics}
         assert metrics == pytest.approx(expected, abs=1e-9, nan_ok=True)
         assert metrics["AP"] > 5
+
+
+def test_predictions_are_shown_beside_annotations_in_the_course_of_a_training(cfg, tmp_path):
+    name, found = coco_case(tmp_path)
+    content = json.loads((tmp_path / "a.json").read_text())
+    for image in content["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
+    register_datasets([name])
+    DatasetCatalog.get(name)
+    with EventStorage(start_iter=7) as storage:
+        results_and_records(cfg, name, found)
+        shown = storage._vis_data
+        assert 0 < len(shown) <= 4
+        for title, picture, iteration in shown:
+            assert title.startswith("predictions/coco_")
+            assert (picture.shape[0], picture.dtype, iteration) == (3, torch.uint8, 7)
 
 
 @pytest.mark.parametrize(("case", "kind"), [(lvis_case, "lvis"), (cityscapes_case, "cityscapes")])

@@ -231,10 +231,10 @@ def test_classes_and_tasks_that_do_not_fit(plugin, catalogs, coco, semantic, par
 def test_a_test_loader_has_no_label_maps(plugin, catalogs, semantic, monkeypatch):
     plugin.data.register_datasets([semantic])
     build, mapper = Recorder(), Recorder("mapper")
-    monkeypatch.setattr(plugin.data, "build_detection_test_loader", build)
-    monkeypatch.setattr(plugin.data, "DatasetMapper", mapper)
+    monkeypatch.setattr(plugin.pixel_data, "build_detection_test_loader", build)
+    monkeypatch.setattr(plugin.pixel_data, "DatasetMapper", mapper)
     cfg = config("DATALOADER.NUM_WORKERS", 3)
-    plugin.data.build_semantic_test_loader(cfg, semantic)
+    plugin.pixel_data.build_semantic_test_loader(cfg, semantic)
     (((records,), options),) = build.calls
     assert options == {"mapper": "mapper", "num_workers": 3}
     assert mapper.calls == [((cfg,), {"is_train": False})]

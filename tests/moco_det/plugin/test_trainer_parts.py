@@ -165,7 +165,7 @@ def test_a_segmentor_has_its_own_mapper_and_test_loader(plugin, load, tmp_path, 
     monkeypatch.setattr(plugin.trainer, "shared_records", Recorder([]))
     plugin.trainer.Trainer.build_train_loader(cfg)
     ((_, options),) = build.calls
-    assert isinstance(options["mapper"], plugin.data.SemanticDatasetMapper)
+    assert isinstance(options["mapper"], plugin.pixel_data.SemanticDatasetMapper)
     for name in ("build_semantic_test_loader", "build_detection_test_loader"):
         monkeypatch.setattr(plugin.trainer, name, Recorder(name))
     test_loader = plugin.trainer.Trainer.build_test_loader

@@ -88,12 +88,15 @@ def test_equals_the_official_converter(tmp_path, checkpoint, mlp):
 
 
 def test_every_key_is_mapped_or_dropped_by_name(tmp_path, checkpoint):
-    state = moco_checkpoint()["state_dict"]
-    conversion = convert(checkpoint(moco_checkpoint()), tmp_path / "w.pkl")
+    content = moco_checkpoint()
+    state = content["state_dict"]
+    state["module.queue_backbone"] = torch.zeros(512, 8)  # of kNN-MoCo
+    conversion = convert(checkpoint(content), tmp_path / "w.pkl")
     assert set(conversion.names) | set(conversion.source.dropped) == set(state)
     dropped = {re.sub(r"encoder_k\..*", "encoder_k", name) for name in conversion.source.dropped}
     heads = {f"module.encoder_q.fc.{kind}" for kind in ("weight", "bias")}
-    assert dropped == heads | {"module.encoder_k", "module.queue", "module.queue_ptr"}
+    queues = {"module.queue", "module.queue_ptr", "module.queue_backbone"}
+    assert dropped == heads | queues | {"module.encoder_k"}
     every = conversion.describe(verbose=True).splitlines()
     assert "  module.encoder_q.layer1.0.bn1.bias -> res2.0.conv1.norm.bias" in every
     assert "  module.queue_ptr" in every

@@ -281,3 +281,25 @@ def test_a_step_is_that_of_float64(amp, tolerance, device, monkeypatch):
     for (name, buffer), other in zip(model.named_buffers(), exact.buffers(), strict=True):
         found = buffer.double().cpu()
         assert (found - other).norm() <= tolerance * other.double().norm(), name
+
+
+def test_what_is_still_to_come():
+    task = make_task(monitor=lambda encoder: 50.0, knn_every=2)
+    trainer = a_trainer(epoch=1, epochs=4)
+    assert task.to_come(trainer) == {"checkpoint": 3, "kNN": 2}
+    task.monitor = None
+    assert task.to_come(trainer) == {"checkpoint": 3}
+
+
+def test_the_first_views_are_shown_as_the_encoders_see_them(monkeypatch):
+    task = make_task()
+    seen = batch(task.model, 0)
+    for step in (0, 1):
+        task.step(seen, step)
+    (draw,) = task.pictures().values()
+    pixels = draw()
+    for column, view in enumerate(seen.views):
+        tile = pixels[:112, 112 * column : 112 * (column + 1)]
+        assert (tile[::7, ::7] == view[0].numpy()).all()  # 16 pixels, 7 times as large
+    assert pixels.shape[0] // 140 == min(len(seen.views[0]), pretraining.SHOWN)
+    assert task.pictures() == {}  # and are kept no longer

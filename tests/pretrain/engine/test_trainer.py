@@ -1,5 +1,6 @@
 """The loop on a task that one can follow by hand: positions, hooks, stops, resumes, reports."""
 
+import contextlib
 import math
 import signal
 
@@ -12,11 +13,12 @@ from torch import nn
 from moco_det.common.errors import EXIT_INTERRUPTED, UserError
 from moco_det.common.files import make_folder
 from moco_det.common.processes import StopRequest
+from pretrain.engine import trainer as trainer_module
 from pretrain.engine import watching
 from pretrain.engine.checkpoints import LAST, Checkpoint, find, load, load_model
 from pretrain.engine.optimization import ScheduledSGD
-from pretrain.engine.trainer import RunSettings, Task, Trainer
-from pretrain.engine.watching import MetricMeter
+from pretrain.engine.trainer import RunSettings, Task, Trainer, epochs_left
+from pretrain.engine.watching import MetricMeter, RunLog
 
 
 class Numbers:
@@ -213,3 +215,68 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --output .*file"):
         make_folder(tmp_path / "file" / "below", "--output")
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_epochs_that_are_left_are_counted(every):
+    for last in range(8):
+        for done in range(last + 1):
+            due = [n for n in range(done + 1, last + 1) if n % every == 0 or n == last]
+            assert epochs_left(done, last, every) == len(due), (done, last)
+
+
+def test_the_end_of_a_run_is_that_of_all_its_stages(tmp_path, monkeypatch):
+    """A clock that steps leave alone: what is left are the stages, each as long as before."""
+    now, printed = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer_module, "print_on_main", printed.append)
+
+    class Long(Line):
+        def step(self, batch, step):
+            now[0] += 0.5
+            return super().step(batch, step)
+
+        def after_epoch(self, trainer, number):
+            with trainer.timed("validation"):
+                now[0] += 100.0
+
+        def to_come(self, trainer):
+            return {"validation": trainer.epochs - trainer.epoch}
+
+    def save(trainer, name):
+        now[0] += 1000.0
+
+    monkeypatch.setattr(Trainer, "_save", save)
+    run(tmp_path, Long(), epochs=3, print_freq=3, save_steps=3)
+    lines = [line.split()[1:3] + line.split()[-2:] for line in printed]
+    assert lines == [
+        ["1/3", "[1/3]", "ETA", "0:00:04"],
+        ["1/3", "[3/3]", "ETA", "0:00:03"],  # nothing was measured yet
+        ["2/3", "[3/3]", "ETA", "0:36:42"],  # 3 steps, 2 validations, 2 checkpoints
+        ["3/3", "[3/3]", "ETA", "0:18:20"],  # a validation and a checkpoint
+    ]
+    assert [r["seconds_per_step"] for r in records(tmp_path)] == [0.5] * 4
+
+
+def test_pictures_are_of_the_runs_first_step(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(RunLog, "picture", lambda log, step, name, draw: shown.append((step, name)))
+    monkeypatch.setattr(Line, "pictures", lambda task: {"views": None})
+    run(tmp_path / "whole", Line())
+    state = {"state_dict": {}, "epoch": 1, "step": 3}
+    before = Line()
+    before.optimizer.minimize(before.model(torch.ones(1, 2)).mean())
+    state["optimizer"] = before.optimizer.sgd.state_dict()
+    run(tmp_path / "resumed", Line(), Checkpoint(tmp_path, state))
+    assert shown == [(1, "views")]
+
+
+@pytest.mark.parametrize("nan", [None, 3])
+def test_the_log_is_closed_however_a_run_ends(tmp_path, monkeypatch, nan):
+    closed = []
+    monkeypatch.setattr(RunLog, "close", lambda log, failed: closed.append(failed))
+    task = Line()
+    task.nan_at = nan
+    with pytest.raises(UserError) if nan else contextlib.nullcontext():
+        run(tmp_path, task, print_freq=1)
+    assert closed == [nan is not None]

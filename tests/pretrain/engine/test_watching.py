@@ -5,7 +5,7 @@ import torch
 from pretraining_runs import records, values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.engine.watching import MetricMeter, RunLog, progress_line
+from pretrain.engine.watching import MetricMeter, RunLog, Stages, progress_line
 
 REPORT = {
     "loss": 5.25, "acc1": 12.5, "acc5": 50.0, "lr": 0.03, "images_per_second": 1234.4,
@@ -27,6 +27,41 @@ def test_means_are_over_the_steps_since_the_last_report(monkeypatch):
         "loss": 1.5, "acc1": 20.0, "images_per_second": 8.0, "data_wait": 0.25,
         "seconds_per_step": 2.0,
     }  # fmt: skip
+
+
+def test_what_is_no_step_is_left_out_of_their_time(monkeypatch):
+    clock = iter([0.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = MetricMeter(torch.device("cpu"), ("loss",))
+    for _ in range(2):
+        meter.add(torch.tensor([1.0]), 0.5)
+    meter.leave_out(10.0)  # a checkpoint
+    meter.send()
+    found = meter.means(batch_size=16)
+    assert (found["seconds_per_step"], found["images_per_second"]) == (2.0, 8.0)
+    assert found["data_wait"] == 0.25
+
+
+def test_the_memory_of_a_gpu_is_logged(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    meter = MetricMeter(torch.device("cpu"), ("loss",))
+    meter.add(torch.tensor([1.0]), 0.0)
+    meter.send()
+    assert "gpu_memory_gib" not in meter.means(1)
+    meter.add(torch.tensor([1.0]), 0.0)
+    meter.send()
+    meter.device = torch.device("cuda")
+    assert meter.means(1)["gpu_memory_gib"] == 1.5
+
+
+def test_stages_to_come_take_as_long_as_those_before():
+    stages = Stages()
+    stages.taken["kNN"] += [10.0, 20.0]
+    stages.taken["checkpoint"] += [1.0]
+    to_come = {"kNN": 3, "checkpoint": 4, "validation": 5}  # of the last nothing is known
+    assert stages.seconds(to_come) == 3 * 15 + 4 * 1
+    line = progress_line("1/2 [3/4]", 120, REPORT, beside=stages.seconds(to_come))
+    assert line.endswith("ETA 0:01:49")  # 60 s of steps
 
 
 def test_a_validation_that_is_done_again_is_not_logged_again(tmp_path):

@@ -154,6 +154,8 @@ def test_validations_and_the_best_are_saved(monkeypatch):
         },
     )  # fmt: skip
     task, run = make_probe(val=(None, None), eval_every=2), Run()
+    run.epoch = 1
+    assert task.to_come(run) == {"validation": 3, "checkpoint": 3}
     for number in range(1, 6):
         task.after_epoch(run, number)
     assert run.seen == [(2, 50), BEST, "last", (4, 40), "last", (5, 50), "last"]

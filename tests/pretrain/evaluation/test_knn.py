@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fork_server import run_in_two_processes
 from PIL import Image
 from torch import nn
@@ -274,3 +275,31 @@ def test_a_part_without_a_readable_image_is_named(tmp_path, part):
     with pytest.raises(UserError, match=f"no image in .*{part} can be read"):
         KnnMonitor(tmp_path, 32, 0, torch.device("cpu")).top1(encoder)
     assert encoder.training
+
+
+def test_neighbours_are_shown_as_they_were_found(tmp_path):
+    """Of queries over all of val, also where they are looked for in several chunks."""
+    root = noisy_folders(tmp_path / "noisy")
+    (root / "val" / "a" / "0.png").write_bytes(b"broken")
+    monitor, found = monitor_of(root), []
+    for chunk in (1024, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(knn, "QUERIES", chunk)
+            monitor.top1(Pixels())
+        found.append(list(monitor.found))
+    assert found[0] == found[1]
+    bank, queries = (
+        F.normalize(extract_all(Pixels(), images, 0, torch.device("cpu"))[0], dim=1)
+        for images in (monitor.bank, monitor.queries)
+    )
+    assert [query for query, _ in found[0]] == [1, 8, 15, 22]  # of 22, without the broken one
+    for query, neighbours in found[0]:
+        cosines, near = (queries[query] @ bank.T).topk(knn.NEIGHBOURS)
+        assert [number for _, number in neighbours] == near.tolist()
+        assert [cosine for cosine, _ in neighbours] == pytest.approx(cosines.tolist())
+    pixels = monitor.draw_neighbours()
+    assert pixels.shape == (4 * 140, 7 * 112, 3)
+    tile, _ = monitor._tile(monitor.bank, found[0][1][1][2][1], "")
+    assert (pixels[140:252, 3 * 112 : 4 * 112] == tile).all()
+    (root / "val" / "a" / "1.png").unlink()
+    assert monitor.draw_neighbours() is None  # nothing that a run must end of

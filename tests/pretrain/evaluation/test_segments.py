@@ -169,6 +169,13 @@ def test_segments_without_a_label_are_not_retrieved():
         retrieve(some([[1, 0]], [{}]), query, ALL, CPU)
 
 
+def test_of_7_classes_segments_of_others_are_none():
+    """The nearest segment is a dog's: among 21 classes it is taken for one, among 7 passed over."""
+    bank = some([[1, 0], [0.6, 0.8]], [{12: 9, 7: 0}, {7: 4}])
+    found = scores(bank, some([[1, 0]], [{7: 5}]), CPU)
+    assert found == {"retrieval_miou_7": 100.0, "retrieval_miou_21": 0.0}
+
+
 def test_iou_by_hand():
     """Of 10 pixels of person 6 are found, 4 are taken for car; 2 of background for person."""
     queries = some([[1, 0]] * 2, [{15: 6, 0: 2}, {15: 4, 7: 1, 12: 3}])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from devices import DEVICES
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from moco_det.common.errors import UserError
@@ -34,6 +35,44 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group(groups):
 
     grouped.eval()
     torch.testing.assert_close(grouped(x), per_group[0].eval()(x))
+
+
+KINDS = {
+    "of rows": (lambda: nn.BatchNorm1d(5), (8, 5)),
+    "of sequences": (lambda: nn.BatchNorm1d(5), (8, 5, 7)),
+    "of volumes": (lambda: nn.BatchNorm3d(5), (8, 5, 2, 3, 3)),
+    "with an activation": (lambda: BatchNormAct2d(5), (8, 5, 3, 3)),
+    "without running statistics": (
+        lambda: nn.BatchNorm2d(5, track_running_stats=False),
+        (8, 5, 3, 3),
+    ),
+    "of a cumulative average": (lambda: nn.BatchNorm2d(5, momentum=None), (8, 5, 3, 3)),
+    "without scale and shift": (lambda: nn.BatchNorm2d(5, affine=False), (8, 5, 3, 3)),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_batchnorm_do_so_too(kind):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    layer = make()
+    per_group = [copy.deepcopy(layer) for _ in range(4)]
+    grouped = group_batchnorm(nn.Sequential(layer), 4)
+    names = list(grouped.state_dict())
+    assert group_batchnorm(grouped, 2) is group_batchnorm(grouped, 4)  # may be changed again
+    for _ in range(2):
+        x = torch.randn(shape) * 3 + 1
+        parts = zip(per_group, x.chunk(4), strict=True)
+        torch.testing.assert_close(grouped(x), torch.cat([bn(part) for bn, part in parts]))
+    expected = per_group[0].state_dict()
+    assert names == [f"0.{name}" for name in expected]
+    for name, value in expected.items():
+        torch.testing.assert_close(grouped.state_dict()[f"0.{name}"], value)
+    torch.testing.assert_close(grouped.eval()(x), per_group[0].eval()(x))
+    if kind == "of rows":
+        with pytest.raises(UserError, match="GroupedBatchNorm1d gets 6 rows.* 4 BN groups"):
+            grouped.train()(x[:6])
 
 
 IN_TURN, AT_ONCE = GroupedBatchNorm2d.in_turn, GroupedBatchNorm2d.at_once

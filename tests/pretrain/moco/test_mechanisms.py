@@ -42,7 +42,10 @@ METHODS = {
     "end-to-end-unshuffled": ["--mechanism", "end-to-end", "--no-shuffle-bn"],
     "memory-bank": ["--mechanism", "memory-bank"],
     "memory-bank-nce": ["--mechanism", "memory-bank", "--loss", "nce"],
-    "neighbours": ["--nearest-neighbours", "3", "--mlp"],
+    "neighbours": [
+        "--nearest-neighbours", "3", "--mlp", "--multi-crop", "2", "--small-size", "16",
+        "--constrained", "--strong-aug", "mix",
+    ],
 }
 # fmt: on
 LAUNCHED = [name for name in METHODS if name != "moco"]  # test_main.py launches that

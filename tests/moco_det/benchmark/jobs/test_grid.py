@@ -10,9 +10,9 @@ from paths import CONFIGS, EXPERIMENTS, REPOSITORY
 from recording import FOLDER
 
 from moco_det.benchmark.jobs.ablation import read_ablation
-from moco_det.benchmark.jobs.classifiers import parsed
+from moco_det.benchmark.jobs.encoder_runs import parsed
 from moco_det.benchmark.jobs.grid import FOLDER as DATA
-from moco_det.benchmark.jobs.grid import Experiment, load_grid
+from moco_det.benchmark.jobs.grid import Experiment, FrozenRun, load_grid
 from moco_det.common.errors import UserError
 from pretrain.flags.pretraining import parse_pretraining
 
@@ -42,6 +42,8 @@ SOURCES = {
 }
 # Tables of classifiers: each has a test of its own.
 CLASSIFIERS = {("1", 0), ("fig3", 0), ("A6", 0), ("A7", 0), ("v2-1-linear", 0), ("v2-2", 0)}
+# Of the third paper, whose tables have a test of their own.
+REVISITING = "Revisiting Contrastive Methods (arXiv:2106.05967)"
 # experiments.yaml's names of rows, where they are others
 ROWS = {
     "supervised_tuned_bn": "supervised",
@@ -88,7 +90,8 @@ def found(entry):
 
 
 def test_every_part_has_a_source(grid):
-    assert set(parts(grid)) == set(SOURCES) | CLASSIFIERS
+    revisiting = {key for key in parts(grid) if grid.tables[key[0]].source == REVISITING}
+    assert set(parts(grid)) - revisiting == set(SOURCES) | CLASSIFIERS
     for key in CLASSIFIERS:
         assert parts(grid)[key].columns == {"top-1": "classification/top1"}
 
@@ -215,7 +218,7 @@ def settings_of(words):
 def test_rows_are_pretrained_as_the_ablations_grids_have_it(grid, monkeypatch):
     """One setting for both commands, and no other row of a grid than the paper's tables have."""
     monkeypatch.chdir(REPOSITORY)
-    rows = {name: row for name, row in grid.rows.items() if row.pretrain}
+    rows = {n: r for n, r in grid.rows.items() if r.pretrain and n not in revisiting_rows(grid)}
     ours = {name: settings_of(shlex.split(row.pretrain)) for name, row in rows.items()}
     assert all(ours[name]["arch"] == row.arch for name, row in rows.items())
     seen = set()
@@ -226,6 +229,152 @@ def test_rows_are_pretrained_as_the_ablations_grids_have_it(grid, monkeypatch):
             assert len(same) == wanted["shuffle_bn"], variant  # without it, A.9, which is a figure
             seen |= set(same)
     assert seen == rows.keys() - {"simclr_b256_200"}
+
+
+# -- "Revisiting Contrastive Methods" --------------------------------------------------------------
+
+WITH_M, BEST = "coco_200_cc_m", "coco_200_cc_m_aug_nn"
+COCO_800 = ("coco_800", "coco_800_cc", "coco_800_cc_aug", "coco_800_cc_aug_nn")
+
+
+def across(grid, table):
+    """{row: numbers of all parts, side by side}."""
+    rows = grid.tables[f"revisiting_{table}"].rows(())
+    return {
+        row: [n for part in grid.tables[f"revisiting_{table}"].parts for n in part.published[row]]
+        for row in rows
+    }
+
+
+def revisiting_rows(grid):
+    tables = [table for table in grid.tables.values() if table.source == REVISITING]
+    return {row for table in tables for row in table.rows(())} - {"random", "supervised"}
+
+
+def test_revisiting_is_the_papers_entry_by_entry(grid, facts):
+    facts = facts["revisiting"]
+    by_images = facts["table2_linear_400ep"]
+    assert across(grid, 2) == {f"{name}_400": numbers for name, numbers in by_images.items()} | {
+        "in118k_lt_400": by_images["in118k_lt"],
+    }
+    names = {
+        "random": "random", "moco": "coco_200", "mc": "coco_200_mc", "mc_cc": "coco_200_cc",
+        "mc_cc_m": WITH_M, "mc_cc_m_aug": f"{WITH_M}_aug", "mc_cc_m_aug_nn": BEST,
+    }  # fmt: skip
+    assert across(grid, 4) == {names[k]: numbers for k, numbers in facts["table4_200ep"].items()}
+    names |= {"moco_mc": "coco_200_mc"}
+    names |= {
+        name: f"revisiting_{name}" for name in ("densecl", "stc", "mast", "segsort", "ssl_hg")
+    }
+    davis = facts["table5_davis"]
+    assert across(grid, 5) == {names[k]: [v["J"], v["F"]] for k, v in davis.items()}
+    seven, twenty_one = facts["table6_segment_retrieval_voc"].values()
+    assert across(grid, 6) == {names[k]: [seven[k], twenty_one.get(k)] for k in seven}
+    standard, autoaugment, either = facts["table7_aug_voc_svm"].values()
+    assert across(grid, 7) == {
+        WITH_M: [standard],
+        f"{WITH_M}_autoaugment": [autoaugment],
+        f"{WITH_M}_aug": [either],
+    }
+    weights, counts = facts["table8_knn_voc"].values()
+    rows = {f"coco_200_nn_w0{w * 10:.0f}": [n] for w, n in weights.items() if w in (0.1, 0.2, 0.8)}
+    rows |= {f"coco_200_nn_k{k}": [n] for k, n in counts.items() if k != 20}
+    assert counts[20] == weights[0.4]
+    assert across(grid, 8) == rows | {WITH_M: [weights[0.0]], "coco_200_nn": [counts[20]]}
+    names = {"random": "random", "moco": COCO_800[0], "cc": COCO_800[1], "cc_aug": COCO_800[2],
+             "cc_aug_knn": COCO_800[3]}  # fmt: skip
+    table9, others = across(grid, 9), ("revisiting_densecl", "revisiting_virtex")
+    ours = {row: numbers for row, numbers in table9.items() if row not in others}
+    assert ours == {names[k]: numbers for k, numbers in facts["table9_800ep"].items()}
+
+
+def text_of(table, following):
+    """The numbers of a table in the paper's text, in whichever order, and those in brackets."""
+    transcript = EXPERIMENTS.parent / "papers/revisiting_contrastive.txt"
+    if not transcript.is_file():
+        pytest.skip(f"{transcript} is absent")
+    section = transcript.read_text().split(f"Table {table}: ")[-1].split(following)[0]
+    pairs = re.findall(r"(\d+\.\d+) \(([+−])(\d+\.\d+)\)", section)
+    differences = [(float(n), float(f"{'-' * (sign == '−')}{d}")) for n, sign, d in pairs]
+    return sorted(map(float, re.findall(r"\d+\.\d+", re.sub(r"\(.*?\)", "", section)))), differences
+
+
+def test_tables_that_only_the_text_has(grid):
+    numbers, differences = text_of(3, "head h. The contrastive")
+    found = across(grid, 3)
+    assert sorted(n for row in found.values() for n in row if n is not None) == numbers
+    base = found["in118k_400"]
+    ours = [
+        (number, round(number - first, 3))
+        for name, row in found.items()
+        for number, first in zip(row, base, strict=True)
+        if name != "in118k_400" and number is not None
+    ]
+    assert sorted(ours) == sorted(differences) and len(ours) == 19
+    numbers, _ = text_of(9, "CC: Constrained")
+    shown = sorted(n for row in across(grid, 9).values() for n in row if n is not None)
+    assert shown == numbers
+
+
+def test_rows_of_revisiting_are_pretrained_as_published(grid, facts, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    protocol = facts["revisiting"]["protocol"]
+    large, small = (protocol["multi_crop"][name] for name in ("large", "small"))
+    neighbours = protocol["nearest_neighbours"]
+    rows = {name: grid.rows[name] for name in revisiting_rows(grid) if grid.rows[name].pretrain}
+    assert {name for name in revisiting_rows(grid) if name not in rows} == {
+        f"revisiting_{name}" for name in ("densecl", "virtex", "mast", "stc", "segsort", "ssl_hg")
+    }
+    for name, row in rows.items():
+        args = parse_pretraining(["DATA", *shlex.split(row.pretrain)])
+        assert (args.lr, args.batch_size, args.moco_t) == (0.3, 256, 0.2)
+        assert args.cos and args.mlp and args.aug_plus
+        images, epochs, *parts = re.fullmatch(r"(\w+?)_(\d+)(?:_(.+))?", name).groups()
+        assert row.images == {
+            "coco": "COCO/train2017",
+            "bdd100k": "BDD100K",
+            "oi118k": "OPENIMAGES",
+        }.get(images, "IMAGENET")
+        assert args.list == (f"{images}.txt" if "118k" in images else None)
+        assert args.epochs == int(epochs)
+        parts = (parts[0] or "").split("_")
+        crops = bool({"mc", "cc", "nn"} & set(parts))
+        assert args.multi_crop == (small["number"] if crops else 0)
+        assert args.image_size == (large["size"] if crops else 224)
+        assert (args.small_size, args.small_scale) == (small["size"], small["scale"])
+        assert args.constrained == (0.1 if crops and "mc" not in parts else 0)
+        lowered = {"m", "nn"} & set(parts) or (epochs == "800" and "cc" in parts)
+        assert args.moco_m == (protocol["multi_crop"]["momentum_lowered"] if lowered else 0.999)
+        strong = "mix" if "aug" in parts else "autoaugment" if "autoaugment" in parts else "none"
+        assert args.strong_aug == strong
+        k = next((int(p[1:]) for p in parts if re.match(r"k\d", p)), neighbours["k"])
+        weight = next((int(p[1:]) / 10 for p in parts if re.match(r"w\d", p)), None)
+        assert args.nearest_neighbours == (k if "nn" in parts else 0)
+        assert args.nn_weight == (weight or neighbours["weight"])
+        label = grid.rows[name].label
+        assert f"{epochs} ep." in label and (k == 20 or f"k = {k}" in label)
+        assert weight is None or f"λ = {weight}" in label
+
+
+def test_frozen_features_are_evaluated_of_the_checkpoint_itself(grid):
+    checkpoints = {"coco_800": Path("c.pth.tar"), "mine": Path("m.pth.tar")}
+    weights = {name: Path(f"{name}.pkl") for name in checkpoints}
+    runs = grid.runs(
+        grid.select(["revisiting_9"]), weights, None, CONFIGS, checkpoints=checkpoints,
+        options=["MODEL.DEVICE", "cpu"], flags={"epochs": 3},
+    )  # fmt: skip
+    frozen = {run.name: run for run in runs if isinstance(run, FrozenRun)}
+    assert set(frozen) == {
+        "voc_svm/coco_800/trial1", "voc_svm/mine/trial1",
+        "davis/random/trial1", "davis/coco_800/trial1", "davis/mine/trial1",
+    }  # fmt: skip
+    run = frozen["davis/coco_800/trial1"]
+    assert run.flags == {"arch": "resnet50", "pretrained": "c.pth.tar"} and run.cpu
+    assert run.changed == {}  # --linear is of classifiers
+    assert frozen["davis/random/trial1"].flags["pretrained"] == "random"
+    linear = [run for run in runs if run.experiment.name == "places365_linear"]
+    assert {parsed(run).dataset for run in linear} == {"places365"}
+    assert {run.flags["epochs"] for run in linear} == {3}
 
 
 def test_classifiers_run_from_the_checkpoint_itself(grid):
@@ -337,7 +486,7 @@ def test_supervised_weights_may_be_given_too(grid):
 def test_the_toy_grid_has_the_tasks_and_its_files(tmp_path):
     grid = load_grid(DATA / "quick.yaml", data=tmp_path)
     runs = grid.runs(grid.select([]), {"moco": Path("m.pkl")}, None, CONFIGS)
-    assert len(runs) == 16
+    assert len(runs) == 12
     assert all(run.config_file.is_file() for run in runs)
     assert all(str(tmp_path) in " ".join(run.options) for run in runs)
     metrics = {m.split("/")[0] for p in parts(grid).values() for m in p.columns.values()}

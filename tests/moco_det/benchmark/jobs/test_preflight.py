@@ -173,7 +173,7 @@ def test_labelled_images_are_looked_for_once(labelled, settings, monkeypatch, tm
     assert "val has no class folders" in line
     assert f"link the data set as {tmp_path}/datasets/imagenet, or set DETECTRON2_DATASETS" in line
     assert line.endswith("(linear/moco/trial1 and 1 more)")
-    monkeypatch.setattr(module, "find_splits", lambda data: pytest.fail("a toy's is not drawn yet"))
+    monkeypatch.setattr(module, "find_dataset", lambda *_: pytest.fail("a toy's is not drawn yet"))
     assert preflight(classifiers(labelled), settings, toy=True, ahead=True) == []
 
 

@@ -193,6 +193,35 @@ def test_a_classifier_s_runs_fill_a_table_like_a_detector_s(settings):
     assert sample_pictures(runs, settings) == {}  # a classifier has none
 
 
+def test_an_rmse_is_printed_in_metres_to_three_decimals(settings):
+    """Smaller is better: the heading says so, and a difference is the plain one."""
+    experiment = Experiment("depth", "Depth", 100, 16, trials=1)
+    columns = {"rmse (m) ↓": "depth/rmse"}
+    part = Part(experiment, columns, {"moco": [0.606], "other": [0.58]}, reference="other")
+    table = Table("9", "Table 9", "a paper", (part,))
+    grid = Grid({name: Row(name, name) for name in ("moco", "other")}, {"9": table})
+    weights = {name: Path(f"{name}.pkl") for name in ("moco", "other")}
+    runs = grid.runs([table], weights, [1, 2], Path("c"))
+    for run in runs:
+        folder = settings.folder(run)
+        folder.write_record({"state": "finished"})
+        value = (0.591 if run.row == "moco" else 0.582) + 0.002 * run.trial
+        line = {"iteration": 99, "depth/rmse": value}
+        (folder.path / "metrics.json").write_text(json.dumps(line) + "\n")
+        solver = {"SOLVER": {"MAX_ITER": 100, "IMS_PER_BATCH": 16}}
+        (folder.path / "config.yaml").write_text(json.dumps(solver))
+    found = reproduction.collect(grid, [table], runs, settings, {})
+    text = reproduction.markdown(found)
+    assert "↓: smaller is better" in text and "rmse (m) ↓" in text
+    assert "| ours (n = 2) | 0.594 ± 0.001 |" in text
+    assert "| paper        | 0.606         |" in text
+    assert "−0.012" in text and "+0.009" in text  # to the paper; the gap to the other row
+    page = str(reproduction.render_page(found, {}, {}))
+    assert "paper 0.606" in page and "0.594" in page and "to paper −0.012" in page
+    cell = reproduction.as_json(found)["tables"][0]["rows"][0]["cells"][0][0]
+    assert cell["mean"] == pytest.approx(0.594) and cell["published"] == 0.606
+
+
 def test_a_failed_run_is_said(settings):
     runs = planned([1])
     for run in runs:

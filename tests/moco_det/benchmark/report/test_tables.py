@@ -133,6 +133,12 @@ def test_every_task_has_its_columns(tmp_path):
     assert row[2:] == ["", "1.0", "", "2.0", "3.0"]
 
 
+def test_an_rmse_has_three_decimals(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 9, "depth/rmse": 0.6064}\n')
+    head, _, row = split(comparison({"x": [tmp_path]}))
+    assert (head[2:], row[2:]) == (["depth rmse"], ["0.606"])
+
+
 def test_a_run_that_was_not_evaluated_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text('{"iteration": 19, "lr": 0.1, "total_loss": 2.5}\n')
     with pytest.raises(UserError, match="holds no evaluation"):

@@ -545,7 +545,7 @@ def test_label_maps_recorded_from_detectron2(tmp_path):
 )
 def test_both_engines_draw_the_same_inputs(shared_data, name, random_scale):
     """From one state of numpy's global generator, image after image, to the last bit."""
-    plugin = pytest.importorskip("moco_det.plugin.data")
+    plugin = pytest.importorskip("moco_det.plugin.pixel_data")
     kind, path, split = name.split(":")
     root = shared_data(path.split("/")[0]).parent / path
     records = get_dataset(f"{kind}:{root}:{split}").records()

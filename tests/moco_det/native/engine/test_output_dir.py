@@ -52,6 +52,24 @@ def test_medians_of_twenty_iterations_and_no_time_of_the_first_three(tmp_path, c
     ]
 
 
+def test_the_end_is_that_of_all_stages(tmp_path, monkeypatch):
+    """60 iterations of 2 s; evaluations of 100 s every 25 and at the end, one checkpoint of 7 s."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with MetricLog(tmp_path, start_iter=0, max_iter=60) as log:
+        for iteration in range(60):
+            log.step(iteration, 0.1, 2.0, {"total_loss": 1.0})
+            if (iteration + 1) % 25 == 0:
+                with log.timed("evaluation", 25):
+                    now[0] += 100.0
+            if iteration == 29:
+                with log.timed("checkpoint", 0):
+                    now[0] += 7.0
+    lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    found = [line["eta_seconds"] for line in lines]
+    assert found == [40 * 2, 20 * 2 + 2 * 100 + 7, 100 + 7]
+
+
 @pytest.mark.parametrize("half", ['{"iteration": 0, "lr"', '{"a": {"iteration": 0}', "\0" * 100])
 def test_half_a_line_that_a_kill_has_left_is_dropped_before_the_next(tmp_path, half):
     path = tmp_path / "metrics.json"

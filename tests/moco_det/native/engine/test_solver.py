@@ -320,3 +320,91 @@ def test_steps_are_detectron2s(clip, nesterov):
             )
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# -- Adam, and the poly schedule ------------------------------------------------------------------
+
+
+def test_adam_is_torchs_over_the_same_groups():
+    """Against one Adam for each parameter, with its own rate and decay."""
+    model, other = make_model(), make_model()
+    cfg = make_cfg(
+        OPTIMIZER="Adam", BASE_LR=0.01, WEIGHT_DECAY=0.1, WEIGHT_DECAY_NORM=0.2, BIAS_LR_FACTOR=2.0
+    )
+    optimizer = build_optimizer(cfg, model)
+    singles = []
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            decay, rate = 0.2 if name[0] in "12" else 0.1, 0.02 if "bias" in name else 0.01
+            singles.append(torch.optim.Adam([parameter], rate, weight_decay=decay))
+    for step in range(3):
+        for network, parts in ((model, [optimizer]), (other, singles)):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for part in parts:
+                part.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_moments_of_a_fused_adam_lie_as_its_parameters_do():
+    """A checkpoint of a CPU has them in another order, which the kernel would not see."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    saved = torch.randn(4, 3, 3, 3).abs()
+    optimizer.state[weight] = {
+        "step": torch.tensor(5, dtype=torch.float64), "exp_avg": -saved, "exp_avg_sq": saved,
+    }  # fmt: skip
+    lay_out_momentum(optimizer)
+    state = optimizer.state[weight]
+    for name, value in (("exp_avg", -saved), ("exp_avg_sq", saved)):
+        assert state[name].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(state[name], value)
+    assert (state["step"].item(), state["step"].dtype) == (5, torch.float32)
+
+
+def test_poly_schedule_by_hand():
+    cfg = make_cfg(
+        LR_SCHEDULER_NAME="WarmupPolyLR",
+        MAX_ITER=10,
+        BASE_LR=2.0,
+        POLY_LR_POWER=0.9,
+        WARMUP_ITERS=0,
+    )
+    assert poly_rates(cfg) == pytest.approx([2 * (1 - i / 10) ** 0.9 for i in range(11)])
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR = 4, 0.1
+    expected = [2 * (1 - i / 10) ** 0.9 * min(0.1 + 0.9 * i / 4, 1) for i in range(11)]
+    assert poly_rates(cfg) == pytest.approx(expected)
+    cfg.SOLVER.WARMUP_METHOD = "constant"
+    assert poly_rates(cfg)[3] == pytest.approx(0.2 * 0.7**0.9)
+    cfg.SOLVER.WARMUP_METHOD = "burnin"
+    with pytest.raises(UserError, match="SOLVER.WARMUP_METHOD is 'burnin'"):
+        poly_rates(cfg)
+
+
+def poly_rates(cfg):
+    """Of each iteration, and once more after the last."""
+    optimizer = build_optimizer(cfg, nn.Linear(1, 1))
+    scheduler, found = build_lr_scheduler(cfg, optimizer), []
+    for _ in range(cfg.SOLVER.MAX_ITER + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_poly_schedule_is_that_of_detectron2s_deeplab():
+    pytest.importorskip("detectron2", reason="compares with Detectron2, which is not installed")
+    lr_scheduler = pytest.importorskip("detectron2.projects.deeplab.lr_scheduler")
+    cfg = make_cfg(LR_SCHEDULER_NAME="WarmupPolyLR", MAX_ITER=20, BASE_LR=0.1, WARMUP_ITERS=6)
+    optimizer = build_optimizer(cfg, nn.Linear(1, 1))
+    solver = cfg.SOLVER
+    warmup = solver.WARMUP_FACTOR, solver.WARMUP_ITERS, solver.WARMUP_METHOD
+    theirs = lr_scheduler.WarmupPolyLR(optimizer, 20, *warmup, power=solver.POLY_LR_POWER)
+    found = []
+    for _ in range(20):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert poly_rates(cfg)[:20] == pytest.approx(found)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from functools import partial
@@ -261,6 +262,11 @@ def test_what_a_run_leaves_behind(make_cfg, stub, tmp_path):
 
     events = EventAccumulator(str(out)).Reload()
     assert {"total_loss", "lr", "bbox/AP50"} <= set(events.Tags()["scalars"])
+    pictures = events.Tags()["images"]
+    assert pictures
+    assert all(re.fullmatch(r"predictions/voc_[\w-]+/\d", name) for name in pictures)
+    for name in pictures:  # at each evaluation
+        assert [event.step for event in events.Images(name)] == [2, 6]
 
 
 def test_an_undefined_metric_is_null_in_json(make_cfg, stub, monkeypatch):

@@ -13,8 +13,14 @@ from torch import nn
 
 from moco_det.common.errors import UserError
 from moco_det.config.loading import get_cfg
-from moco_det.native.modeling.meta_arch import SemanticSegmentor, build_model
-from moco_det.native.modeling.semantic_head import FCN16Head, pixel_cross_entropy, upsample
+from moco_det.native.modeling.meta_arch import DepthEstimator, SemanticSegmentor, build_model
+from moco_det.native.modeling.semantic_head import (
+    FCN16Head,
+    FCNDepthHead,
+    depth_distance,
+    pixel_cross_entropy,
+    upsample,
+)
 
 
 def small_cfg(*options):
@@ -215,3 +221,63 @@ def test_bad_heads(options, message):
 def test_res5_without_dilation_is_refused():
     with pytest.raises(UserError, match=r"res5 has stride 32.*RES5_DILATION 2"):
         build_model(small_cfg("MODEL.RESNETS.RES5_DILATION", 1))
+
+
+# -- depth ----------------------------------------------------------------------------------------
+
+
+def test_dilation_is_that_of_the_config():
+    head = build_model(small_cfg("MODEL.SEM_SEG_HEAD.DILATION", "1")).sem_seg_head
+    assert [conv.dilation for conv in (head.conv1, head.conv2)] == [(1, 1)] * 2
+    assert [conv.padding for conv in (head.conv1, head.conv2)] == [(1, 1)] * 2
+
+
+def test_distance_of_depths_is_the_mean_over_measured_pixels():
+    measured = torch.tensor([[[2.0, 0.0], [4.0, 1.0]]])
+    depths = torch.tensor([[[2.5, math.inf], [1.0, 1.0]]], requires_grad=True)
+    distance = depth_distance(depths, measured)
+    assert distance.item() == pytest.approx((0.5 + 3 + 0) / 3)
+    distance.backward()
+    assert depths.grad.tolist() == [[[pytest.approx(1 / 3), 0], [pytest.approx(-1 / 3), 0]]]
+
+
+def test_no_measured_pixel_is_no_loss():
+    depths = torch.ones(1, 2, 2, requires_grad=True)
+    distance = depth_distance(depths, torch.zeros(1, 2, 2))
+    distance.backward()
+    assert distance.item() == 0
+    assert (depths.grad == 0).all()
+
+
+@pytest.fixture
+def estimator():
+    torch.manual_seed(0)
+    head = FCNDepthHead("res5", 4, 16, num_classes=1, channels=8, norm="", loss_weight=0.5)
+    return DepthEstimator(Stride16(), head, [100.0, 110.0, 120.0], [50.0, 55.0, 60.0])
+
+
+def test_images_of_a_batch_are_padded_with_unknown_depths(estimator):
+    """The loss of two images is that of their pixels, whatever the padding."""
+    items = [
+        {"image": noise(48, 32, seed=1), "depth": torch.rand(48, 32) + 1},
+        {"image": noise(32, 64, seed=2), "depth": torch.rand(32, 64) + 1},
+    ]
+    items[0]["depth"][:7] = 0
+    loss = estimator(items)["loss_depth"].item()
+    images, _ = estimator.preprocess(items)
+    predicted = estimator.sem_seg_head(estimator.backbone(images))[:, 0]
+    total = count = 0
+    for one, item in zip(predicted, items, strict=True):
+        known = item["depth"] > 0
+        height, width = known.shape
+        total += (one[:height, :width] - item["depth"]).abs()[known].sum().item()
+        count += known.sum().item()
+    assert loss == pytest.approx(0.5 * total / count, rel=1e-5)
+
+
+def test_depths_are_at_the_original_size(estimator):
+    item = {"image": noise(32, 48)}
+    (same,), (large,) = estimator.eval()([item]), estimator([{**item, "height": 64, "width": 96}])
+    assert same["depth"].shape == (32, 48)
+    expected = F.interpolate(same["depth"][None, None], size=(64, 96), mode="bilinear")[0, 0]
+    torch.testing.assert_close(large["depth"], expected)

@@ -32,7 +32,7 @@ def test_a_scale_is_drawn_and_applied(plugin):
     image = np.zeros((40, 60, 3), np.uint8)
     factors = []
     for _ in range(200):
-        transform = plugin.data.RandomScale(0.5, 2.0).get_transform(image)
+        transform = plugin.frames.RandomScale(0.5, 2.0).get_transform(image)
         assert (transform.h, transform.w) == (40, 60)
         assert transform.interp == Image.BILINEAR
         factors.append(transform.new_w / 60)
@@ -44,7 +44,7 @@ def test_a_scale_is_drawn_and_applied(plugin):
 
 def make_mapper(plugin, augmentations=(), size=None, **options):
     options = {"image_format": "RGB", "num_classes": 4, "padding": (1.5, 2.0, 3.0)} | options
-    return plugin.data.SemanticDatasetMapper(list(augmentations), size=size, **options)
+    return plugin.pixel_data.SemanticDatasetMapper(list(augmentations), size=size, **options)
 
 
 def test_an_input_without_augmentation(plugin, record):
@@ -70,7 +70,7 @@ def test_what_is_too_small_is_padded_with_the_mean_and_ignored(plugin, record):
 
 
 def test_image_and_labels_are_augmented_alike(plugin, record):
-    crop = plugin.data.T.RandomCrop("absolute", (8, 12))
+    crop = plugin.pixel_data.T.RandomCrop("absolute", (8, 12))
     seen = set()
     for _ in range(20):
         item = make_mapper(plugin, [crop], size=(8, 12))(record)
@@ -96,7 +96,7 @@ def test_a_mapper_of_a_config(plugin):
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 7, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5])
     cfg.merge_from_list(["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]])
-    plain = plugin.data.build_semantic_mapper(cfg)
+    plain = plugin.pixel_data.build_semantic_mapper(cfg)
     assert (plain.image_format, plain.num_classes, plain.ignore_value) == ("RGB", 5, 7)
     assert plain.padding.tolist() == [[[1.0]], [[2.0]], [[3.0]]]
     assert plain.size is None
@@ -104,7 +104,7 @@ def test_a_mapper_of_a_config(plugin):
     assert kinds == ["ResizeShortestEdge", "RandomFlip"]
     cfg.INPUT.CROP.merge_from_list(["ENABLED", True, "TYPE", "absolute", "SIZE", [11, 13]])
     cfg.INPUT.RANDOM_SCALE = [0.5, 3.0]
-    mapper = plugin.data.build_semantic_mapper(cfg)
+    mapper = plugin.pixel_data.build_semantic_mapper(cfg)
     scale, flip, crop = mapper.augmentations
     assert (scale.smallest, scale.largest, type(flip).__name__) == (0.5, 3.0, "RandomFlip")
     assert (crop.crop_type, list(crop.crop_size)) == ("absolute", [11, 13])
