@@ -12,7 +12,7 @@ summary.md, the table.
     knn            k = 20 and 200 at a temperature of 0.07
     linear         the protocol of MoCo (arXiv:1911.05722, Section 4.1)
     finetune_1     1 % and 10 % of the labels: 60 and 30 epochs at a learning rate of 0.05 for a
-    finetune_10    batch of 256, as SimCLR's (arXiv:2002.05709, B.5), by plain SGD
+    finetune_10    batch of 256, as in the appendix of SimCLR (arXiv:2002.05709), by plain SGD
     finetune_100   all of them, the protocol of MoCo's A.7
 """
 
