@@ -12,7 +12,7 @@ summary.md, the table.
     knn            k = 20 and 200 at a temperature of 0.07
     linear         the protocol of MoCo (arXiv:1911.05722, Section 4.1)
     finetune_1     1 % and 10 % of the labels: 60 and 30 epochs at a learning rate of 0.05 for a
-    finetune_10    batch of 256, as SimCLR's (arXiv:2002.05709, B.5), by plain SGD
+    finetune_10    batch of 256, as in the appendix of SimCLR (arXiv:2002.05709), by plain SGD
     finetune_100   all of them, the protocol of MoCo's A.7
 """
 
@@ -82,9 +82,9 @@ def summarize(args: argparse.Namespace, device: torch.device) -> None:
     allow_pixels(args.max_image_pixels)
     output = Path(args.output)
     on_main(make_folder, output, "--output")
-    on_main(check_settings, output / "settings.json", settings(args))
     splits = find_dataset(args.dataset, Path(args.data), args.download)
     stages = {name: part_of(name, splits[1], args) for name in args.stages if name != "knn"}
+    on_main(check_settings, output / "settings.json", settings(args))
     if "knn" in args.stages:
         neighbours(output / "knn.json", splits, args, device)
     for name, part in stages.items():
@@ -106,8 +106,9 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def check_settings(path: Path, now: dict) -> None:
-    """Raises UserError where the folder is of another checkpoint or other flags."""
-    if not path.exists():
+    """Raises UserError where the folder has numbers of another checkpoint or other flags."""
+    begun = any((path.parent / name).exists() for name in ("knn.json", *TRAININGS))
+    if not (begun and path.exists()):
         write_json(path, now)
         return
     before = read_json(path, "the settings of a summary")
@@ -129,7 +130,9 @@ def part_of(name: str, train: LabelledSplit, args: argparse.Namespace) -> Labell
     else:
         part = class_balanced(train, share, args.seed) if share < 1 else train
     if len(part.paths) < 2 * world_size():
-        raise UserError(f"{name}: {part.name} has fewer than two images for each process")
+        raise UserError(
+            f"{part.name} has fewer than two images for each process: leave {name} out of --stages"
+        )
     return part
 
 

@@ -86,7 +86,8 @@ def _places365(data: Path, train: bool, download: bool) -> Found:
     small = not (data / large).is_dir()
     found = datasets.Places365(data, split=split, small=small, download=download)
     paths, labels = zip(*found.imgs, strict=True)
-    return list(found.classes), _files(data, paths, labels, split)
+    classes = sorted(found.class_to_idx, key=found.class_to_idx.get)  # its own list is by name
+    return classes, _files(data, paths, labels, split)
 
 
 def _sun397(data: Path, train: bool, download: bool) -> Found:

@@ -71,7 +71,7 @@ def write_places365(root, monkeypatch):
         write(root / name, text)
         return name, hashlib.md5(text.encode()).hexdigest()
 
-    names, meta = ("/a/airfield", "/z/zen_garden"), {}
+    names, meta = ("/z/zen_garden", "/a/airfield"), {}  # in no order
     categories = check("categories_places365.txt", f"{names[0]} 0\n{names[1]} 1\n")
     monkeypatch.setattr(datasets.Places365, "_CATEGORIES_META", categories)
     for split, folder, file, labels in (
@@ -119,6 +119,6 @@ WRITERS = {
 }  # fmt: skip
 CLASSES = {
     "cifar10": ["airplane", "cat"], "food101": ["apple_pie", "sushi"],
-    "pets": ["Abyssinian", "Beagle"], "places365": ["/a/airfield", "/z/zen_garden"],
+    "pets": ["Abyssinian", "Beagle"], "places365": ["/z/zen_garden", "/a/airfield"],
     "cars": ["Acura", "Volvo"], "sun397": ["abbey", "bar/inner"],
 }  # fmt: skip
