@@ -304,12 +304,9 @@ def method_words(args: argparse.Namespace, model: InstanceDiscrimination) -> str
     words = [args.mechanism, args.loss]
     words.append(f"{'with' if model.shuffle_bn else 'without'} shuffled BN")
     if args.multi_crop:
-        where = (
-            f", at least {args.constrained:.0%} of each within the key's"
-            if args.constrained
-            else ""
-        )
-        words.append(f"{args.multi_crop} small crops of {args.small_size} px{where}")
+        words.append(f"{args.multi_crop} small crops of {args.small_size} px")
+    if args.constrained:
+        words.append(f"at least {args.constrained:.0%} of each within the key's")
     if (args.min_iou, args.max_iou) != (0, 1):
         words.append(f"large crops with an IoU of {args.min_iou:g} to {args.max_iou:g}")
     if args.strong_aug != "none":

@@ -210,8 +210,8 @@ def test_revisiting_is_as_published(published):
 SAID = {
     "moco_r50": "",
     "multicrop_r50": ", 4 small crops of 12 px",
-    "r50": ", 4 small crops of 12 px, at least 10% of each within the key's, positives augmented also by "
-    "AutoAugment, 20 nearest neighbours of weight 0.4",
+    "r50": ", 4 small crops of 12 px, at least 10% of each within the key's, positives "
+    "augmented also by AutoAugment, 20 nearest neighbours of weight 0.4",
 }
 
 
