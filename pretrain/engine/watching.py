@@ -142,7 +142,8 @@ class RunLog:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 
     def settings(self, flags: dict) -> None:
-        """Show a new run's flags beside its numbers."""
+        """Show a new run's flags beside its numbers; bytes that are no text as escapes."""
+        flags = {k: one_line(v, 1000) if isinstance(v, str) else v for k, v in flags.items()}
         for name, tracker in list(self.trackers.items()):
             if tracker.begins:
                 with self._kept_going(name):

@@ -17,7 +17,8 @@ from pretrain.flags.common import LOG
 from pretrain.flags.pretraining import parse_pretraining
 
 ALL = ("tensorboard", "wandb", "mlflow")
-FLAGS = {"lr": 0.03, "mlp": True, "schedule": [1, 2], "resume": None}
+FLAGS = {"lr": 0.03, "mlp": True, "schedule": [1, 2], "resume": None, "data": "caf\udce9"}
+SHOWN_FLAGS = FLAGS | {"data": r"caf\udce9"}  # a name that is not UTF-8
 SHEET = np.zeros((4, 6, 3), np.uint8)
 
 
@@ -73,13 +74,13 @@ def test_all_show_the_same_numbers_and_pictures(tmp_path, wandb, mlflow):  # noq
     assert b"schedule" in told["_hparams_/session_start_info"]
 
     (logged,) = wandb.runs.values()
-    assert logged[0] == FLAGS
+    assert logged[0] == SHOWN_FLAGS
     assert {(x["step"], n, v) for x in logged[1:] for n, v in x.items()} >= set(expected)
     assert [x["step"] for x in logged[1:] if "features/neighbours" in x] == [0, 2]
     assert wandb.ended == [0]
 
     (logged,) = mlflow.runs.values()
-    assert logged[0] == ("params", {name: str(value) for name, value in FLAGS.items()})
+    assert logged[0] == ("params", {name: str(value) for name, value in SHOWN_FLAGS.items()})
     assert {(x[2], x[0], x[1]) for x in logged[1:] if len(x) == 3} >= set(expected)
     artifacts = [name for name, *rest in logged if rest == [(4, 6, 3)]]
     assert artifacts == ["features/neighbours/00000000.png", "features/neighbours/00000002.png"]
