@@ -104,7 +104,7 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         raise UserError("--linear is for classifiers, of which these --tables have none")
     engine, reason = choose_engine(args.engine)
     print(f"engine: {engine} ({reason})", flush=True)
-    return reproduction.Reproduction(
+    plan = reproduction.Reproduction(
         grid=grid,
         tables=tables,
         checkpoints=checkpoints,
@@ -113,6 +113,11 @@ def make_plan(args: argparse.Namespace) -> reproduction.Reproduction:
         settings=Settings(output, engine, args.gpus_per_run, args.retries),
         flags=flags,
     )
+    for name in plan.rows_in_no_table():
+        known = [row for row in tables[0].rows(()) if grid.rows[row].pretrain]
+        others = ", ".join([*known, "or one of your own"])
+        print(f"note: --weights {name}=...: these tables have no such row; name {others}")
+    return plan
 
 
 def run(args: argparse.Namespace) -> int:

@@ -71,6 +71,11 @@ class Reproduction:
         rows = [self.grid.rows[name] for name in names if name not in self.checkpoints]
         return {row.name: f"{row.images} {row.pretrain}" for row in rows if row.pretrain}
 
+    def rows_in_no_table(self) -> list[str]:
+        """Rows of the papers that a checkpoint is given for and none of the tables has."""
+        rows = {row for table in self.tables for row in table.rows(())}
+        return [name for name in self.checkpoints if name in self.grid.rows and name not in rows]
+
 
 def estimated_hours(run: AnyRun) -> float | None:
     """GPU hours; None where no speed of such a configuration is published."""

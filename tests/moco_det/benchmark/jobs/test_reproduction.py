@@ -50,6 +50,11 @@ def test_rows_that_lack_a_checkpoint_are_those_that_the_papers_pretrain(plan):
     }
 
 
+def test_a_checkpoint_for_a_row_that_no_table_has(plan):
+    assert plan("revisiting_3").rows_in_no_table() == ["moco_in1m", "moco_r50w2x"]
+    assert plan("revisiting_3", "1").rows_in_no_table() == []
+
+
 def test_rows_of_other_images_are_pretrained_on_them(plan):
     """Each by the command that makes the checkpoint, and none of other methods."""
     lacking = plan("revisiting_3", "revisiting_6").rows_without_checkpoint()
