@@ -9,7 +9,7 @@ Window = tuple[int, int, int, int]  # top, left, height and width in pixels
 
 RATIO = 3 / 4, 4 / 3  # of width to height
 TRIES = 10  # torchvision's, for a window that fits; those of the paper, for one that overlaps
-PAIRS = 10, 1000  # rounds of so many pairs, for one whose IoU is within limits
+ROUNDS, PAIRS = 10, 1000  # rounds of so many pairs, for one whose IoU is within limits
 
 
 def draw_crop(
@@ -76,9 +76,8 @@ def draw_pair(
     They are what pairs of free crops are under this condition: both are drawn anew each time, many
     at once, since of usual images 1 pair in 250 is disjoint, and 1 in 2,500 of square ones.
     """
-    rounds, pairs = PAIRS
-    for _ in range(rounds):
-        first, second = (_windows(height, width, rng, least, most, pairs) for _ in range(2))
+    for _ in range(ROUNDS):
+        first, second = (_windows(height, width, rng, least, most, PAIRS) for _ in range(2))
         fit = _fits(first, height, width) & _fits(second, height, width)
         if not fit.any():
             break
