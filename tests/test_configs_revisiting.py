@@ -114,11 +114,6 @@ def test_header_expects_the_published_numbers(experiment):
         gpus, images = re.search(r"Hardware: +(\d+) GPUs?, (\d+) images each", text).groups()
         assert int(gpus) * int(images) == load(experiment).SOLVER.IMS_PER_BATCH
         assert f"--num-gpus {gpus} " in text
-    page = (CONFIGS / "README.md").read_text()
-    cells = re.search(rf"\]\(revisiting/{experiment}_moco.yaml\) \|(.*)\|", page)[1].split("|")
-    first, last = tables[1][0:1] + tables[1][-1:], tables[2][0:1] + tables[2][-1:]
-    shown = [random, *(first or [""] * 2), *last]
-    assert [cell.strip() for cell in cells] == [f"{n:.{digits}f}" if n else "" for n in shown]
 
 
 @pytest.fixture(params=EXPERIMENTS)
