@@ -74,7 +74,7 @@ def _pets(data: Path, train: bool, download: bool) -> Found:
 
 
 def _cars(data: Path, train: bool, download: bool) -> Found:
-    import_optional("scipy.io", "reading Stanford Cars", "'moco_det[evaluation]'")
+    import_optional("scipy.io", "reading Stanford Cars", "scipy")
     found = datasets.StanfordCars(data, split="train" if train else "test")
     paths, labels = zip(*found._samples, strict=True)
     return list(found.classes), _files(data, paths, labels, "train" if train else "test")

@@ -26,7 +26,7 @@ COSTS = (0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000)  # VISSL's, to choose 
 FOLDS = 3  # VISSL's
 POSITIVES_WEIGHT = 2
 MAX_ITERATIONS = 2000
-NEEDS = "VOC's classification by SVM", "'moco_det[evaluation]'"
+NEEDS = "VOC's classification by SVM", "scikit-learn"
 
 
 @dataclass(frozen=True)
