@@ -6,5 +6,6 @@
     dense.py         those of the commands that judge its feature maps
     launch.py        from flags to processes; what the training commands make of theirs
 
+All but launch.py import nothing that takes seconds: --help and mistakes are answered at once.
 What lies deeper gets explicit arguments: an `argparse.Namespace` is passed to commands only.
 """

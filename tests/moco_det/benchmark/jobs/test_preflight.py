@@ -177,6 +177,16 @@ def test_labelled_images_are_looked_for_once(labelled, settings, monkeypatch, tm
     assert preflight(classifiers(labelled), settings, toy=True, ahead=True) == []
 
 
+def test_a_data_set_of_torchvision_is_looked_for_as_such(labelled, settings, tmp_path):
+    """It is the flag, or the recipe, that says which one the folder has to hold."""
+    recipe = tmp_path / "cifar10.yaml"
+    recipe.write_text("dataset: cifar10\n")
+    for flags in ({"dataset": "cifar10"}, {"recipe": str(recipe)}):
+        (line,) = preflight(classifiers(labelled, **flags), settings)
+        assert f"{tmp_path}/datasets/imagenet does not hold CIFAR-10" in line
+        assert "DATA needs cifar-10-batches-py/" in line and "; link the data set as" in line
+
+
 @pytest.mark.parametrize(("batch", "gpus"), [(64, 1), (15, 2)])
 def test_images_that_do_not_fill_a_batch(labelled, settings, batch, gpus, monkeypatch):
     monkeypatch.setattr(module, "gpu_slots", lambda gpus, at_a_time: [])

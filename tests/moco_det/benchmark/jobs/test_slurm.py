@@ -11,7 +11,14 @@ import pytest
 from paths import REPOSITORY
 
 from moco_det.benchmark.jobs import slurm
-from moco_det.benchmark.jobs.grid import ClassifierExperiment, ClassifierRun, Experiment, Run
+from moco_det.benchmark.jobs.grid import (
+    ClassifierExperiment,
+    ClassifierRun,
+    Experiment,
+    FrozenExperiment,
+    FrozenRun,
+    Run,
+)
 from moco_det.benchmark.jobs.runs import RunFolder, Settings
 from moco_det.common import installation
 from moco_det.common.errors import UserError
@@ -38,6 +45,18 @@ record = '{"step": 1, "epoch": 1, "val_acc1": 60.5, "val_acc5": 83.0}'
 (folder / "metrics.jsonl").write_text(record + "\\n")
 """
 
+# Stands in for pretrain/davis.py: measures at once.
+DAVIS = """
+import pathlib, sys
+file = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+file.write_text('{"davis_jf_mean": 63.5}')
+"""
+SCRIPTS = {
+    "tools/train_net.py": TRAIN_NET,
+    "pretrain/linear.py": LINEAR,
+    "pretrain/davis.py": DAVIS,
+}
+
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
@@ -50,9 +69,9 @@ def settings(tmp_path, monkeypatch):
         f"installation.PACKAGE = Path({str(package)!r})\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
-    for path, text in (("tools/train_net.py", TRAIN_NET), ("pretrain/linear.py", LINEAR)):
+    for path, text in SCRIPTS.items():
         script = tmp_path / "repository" / path
-        script.parent.mkdir(parents=True)
+        script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(text)
     return Settings(tmp_path / "output", "native", gpus=2)
 
@@ -105,6 +124,15 @@ def test_a_classifier_is_a_job_like_a_detector(settings, tmp_path):
     assert job.result() == "finished"
     assert settings.folder(run).results()["classification/top1"] == 60.5
     assert slurm.job_of(settings.folder(run)) == job.job_id
+
+
+def test_an_evaluation_of_frozen_features_is_a_job_too(settings, tmp_path):
+    experiment = FrozenExperiment("davis", "An evaluation", "davis", "DAVIS", trials=1)
+    run = FrozenRun(experiment, "moco", 1, {"pretrained": "random"})
+    executor = slurm.make_executor(tmp_path / "slurm", {"nodes": 1}, 2, "debug")
+    (job,) = slurm.submit([run], settings, executor, nodes=1)
+    assert job.result() == "finished"
+    assert settings.folder(run).results() == {"davis_jf_mean": 63.5}
 
 
 def test_local_executor_carries_out_runs_in_processes_of_their_own(settings, tmp_path):
