@@ -15,7 +15,9 @@ from torch import nn
 from torchvision.models import resnet
 
 from moco_det.common.errors import UserError, one_line
+from moco_det.common.processes import print_on_main
 from moco_det.common.resnets import WidenedResNet
+from moco_det.common.weight_checks import shorten
 
 TORCHVISION = torchvision.models.list_models(
     module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
@@ -121,11 +123,31 @@ def add_head(
         fc = mlp_head(fc)
     weight = next(backbone.parameters(), fc.get_parameter("2.weight" if mlp else "weight"))
     fc.to(weight.device)
+    encoder = BackboneWithHead(backbone, fc, strided)
     if strided and isinstance(getattr(backbone, "fc", None), nn.Identity):
-        encoder = with_fc(backbone, fc)
-        if _outputs(encoder, image_size).shape == (2, dim):
-            return encoder
-    return BackboneWithHead(backbone, fc, strided)
+        in_place = with_fc(backbone, fc)
+        if _outputs(in_place, image_size).shape == (2, dim):
+            encoder = in_place
+    _freeze_unused(encoder, image_size)
+    return encoder
+
+
+def _freeze_unused(encoder: nn.Module, image_size: int) -> None:
+    """Ask for no gradient of what has no part in the features, and say so.
+
+    DistributedDataParallel would wait for it in every step.
+    """
+    wanted = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    before = {name: parameter.grad for name, parameter in wanted.items()}
+    for parameter in wanted.values():
+        parameter.grad = None
+    _outputs(encoder, image_size, gradients=True).sum().backward()
+    unused = [name for name, parameter in wanted.items() if parameter.grad is None]
+    for name, parameter in wanted.items():
+        parameter.grad = before[name]
+        parameter.requires_grad_(name not in unused)
+    if unused:
+        print_on_main(f"not trained, for want of any part in the features: {shorten(unused)}")
 
 
 def dry_run(backbone: nn.Module, image_size: int) -> tuple[int, bool]:
@@ -159,16 +181,19 @@ def dry_run(backbone: nn.Module, image_size: int) -> tuple[int, bool]:
     return features.shape[1], strided
 
 
-@torch.no_grad()
 def _outputs(
-    network: nn.Module, image_size: int, memory_format=torch.channels_last, training: bool = False
+    network: nn.Module,
+    image_size: int,
+    memory_format: torch.memory_format = torch.channels_last,
+    training: bool = False,
+    gradients: bool = False,
 ) -> object:
     """Of two black images; the network and the generators are left as they were."""
     weight = next(network.parameters(), torch.empty(0))
     images = torch.zeros(2, 3, image_size, image_size, device=weight.device)
     modes = {module: module.training for module in network.modules()}
     gpus = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(gpus):
+    with torch.random.fork_rng(gpus), torch.set_grad_enabled(gradients):
         network.train(training)
         buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
         try:
@@ -177,7 +202,8 @@ def _outputs(
             for module, before in modes.items():
                 module.training = before
             for buffer, before in buffers:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):  # others may be needed for gradients
+                    buffer.copy_(before)
 
 
 def _unfit(image_size: int, error: Exception) -> UserError:

@@ -241,3 +241,16 @@ def test_a_head_leaves_the_backbone_as_it_was():
     assert all(torch.equal(backbone.state_dict()[key], value) for key, value in before.items())
     assert all(module.training for module in backbone.modules())
     assert draws.shape == torch.get_rng_state().shape
+
+
+def test_what_has_no_part_in_the_features_gets_no_gradient(capsys):
+    """Several processes would wait for it; gradients that are there stay."""
+    backbone = Answer(lambda images: backbone.used(images).flatten(1))
+    backbone.used = nn.Conv2d(3, 2, 4)
+    backbone.used.weight.grad = torch.ones_like(backbone.used.weight)
+    encoder = add_head(backbone, dim=5, mlp=True, image_size=4)
+    asked = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert asked == {name for name, _ in encoder.named_parameters()} - {"backbone.weight"}
+    assert capsys.readouterr().out.endswith("any part in the features: backbone.weight\n")
+    assert (backbone.used.weight.grad == 1).all()
+    assert encoder.fc[0].weight.grad is None
