@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from moco_det.common.errors import UserError, one_line
 from moco_det.common.images import UnreadableImage, read_bytes
@@ -109,10 +109,9 @@ def encode_depth(depths: np.ndarray) -> dict[str, Any]:
         raise ValueError("a depth is not a number")
     # In float64, in which every float32 and a thousand times it is exact.
     rounded = np.rint(depths.astype(np.float64) * 1000).clip(0, _MILLIMETRES).astype(np.uint16)
-    done, data = cv2.imencode(".png", rounded)
-    if not done:
-        raise ValueError(f"OpenCV cannot write a PNG of {depths.shape}")
-    text = base64.b64encode(data.tobytes()).decode("ascii")
+    stream = BytesIO()
+    Image.fromarray(rounded).save(stream, format="PNG")
+    text = base64.b64encode(stream.getvalue()).decode("ascii")
     return {"size": list(depths.shape), "millimetres": text}
 
 
@@ -124,9 +123,12 @@ def decode_depth(packed: Mapping[str, Any]) -> np.ndarray:
     """
     try:
         size, data = list(packed["size"]), base64.b64decode(packed["millimetres"])
-        rounded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (KeyError, TypeError, ValueError, cv2.error) as error:
-        raise ValueError(f"a predicted depth map is broken: {one_line(error, 60)}") from error
-    if rounded is None or rounded.dtype != np.uint16 or list(rounded.shape) != size:
-        raise ValueError(f"a predicted depth map is no PNG of 16 bits of {size} pixels")
+        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+            # Before anything is unpacked, which may be large.
+            if image.mode != "I;16" or [image.height, image.width] != size:
+                raise ValueError(f"a PNG of mode {image.mode}, {image.height}x{image.width}")
+            rounded = np.array(image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on bad files
+        reason = one_line(error, 60)
+        raise ValueError(f"a predicted depth map is no PNG of 16 bits: {reason}") from error
     return (rounded / 1000).astype(np.float32)
