@@ -92,8 +92,8 @@ SMALL = {
         "moco_dim": 64, "moco_k": 64, "moco_m": 0.99, "moco_t": 0.1,
     },
     "pretrain/quickstart_r18": {
-        "arch": "resnet18", "image_size": 32, "batch_size": 64, "epochs": 16, "lr": 0.015,
-        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1, "color_strength": 0.25,
+        "arch": "resnet18", "image_size": 32, "batch_size": 64, "epochs": 10, "lr": 0.015,
+        "moco_k": 128, "moco_m": 0.99, "moco_t": 0.1,
     },
     "pretrain/reproduce_quick_r50": {
         "arch": "resnet50w0.25x", "image_size": 32, "batch_size": 64, "epochs": 15, "lr": 0.015,

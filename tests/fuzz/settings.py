@@ -138,7 +138,7 @@ def attempt_yaml(rng: random.Random, corpus: Path, folder: Path) -> str:
 
 # -- run folders ----------------------------------------------------------------------------------
 
-EXPERIMENTS = ("coco_R50_FPN_mask", "coco_R50_FPN_keypoint", "voc_R50_FCN16")
+EXPERIMENTS = ("coco_R50_FPN_mask", "voc_R50_FCN16")
 RUNS = [f"{e}/{row}/trial{n}" for e in EXPERIMENTS for row in ("random", "moco") for n in (1, 2)]
 
 

@@ -297,7 +297,8 @@ def start(capsys, *arguments):
 
 
 def test_problems_are_one_list_before_the_first_run(weights, tmp_path, capsys):
-    tasks.write_scenes(tmp_path / "data", "test", 0, 2)  # no training images
+    for write in (tasks.write_scenes, tasks.write_hearts):
+        write(tmp_path / "data", "test", 0, 2)  # no training images
     (tmp_path / "draw.done").touch()
     arguments = ["--quick", "--tables", "6-semantic", "5a", "--weights", f"moco={weights}"]
     arguments += ["--output", tmp_path, "--opts", *SMALL]
@@ -307,7 +308,7 @@ def test_problems_are_one_list_before_the_first_run(weights, tmp_path, capsys):
     assert head == "error: 2 problems to put right before any run is begun:"
     assert all(line.startswith("  ") and line.endswith(" more)") for line in lines)
     text = "\n".join(lines)
-    assert "train.txt, which does not exist" in text and "instances_train.json" in text
+    assert "train.txt, which does not exist" in text and "keypoints_train.json" in text
     assert "(voc_R50_FCN16/random/trial1 and 3 more)" in text
     assert not (tmp_path / "runs").exists() and "report:" not in out
 

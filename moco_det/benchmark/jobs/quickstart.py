@@ -28,7 +28,7 @@ from moco_det.config.loading import load_config
 from moco_det.datasets import get_dataset
 
 ROWS = (Row("moco", "MoCo"), Row("random", "random init.", weights=""))
-LABELLED_SCENES = 60  # of the embedded data set: few, for labels are what pretraining saves
+LABELLED_SCENES = 50  # of the embedded data set: few, for labels are what pretraining saves
 MOST_SEEDS = 1000
 MOST_AT_A_TIME = 4  # detectors side by side on a CPU: each takes a gigabyte
 MARK = ".quickstart"  # a folder that holds this file was made by a quickstart

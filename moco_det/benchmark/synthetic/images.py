@@ -6,7 +6,7 @@ exposure, contrast, scale, stretch, rotation, texture period, background, focus 
 
     images/{train,val}/<class>/*.jpg   a close-up of one object each; MoCo trains on `train` and
                                        ignores the folders, the kNN monitor reads classes from them
-    scenes/                            VOC layout, 1 to 3 objects of any class in one image
+    scenes/                            VOC layout, 1 to 4 objects of any class in one image
 
 Image i of a split depends on (seed, split, i) alone. Boxes are those of the drawn masks: objects
 lie inside the image and do not cover one another, so a box is exact to the pixel.
@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,8 +25,8 @@ import numpy as np
 IMAGE_SIZE = 128  # pixels, both sides
 JPEG_QUALITY = 92
 RADIUS_ALONE = (62, 92)  # pixels, half the extent of an object in images/: it leaves the frame
-RADIUS_SCENE = (22, 38)  # pixels, half the extent of an object in scenes/
-MAX_OBJECTS = 3  # in one scene
+RADIUS_SCENE = (17, 33)  # pixels, half the extent of an object in scenes/
+MAX_OBJECTS = 4  # in one scene
 SPLIT_IDS = {
     "images/train": 0,
     "images/val": 1,
@@ -341,18 +342,29 @@ def _dealt_classes(rng: np.random.Generator) -> Iterator[int]:
         yield from rng.permutation(len(CLASSES)).tolist()
 
 
-def draw_scenes(split: str, seed: int, count: int) -> Iterator[Scene]:
+def draw_scenes(
+    split: str,
+    seed: int,
+    count: int,
+    radius: tuple[float, float] = RADIUS_SCENE,
+    most_objects: int = MAX_OBJECTS,
+) -> Iterator[Scene]:
     """Yield the scenes of a split. The first n are the same whatever `count` is."""
     dealer = _dealt_classes(generator(seed, f"scenes/{split}", -1 % 2**32))
     for index in range(count):
         rng = generator(seed, f"scenes/{split}", index)
-        objects = int(rng.integers(1, MAX_OBJECTS + 1))
-        radii = rng.uniform(*RADIUS_SCENE, objects).tolist()
+        objects = int(rng.integers(1, most_objects + 1))
+        radii = rng.uniform(*radius, objects).tolist()
         yield draw_scene(rng, list(itertools.islice(dealer, objects)), radii)
 
 
-def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> dict[str, Scene]:
+def write_voc_scenes(
+    root: Path, split: str, seed: int, count: int, **objects: Any
+) -> dict[str, Scene]:
     """Add a split to `root`/scenes in VOC layout: images, annotations and the list of names.
+
+    Args:
+        objects: their `radius` and `most_objects`, see `draw_scenes`.
 
     Returns:
         Name of each image, without its ending -> the scene.
@@ -360,7 +372,8 @@ def write_voc_scenes(root: Path, split: str, seed: int, count: int) -> dict[str,
     folder = Path(root) / "scenes"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    scenes = {f"{split}_{i:05d}": s for i, s in enumerate(draw_scenes(split, seed, count))}
+    drawn = draw_scenes(split, seed, count, **objects)
+    scenes = {f"{split}_{i:05d}": scene for i, scene in enumerate(drawn)}
     for name, scene in scenes.items():
         write_jpeg(folder / "JPEGImages" / f"{name}.jpg", scene.image)
         (folder / "Annotations" / f"{name}.xml").write_text(_annotation(f"{name}.jpg", scene))

@@ -6,7 +6,9 @@
     hearts/{train,test}/*.jpg         scenes that hold hearts alone
     hearts/keypoints_{train,test}.json    COCO's format, four keypoints on each heart
 
-A heart turns in the plane but is never mirrored, so that its left and right are its own.
+Objects are larger and fewer than in the scenes of `synthetic.images`: the networks that learn these
+are a quarter as wide. A heart turns in the plane but is never mirrored, so that its left and right
+are its own.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import numpy as np
 from moco_det.benchmark.synthetic import images
 from moco_det.benchmark.synthetic.images import CLASSES, Scene
 
+OBJECTS = {"radius": (22, 38), "most_objects": 3}  # of one scene
 HEART = CLASSES.index("dotted_heart")
 # Name -> corner of the heart's outline.
 KEYPOINTS = {"notch": 0, "left_lobe": 36, "right_lobe": 12, "tip": 24}
@@ -31,8 +34,8 @@ def draw_hearts(split: str, seed: int, count: int) -> Iterator[Scene]:
     """Scenes of one to three hearts; the first n are the same whatever `count` is."""
     for index in range(count):
         rng = images.generator(seed, f"hearts/{split}", index)
-        hearts = int(rng.integers(1, 4))
-        radii = rng.uniform(*images.RADIUS_SCENE, hearts).tolist()
+        hearts = int(rng.integers(1, OBJECTS["most_objects"] + 1))
+        radii = rng.uniform(*OBJECTS["radius"], hearts).tolist()
         yield images.draw_scene(rng, [HEART] * hearts, radii)
 
 
@@ -80,7 +83,8 @@ def label_map(scene: Scene) -> np.ndarray:
 
 def write_scenes(root: Path, split: str, seed: int, count: int) -> None:
     """Write `root`/scenes with boxes, masks and label maps."""
-    scenes, folder = images.write_voc_scenes(root, split, seed, count), Path(root) / "scenes"
+    scenes = images.write_voc_scenes(root, split, seed, count, **OBJECTS)
+    folder = Path(root) / "scenes"
     names, every = [f"{name}.jpg" for name in scenes], tuple(range(len(CLASSES)))
     content = coco_annotations(scenes.values(), names, every, keypoints=False)
     (folder / f"instances_{split}.json").write_text(json.dumps(content))

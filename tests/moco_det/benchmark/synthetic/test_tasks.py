@@ -21,7 +21,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return list(draw_scenes("test", 1, 5))
+    return list(draw_scenes("test", 1, 5, **tasks.OBJECTS))
 
 
 def test_polygons_cover_the_drawn_pixels(root, scenes):
