@@ -58,7 +58,7 @@ class _OldNumPy:
 
 @contextlib.contextmanager
 def old_numpy(module: ModuleType) -> Iterator[None]:
-    """While open, `np` in `module` also has the names that NumPy has dropped."""
+    """While open, `np` in `module` also has the name that NumPy has dropped."""
     module.np = _OldNumPy()
     try:
         yield
