@@ -147,11 +147,7 @@ def write_embedding(path: Path, embedding: Embedding) -> None:
 
     Raises UserError where pyarrow, which writes the latter, is absent.
     """
-    names, features = embedding.names, embedding.features.numpy()
-    # A name that is no text is written as its bytes' escapes.
-    names = [
-        name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names
-    ]
+    names, features = list(map(_text, embedding.names)), embedding.features.numpy()
     with replacing(path) as temporary:
         if path.suffix == ".npz":
             with open(temporary, "wb") as file:
