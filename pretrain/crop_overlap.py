@@ -44,6 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: the picture is a .png")
+    if args.data and args.image:
+        raise UserError(f"--image {args.image} is all that is drawn: drop it, or {args.data}")
     check_crops(args)
     check_ranges(args)
     return args
@@ -81,13 +83,14 @@ def histogram(args: argparse.Namespace) -> tuple[Image.Image, str]:
     sizes = image_sizes(args.data, args.seed) if args.data else np.array([[480, 640]])
     large = MoCoAugmentation(1, aug_plus=True, crop_min=args.crop_min)
     crops = MultiCrop([large, large], ious=(args.min_iou, args.max_iou))
-    ious = pair_ious(sizes, crops, args.pairs, args.seed)
+    ious, outside = pair_ious(sizes, crops, args.pairs, args.seed)
     of = f"images of {args.data.name}, {len(sizes)} sizes" if args.data else "a 480 x 640 image"
     title = f"Two crops of {args.crop_min:g} to 1 of the area of {of}"
     mean, apart = ious.mean(), (ious == 0).mean()
+    unmet = f"; {outside} are outside the limits: no draw met them" if outside else ""
     return draw_histogram(ious, title), (
         f"{args.pairs} pairs of crops of {args.crop_min:g} to 1 of the area: {apart:.2%} do not "
-        f"overlap, mean IoU {mean:.3f}, median {np.median(ious):.3f}"
+        f"overlap, mean IoU {mean:.3f}, median {np.median(ious):.3f}{unmet}"
     )
 
 

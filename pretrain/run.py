@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moco_det.common.errors import UserError
+from moco_det.common.errors import UserError, one_line
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import (
     StopRequest,
@@ -106,7 +106,7 @@ def pretrain(
     else:
         gpu = torch.cuda.is_available()
         here = torch.device("cuda", torch.cuda.current_device()) if gpu else "cpu"
-        pretrained = run(args, torch.device(device or here))
+        pretrained = run(args, usable_device(device or here))
     group_batchnorm(pretrained.model, 1).eval()  # what is done with it next has batches of its own
     return pretrained
 
@@ -116,6 +116,14 @@ _flags = [
 ]
 _own = [p for p in signature(pretrain).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
 pretrain.__signature__ = signature(pretrain).replace(parameters=[*_own, *_flags])
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Raises UserError for one that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device} cannot be used: {one_line(error, 150)}") from error
 
 
 def check_backbone(args: argparse.Namespace, backbone: nn.Module, given: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ if __name__ == "__main__":
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -121,14 +122,15 @@ def main(arguments: list[str] | None = None) -> None:
         records = chosen_records(dataset.records(problems), dataset.name, args.ids, args.limit)
         predictions = read_predictions(args.predictions, dataset) if args.predictions else None
         pictures = {}
-        for record in records:
+        files = file_names(str(record["image_id"]) for record in records)
+        for record, file in zip(records, files, strict=True):
             try:
                 pictures[record["image_id"]] = picture = draw(record, dataset, predictions, args)
             except UserError as error:
                 problems.refuse("image", error)
                 continue
             if not args.sheet:
-                save(picture, args.output, str(record["image_id"]))
+                save(picture, args.output, file)
                 pictures[record["image_id"]] = None
         if not pictures:
             raise UserError(f"dataset {dataset.name}: there is no image to draw")
@@ -187,8 +189,10 @@ def draw_activations(args: argparse.Namespace) -> None:
     classifier = load_image_classifier(args.classifier)
     if args.wanted:
         classifier.check_class(args.wanted)
-    pictures = {}
-    for path, name in image_files(args.images)[: args.limit or None]:
+    pictures = []
+    images = image_files(args.images)[: args.limit or None]
+    files = file_names(name for _, name in images)
+    for (path, name), file in zip(images, files, strict=True):
         try:
             pixels = read_image(path)
         except UnreadableImage as error:
@@ -203,12 +207,13 @@ def draw_activations(args: argparse.Namespace) -> None:
         if args.beside:
             picture = torch.cat([visualize.enlarged(image, scale), picture], dim=2)
         if not args.sheet:
-            save(picture, args.output, name)
-        pictures[f"{name}: {label}"] = picture if args.sheet else None
+            save(picture, args.output, file)
+        pictures.append((f"{name}: {label}", picture if args.sheet else None))
     if not pictures:
         raise UserError("there is no image to draw")
     if args.sheet:
-        save_sheet(list(pictures.values()), list(pictures), args, 1 + args.beside)
+        names, drawn = zip(*pictures, strict=True)
+        save_sheet(list(drawn), list(names), args, 1 + args.beside)
 
 
 def image_files(paths: list[Path]) -> list[tuple[Path, str]]:
@@ -224,6 +229,20 @@ def image_files(paths: list[Path]) -> list[tuple[Path, str]]:
     return [(path, name if names[name] == 1 else str(path.with_suffix(""))) for path, name in found]
 
 
+def file_names(names: Iterable[str]) -> list[str]:
+    """Of pictures, without an ending, in characters that any system takes; each another one, such
+    as "_" and "__2" for "ä" and "ö"."""
+    found: dict[str, None] = {}
+    for name in names:
+        first = plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+        number = 1
+        while plain in found:
+            number += 1
+            plain = f"{first}_{number}"
+        found[plain] = None
+    return list(found)
+
+
 def save_sheet(
     pictures: list[Tensor], names: list[str], args: argparse.Namespace, beside: int = 1
 ) -> None:
@@ -233,7 +252,8 @@ def save_sheet(
 
 
 def save(picture: Tensor, folder: Path, name: str) -> None:
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png"
+    """`name`: see `file_names`."""
+    path = folder / f"{name}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(picture).save(path)

@@ -22,9 +22,8 @@ from pretrain.data.labelled import (
     LabelledSplit,
     Splits,
     find_splits,
-    read_lines,
 )
-from pretrain.data.listing import seen_alike
+from pretrain.data.listing import read_lines, seen_alike
 
 FOLDERS = "folders"  # no data set of torchvision: class folders, or iNaturalist 2018
 Found = tuple[list[str], LabelledSplit]  # classes and one split

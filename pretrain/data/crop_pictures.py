@@ -15,18 +15,20 @@ BARS, KEYS, VALID, INVALID = (0, 114, 178), (255, 255, 255), (0, 190, 110), (230
 LONGEST = 900  # side of a picture of crops
 
 
-def pair_ious(sizes: np.ndarray, crops: MultiCrop, pairs: int, seed: int) -> np.ndarray:
-    """IoUs of the query's and the key's crop of so many images.
+def pair_ious(sizes: np.ndarray, crops: MultiCrop, pairs: int, seed: int) -> tuple[np.ndarray, int]:
+    """IoUs of the query's and the key's crop of so many images, and how many of them are outside
+    the limits of `crops`, since the draws ran out.
 
     Args:
         sizes: height and width of images, M x 2, of which those of each pair are drawn.
     """
     rng = np.random.default_rng(seed)
-    ious = np.empty(pairs)
+    ious, outside = np.empty(pairs), 0
     for number, image in enumerate(rng.integers(len(sizes), size=pairs)):
-        views, _ = crops.draw(*sizes[image].tolist(), rng)
+        views, free = crops.draw(*sizes[image].tolist(), rng)
+        outside += free[KEY]
         ious[number] = iou(views[QUERY].window, views[KEY].window)
-    return ious
+    return ious, outside
 
 
 def draw_histogram(ious: np.ndarray, title: str) -> Image.Image:

@@ -16,8 +16,16 @@ import numpy as np
 from PIL import Image
 
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.files import evenly_spaced, read_regular
-from moco_det.common.images import UnreadableImage, image_size, read_image, read_label_map
+from moco_det.common.files import evenly_spaced
+from moco_det.common.images import (
+    UnreadableImage,
+    check_image,
+    image_size,
+    read_bytes,
+    read_image,
+    read_label_map,
+)
+from pretrain.data.listing import read_lines
 
 VOID = 255  # of a mask: counts as background
 SOURCE = (
@@ -70,8 +78,7 @@ class Davis:
         """Raises UserError where the list cannot be read."""
         if not self.list_file.is_file():
             raise UserError(f"no list {self.list_file}: {SOURCE}")
-        text = read_regular(self.list_file).decode(errors="replace")
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return read_lines(self.list_file)
 
     def count_objects(self, videos: list[Video]) -> int:
         """Those of the first masks, which J and F are measured of."""
@@ -125,13 +132,21 @@ class Davis:
 
 
 def _size_problems(video: Video) -> Iterator[tuple[str, str]]:
-    """Files that cannot be read, or are of another size than the first frame."""
+    """Files that are cut short or cannot be read, or are of another size than the first frame.
+    Masks are decoded, which takes seconds of a run of hours."""
     first = None
     for path in (*video.frames, *video.masks):
         try:
-            height, width = image_size(path)
+            if path in video.masks[1:]:  # the first one is read below
+                height, width = read_mask(path).shape
+            else:
+                check_image(read_bytes(path), str(path))
+                height, width = image_size(path)
         except UnreadableImage as error:
             yield "image", str(error)
+            continue
+        except UserError as error:
+            yield "mask", str(error)
             continue
         first = first or (height, width)
         if (height, width) != first:

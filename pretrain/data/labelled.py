@@ -19,16 +19,22 @@ from torchvision.transforms import functional as TF
 
 from moco_det.common.documents import shown
 from moco_det.common.errors import UserError
-from moco_det.common.files import read_regular
 from moco_det.common.images import UnreadableImage, read_image
 from pretrain.data.images import (
     Loading,
     SampledBatches,
     UnreadableImages,
 )
-from pretrain.data.listing import class_folders, find_images, fingerprint, seen_alike
+from pretrain.data.listing import (
+    class_folders,
+    find_images,
+    fingerprint,
+    read_lines,
+    seen_alike,
+)
 
 INATURALIST = ("train_val2018", "train2018.json", "val2018.json")
+LONGEST = 32  # short sides; of an image's length, what a central crop can be made of
 INATURALIST_HOME = "https://github.com/visipedia/inat_comp/tree/master/2018"
 
 
@@ -159,14 +165,14 @@ def class_balanced(split: LabelledSplit, share: float, seed: int) -> LabelledSpl
 def listed_images(split: LabelledSplit, path: Path) -> LabelledSplit:
     """Those images of a split that a file lists, in the order of the split.
 
-    Each line is an image's path in the split's folder or in that folder's parent, as subset.py has
-    it, or its file's name alone, as in SimCLR's lists of 1 % and 10 % of ImageNet.
+    Each line is an image's path, absolute or in the split's folder or in that folder's parent, as
+    subset.py has it, or its file's name alone, as in SimCLR's lists of 1 % and 10 % of ImageNet.
 
     Raises:
         UserError: the split lacks one of them, or has several of the name.
     """
-    inner = f"{split.folder.name}/"
-    wanted = {line.removeprefix(inner) for line in read_lines(path)}
+    inner, whole = f"{split.folder.name}/", os.path.join(os.path.abspath(split.folder), "")
+    wanted = {line.removeprefix(whole).removeprefix(inner) for line in read_lines(path)}
     if not wanted:
         raise UserError(f"--list {path} lists no image")
     index_of = {name: index for index, name in enumerate(split.paths) if name in wanted}
@@ -189,16 +195,6 @@ def listed_images(split: LabelledSplit, path: Path) -> LabelledSplit:
         )
     indices = [*index_of.values(), *(indices[0] for indices in alike.values())]
     return split.subset(np.unique(indices), f"{path} of {split.name}")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text that are not blank, without space around them; bytes that are no UTF-8 as
-    in the names of files. Raises UserError for what is no text."""
-    content = read_regular(path)
-    if b"\0" in content:
-        raise UserError(f"cannot read {path}: it is no text")
-    text = content.decode("utf-8-sig", errors="surrogateescape")
-    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 # -- iNaturalist 2018 -----------------------------------------------------------------------------
@@ -316,10 +312,18 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
 
     An image whose short side is `size` already (CIFAR at 32) is not enlarged first, as is usual.
     """
-    picture = Image.fromarray(image)
+    picture = Image.fromarray(central_part(image))
     if min(picture.size) != size:
         picture = TF.resize(picture, round(size * 256 / 224))
     return np.array(TF.center_crop(picture, size))
+
+
+def central_part(image: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3), or of one that is longer than LONGEST short sides so many: 1 x 20,000
+    pixels would be resized to 256 x 5,120,000."""
+    most = LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 class LabelledBatches(SampledBatches):

@@ -4,6 +4,7 @@ Batches are slices of a list of names. So every process must have found the same
 that goes on within an epoch the list that the epoch was begun with.
 """
 
+import codecs
 import hashlib
 import os
 from collections import defaultdict
@@ -127,7 +128,8 @@ def read_list(file: Path, folder: Path) -> np.ndarray:
     if b"\0" in content:
         raise UserError(f"--list {shortened(file)} is no text file")
     root = os.fsencode(os.path.join(os.path.abspath(folder), ""))
-    lines = (line for line in content.splitlines() if line.strip())
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
+    lines = filter(None, map(bytes.rstrip, lines))  # no image's name ends with a space
     paths = [os.path.normpath(os.path.join(root, line)).removeprefix(root) for line in lines]
     if not paths:
         raise UserError(f"--list {shortened(file)} names no image")
@@ -146,6 +148,16 @@ def read_list(file: Path, folder: Path) -> np.ndarray:
             f"{shortened(folder)}: {some}{', ...' if len(missing) > 3 else ''}"
         )
     return images
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not blank, without space around them; bytes that are no UTF-8 as
+    in the names of files. Raises UserError for what is no text."""
+    content = read_regular(path)
+    if b"\0" in content:
+        raise UserError(f"cannot read {path}: it is no text")
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def write_list(file: Path, paths: Iterable[bytes]) -> None:

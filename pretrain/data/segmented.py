@@ -7,6 +7,7 @@ DATA/SegmentationClass/ID.png               0 background, 1 to 20, 255 void
 DATA/SegmentationClassAug/ID.png            the same for a SPLIT whose name ends in "aug"
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import cv2
 import numpy as np
 
 from moco_det.common.errors import UserError, one_line
-from moco_det.common.files import read_regular
 from moco_det.common.images import read_image, read_label_map
+from pretrain.data.listing import read_lines
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -81,12 +82,14 @@ def find_segmented(data: Path, split: str) -> list[SegmentedImage]:
     if not path.is_file():
         raise UserError(f"no list {path}: {SOURCE}")
     labels = root / ("SegmentationClassAug" if split.endswith("aug") else "SegmentationClass")
-    lines = read_regular(path).decode(errors="replace").splitlines()
+    lines = read_lines(path)
     # Some lists of train_aug have two paths in a line instead of an id.
-    names = [Path(line.split()[0]).stem if "/" in line else line.strip() for line in lines]
-    names = [name for name in names if name]
+    names = [Path(line.split()[0]).stem if "/" in line else line for line in lines]
     if not names:
         raise UserError(f"{path} lists no image: {SOURCE}")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:  # its segments would count as often
+        raise UserError(f"{path} lists {one_line(name, 60)} {times} times: keep one of the lines")
     found = [
         SegmentedImage(name, root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png")
         for name in names

@@ -16,8 +16,8 @@ import numpy as np
 from moco_det.common.documents import shown
 from moco_det.common.errors import UserError
 from moco_det.common.files import read_regular
-from pretrain.data.labelled import LabelledSplit, read_lines
-from pretrain.data.listing import seen_alike
+from pretrain.data.labelled import LabelledSplit
+from pretrain.data.listing import read_lines, seen_alike
 
 PRESENT, ABSENT, DIFFICULT = 1, -1, 0  # as the lists have it
 PLACES = ("", "VOC2007", "VOCdevkit/VOC2007")  # of ImageSets/ and JPEGImages/ in DATA

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
 from moco_det.common.errors import UserError, nearest
+from pretrain.data.labelled import central_part
 from pretrain.engine import checkpoints
 from pretrain.engine.checkpoints import Checkpoint
 from pretrain.evaluation.classification import load_classifier
@@ -70,8 +71,8 @@ class ImageClassifier:
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image as `centre_crop` resizes it."""
-    picture = Image.fromarray(image)
+    """The whole image as `centre_crop` resizes it; an extremely long one's central part."""
+    picture = Image.fromarray(central_part(image))
     if min(picture.size) != size:
         picture = TF.resize(picture, round(size * 256 / 224))
     return np.array(picture)

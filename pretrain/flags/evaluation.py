@@ -198,6 +198,10 @@ def parse_summary(argv: list[str]) -> argparse.Namespace:
     for percent, _, file in pairs:
         if percent not in ("1", "10") or not file:
             raise UserError(f"--lists {percent}: write 1=FILE or 10=FILE")
+        if f"finetune_{percent}" not in args.stages:
+            raise UserError(f"--lists {percent}={file}: --stages lacks finetune_{percent}")
+    if len({percent for percent, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--lists {' '.join(args.lists)}: a stage has one list")
     args.lists = {f"finetune_{percent}": file for percent, _, file in pairs}
     check_ranges(args)
     return args

@@ -215,6 +215,9 @@ def _flag(action: argparse.Action, value: Any) -> list[str]:
     if value is True and action.nargs == "?":  # the flag alone
         return [name]
     if isinstance(value, list | tuple):
+        if action.nargs not in ("*", "+", len(value)):
+            wanted = f"{action.nargs} values" if isinstance(action.nargs, int) else "one value"
+            raise UserError(f"{name} is {shown(value)}: it takes {wanted}")
         return [name, *map(str, value)]
     return [f"{name}={value}"]
 

@@ -158,7 +158,14 @@ def dry_run(backbone: nn.Module, image_size: int) -> tuple[int, bool]:
     """
     if not isinstance(backbone, nn.Module):
         raise UserError(f"the backbone is a {type(backbone).__name__}, not a torch.nn.Module")
+    if any(array.is_meta for array in backbone.parameters()):
+        raise UserError("the backbone is on the device meta, without weights: give it some first")
     for layer in backbone.modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise UserError(
+                "the backbone is TorchScript, of which no second one can be made for "
+                "the keys: pass the network that it was made of"
+            )
         if isinstance(layer, nn.SyncBatchNorm):
             raise UserError(
                 "the backbone has SyncBatchNorm, which normalises the global batch: shuffled BN "

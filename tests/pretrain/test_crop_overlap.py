@@ -33,6 +33,8 @@ def test_the_histogram_and_how_many_pairs_do_not_overlap(photo, tmp_path, capsys
             assert picture.size == (720, 440)
     main(["--output", str(tmp_path / "ious.png"), "--pairs", "100", "--min-iou", "0.5"])
     assert ": 0.00% do not overlap" in capsys.readouterr().out
+    main(["--output", str(tmp_path / "ious.png"), "--pairs", "9", "--min-iou", "0.9999"])
+    assert re.search(r"; \d are outside the limits: no draw met them$", capsys.readouterr().out)
 
 
 def test_the_small_crops_of_an_image(photo, tmp_path, capsys):
@@ -54,6 +56,7 @@ def test_the_small_crops_of_an_image(photo, tmp_path, capsys):
         ("--output a.png --crop-min 0.9 --max-iou 0.1", "--max-iou 0.1 cannot be met"),
         ("--output a.png --image absent.png", "cannot read image absent.png"),
         ("absent --output a.png", "no such folder: absent"),
+        ("data --output a.png --image b.png", "--image b.png is all that is drawn: drop it"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, words, message):

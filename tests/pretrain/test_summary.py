@@ -112,6 +112,8 @@ def test_what_is_finished_is_not_run_again_and_the_rest_goes_on(
     ("flags", "message"),
     [
         (["--lists", "5=a"], "--lists 5: write 1=FILE or 10=FILE"),
+        (["--lists", "1=a", "1=b"], "--lists 1=a 1=b: a stage has one list"),
+        (["--lists", "1=a", "--stages", "knn"], "--lists 1=a: --stages lacks finetune_1"),
         (["--lists", "1=absent.txt"], r"cannot read absent\.txt"),
         (["--lists", "1=ONE"], r"one\.txt of .* fewer than two images .* leave finetune_1 out"),
         (["--epochs", "0"], "--epochs must be at least 1"),

@@ -32,6 +32,12 @@ def draw(tmp_path):
     return run
 
 
+def test_no_picture_takes_anothers_file():
+    tool = load_command("tools/visualize.py")
+    names = ["a", "ä", "ö", "a", "_", "_2", "a/b"]
+    assert tool.file_names(names) == ["a", "_", "__2", "a_2", "__3", "_2", "a_b"]
+
+
 def test_ground_truth_of_a_data_set(voc, draw):
     pictures = draw("--dataset", f"voc:{voc}:test")
     assert list(pictures) == ["008.png", "009.png", "010.png", "011.png"]
@@ -157,6 +163,9 @@ def test_activation_maps_of_a_classifier(voc, draw, tmp_path, capsys):
     photograph = np.asarray(Image.open(one))
     assert np.array_equal(pictures["010.png"][:, : photograph.shape[1]], photograph)
     assert (pictures["010.png"][:, photograph.shape[1] :] != photograph).any()
+    Image.open(one).save(folder / "008.png")  # beside a 008.jpg
+    before = set(pictures)
+    assert len(set(draw("cam", classifier, folder)) - before) == 2
     draw("cam", classifier, folder, "--sheet", "--width", "100", "--limit", "1")
     assert (tmp_path / "pictures/sheet.png").is_file()
     for arguments, message in (

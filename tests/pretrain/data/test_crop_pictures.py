@@ -24,12 +24,16 @@ from pretrain.data.multi_crop import MultiCrop
 
 def test_ious_are_of_the_sizes_of_images_and_within_the_limits():
     large, sizes = MoCoAugmentation(1, True), np.array([[48, 64], [30, 30]])
-    free = pair_ious(sizes, MultiCrop([large, large]), 400, seed=0)
+    free, _ = pair_ious(sizes, MultiCrop([large, large]), 400, seed=0)
     assert free.min() < 0.2 and free.max() > 0.7
     assert 0.4 < free.mean() < 0.5
-    limited = pair_ious(sizes, MultiCrop([large, large], ious=(0.3, 0.5)), 100, seed=0)
+    limited, outside = pair_ious(sizes, MultiCrop([large, large], ious=(0.3, 0.5)), 100, seed=0)
     assert limited.min() >= 0.3 and limited.max() <= 0.5
-    again = pair_ious(sizes, MultiCrop([large, large]), 400, seed=0)
+    assert outside == 0
+    of_one_pixel = np.array([[1, 1]])  # whose crops are all the same
+    ious, outside = pair_ious(of_one_pixel, MultiCrop([large, large], ious=(0, 0.5)), 20, seed=0)
+    assert ious.tolist() == [1.0] * 20 and outside == 20
+    again, _ = pair_ious(sizes, MultiCrop([large, large]), 400, seed=0)
     assert np.array_equal(free, again)
 
 

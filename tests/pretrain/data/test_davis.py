@@ -1,5 +1,7 @@
 """DAVIS' layout: what is wrong with it is told in a line each, before any work."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +22,19 @@ def test_videos_are_listed_with_frames_and_masks(root):
     assert [path.name for path in second.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert [path.parent for path in second.masks] == [root / "Annotations/480p/pair"] * 3
     assert np.unique(read_mask(second.masks[0])).tolist() == [0, 1, 2]
+
+
+def test_lists_have_what_editors_add_and_names_any_bytes(root):
+    for kind in ("JPEGImages", "Annotations"):
+        parent = os.fsencode(root / kind / "480p")
+        os.rename(parent + b"/pair", parent + b"/p\xff r")
+    (root / "ImageSets/2017/val.txt").write_bytes(b"\xef\xbb\xbfdisc\r\n\r\np\xff r \r\n")
+    names = [os.fsencode(video.name) for video in Davis(root).videos()]
+    assert names == [b"disc", b"p\xff r"]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-40])
 
 
 BROKEN = {
@@ -70,6 +85,20 @@ BROKEN = {
     "colours": (
         lambda root: Image.new("RGB", (64, 48)).save(root / "Annotations/480p/disc/00000.png"),
         "Pillow's mode RGB: .* objects' numbers, not colours",
+    ),
+    "frame cut short": (
+        lambda root: cut_short(root / "JPEGImages/480p/pair/00002.jpg"),
+        "cannot read image .*pair/00002.jpg: truncated file",
+    ),
+    "later mask cut short": (
+        lambda root: cut_short(root / "Annotations/480p/pair/00002.png"),
+        "cannot read the label map .*pair/00002.png",
+    ),
+    "later mask of 16 bits": (
+        lambda root: Image.fromarray(np.zeros((48, 64), np.uint16)).save(
+            root / "Annotations/480p/disc/00001.png"
+        ),
+        "mask .*disc/00001.png is of Pillow's mode I;16",
     ),
     "empty mask": (
         lambda root: write_mask(

@@ -15,6 +15,7 @@ from pretrain.data.labelled import (
     LabelledBatches,
     LabelledImages,
     RandomCrops,
+    central_part,
     centre_crop,
     class_balanced,
     find_splits,
@@ -130,6 +131,8 @@ def test_a_list_names_images_by_path_or_by_file(uneven, tmp_path):
     part = listed_images(uneven, path)
     assert part.paths == ["a/a01.png", "b/b06.png", "c/c00.png"]
     assert part.labels.tolist() == [0, 1, 2]
+    path.write_text(f"{uneven.folder}/a/a01.png\ntrain/a/a01.png\n")
+    assert listed_images(uneven, path).paths == ["a/a01.png"]
     (uneven.folder / "a" / "same.png").touch()
     (uneven.folder / "b" / "same.png").touch()
     split = list_class_folders(uneven.folder, ["a", "b", "c"])
@@ -166,6 +169,16 @@ def test_larger_images_are_evaluated_by_torchvision_s_crop(size):
     for side, short in ((224, 256), (32, 37)):
         official = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(side)])
         assert np.array_equal(centre_crop(image, side), np.array(official(Image.fromarray(image))))
+
+
+def test_the_centre_of_a_very_long_image_is_evaluated():
+    """All of 1 x 20,000 would be resized to 256 x 5,120,000: 4 GB."""
+    image = np.zeros((1, 20_000, 3), np.uint8)
+    image[0, 9_900:10_100] = np.random.default_rng(0).integers(0, 256, (200, 3), dtype=np.uint8)
+    middle = image[:, 9_984:10_016]
+    assert np.array_equal(centre_crop(image, 224), centre_crop(middle, 224))
+    assert np.array_equal(central_part(image), middle)
+    assert central_part(image[:, :32]).shape == (1, 32, 3)
 
 
 def test_small_images_are_evaluated_whole():

@@ -150,6 +150,12 @@ def test_a_list_names_images_from_data_on_or_anywhere(tmp_path):
     assert list(paths) == sorted([b"train/a/1.jpg", b"train/b/2.jpg", b"3 4.png", other])
 
 
+def test_what_editors_add_to_a_list_is_no_part_of_a_name(tmp_path):
+    content = "\ufefftrain/a/1.jpg\r\n3 4.png \t\r\n\r\n".encode()
+    paths = read_list(listed(tmp_path, content), tmp_path / "data")
+    assert list(paths) == [b"3 4.png", b"train/a/1.jpg"]
+
+
 def test_only_the_set_of_a_lists_images_counts(tmp_path, monkeypatch):
     whole = os.fsencode(tmp_path / "data/train/a/1.jpg")
     one = read_list(listed(tmp_path, b"train/b/2.jpg\ntrain/a/1.jpg\n"), tmp_path / "data")

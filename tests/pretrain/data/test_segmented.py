@@ -35,6 +35,15 @@ def test_train_aug_has_a_folder_of_its_own(root):
     assert [image.name for image in found] == ["train_0", "train_1"]
 
 
+def test_lists_have_what_editors_add_and_no_image_twice(root):
+    path = root / "ImageSets/Segmentation/val.txt"
+    path.write_bytes("\ufeffval_1\r\n\r\nval_0 \r\n".encode())
+    assert [image.name for image in find_segmented(root, "val")] == ["val_1", "val_0"]
+    path.write_text("val_0\nval_1\nval_0\n")  # whose segments would count twice
+    with pytest.raises(UserError, match="val.txt lists val_0 2 times: keep one of the lines"):
+        find_segmented(root, "val")
+
+
 def test_what_is_missing_is_named(root):
     with pytest.raises(
         UserError, match="no list .*train_aug.txt: download VOCtrainval_11-May-2012"
