@@ -29,8 +29,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: the file cannot be written.
+        UserError: the name is that of a device or the like, which a file must not replace.
     """
     path = Path(path)
+    if is_special(path):
+        raise UserError(f"cannot write {path}: it is a device or the like: name a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
@@ -40,6 +43,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def is_special(path: str | Path) -> bool:
+    """Whether it is neither a file nor a folder nor free. A file that took the name of /dev/null
+    would be there for all of the machine, which root is not kept from."""
+    path = Path(path)
+    in_dev = Path(os.path.abspath(path)).parent == Path("/dev")  # with the link stdout
+    return in_dev or path.exists() and not (path.is_file() or path.is_dir())
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -124,6 +135,8 @@ def check_output_file(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write to {flag} {path}: it is a folder")
+    if is_special(path):
+        raise UserError(f"cannot write to {flag} {path}: it is a device or the like: name a file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write to {flag} {path}: there is no folder {path.parent}")
     make_folder(path.parent, flag)

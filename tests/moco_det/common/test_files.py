@@ -11,6 +11,7 @@ from moco_det.common.errors import UserError
 from moco_det.common.files import (
     check_output_file,
     file_hash,
+    is_special,
     make_folder,
     read_regular,
     replacing,
@@ -69,6 +70,20 @@ def test_a_writer_that_writes_nothing_is_an_error(path):
     with pytest.raises(FileNotFoundError), replacing(path):
         pass
     assert path.read_text() == "old"
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    """As root, /dev/null would become a file for everybody."""
+    (tmp_path / "link").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(UserError, match="it is a device or the like: name a file"):
+            write_text(tmp_path / name, "text")
+        with pytest.raises(UserError, match=f"--output .*{name}: it is a device"):
+            check_output_file(tmp_path / name, "--output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link"]
+    assert is_special("/dev/stdout") and is_special("/dev/absent")
+    assert not is_special(tmp_path) and not is_special(tmp_path / "absent")
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
