@@ -247,11 +247,14 @@ def import_optional(module: str, needed_by: str, install: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a damaged package, or one for other versions, may raise anything
         remedy, top = f"pip install {install}", module.split(".")[0]
         if top in EXTRAS:
             install, remedy = DISTRIBUTIONS.get(top, top), how_to_install(module)
-        raise UserError(f"{needed_by} needs the package {install}: {remedy} ({error})") from error
+        reason = one_line(error, 150)
+        if not isinstance(error, ImportError):
+            reason = f"as it is, it cannot be imported: {type(error).__name__}: {reason}"
+        raise UserError(f"{needed_by} needs the package {install}: {remedy} ({reason})") from error
 
 
 # -- flags -----------------------------------------------------------------------------------------

@@ -67,6 +67,14 @@ def test_an_optional_package_that_is_absent():
     assert isinstance(raised.value.__cause__, ImportError)
 
 
+def test_a_damaged_package_is_named_with_what_it_raises(tmp_path, monkeypatch):
+    (tmp_path / "damaged.py").write_text("raise AttributeError('of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"install damaged \(as it is, it cannot be imported: AttributeError: of another vers"
+    with pytest.raises(UserError, match=message):
+        import_optional("damaged", "a test", "damaged")
+
+
 def test_a_missing_package_of_an_extra_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     message = (
