@@ -47,6 +47,8 @@ def classify(args: argparse.Namespace, device: torch.device) -> None:
     workers = workers_per_process(args.workers)
     votes = args.k, args.temperature, args.knn_bank, args.seed
     knn = KnnMonitor(data, args.image_size, workers, device, *votes, splits=splits)
+    if args.k > (images := len(knn.bank.split.paths)):
+        print_on_main(f"note: -k {args.k} is more than there are images: all {images} vote")
     top1 = knn.top1(encoder)
     print_on_main(f"kNN top-1 {top1:.2f} %  (k {args.k}, temperature {args.temperature:g})")
     if args.output and is_main():

@@ -31,7 +31,9 @@ def test_the_accuracy_is_scikit_learns(images, pretrained, capsys, k, sigma):
     expected = 100 * official.fit(x, y).score(queries, truth)
     argv = flags(images, pretrained, "-k", str(k), "--sigma", str(sigma))
     classify(parse_knn(argv), torch.device("cpu"))
-    assert f"kNN top-1 {expected:.2f} %" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"kNN top-1 {expected:.2f} %" in said
+    assert (f"-k {k} is more than there are images: all {len(x)} vote" in said) == (k > len(x))
 
 
 def test_the_accuracy_can_be_written(images, pretrained, tmp_path, capsys):
