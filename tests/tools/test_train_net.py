@@ -222,12 +222,12 @@ def test_processes_without_gpus_are_refused_before_any_starts(tmp_path, monkeypa
     path.write_text("MODEL: {MASK_ON: True}\n")
     words = ["--config-file", str(path), "--num-gpus", "8"]
     with pytest.raises(UserError, match="--num-gpus 8: torch finds no GPU here; with MODEL.DEVIC"):
-        tool.check(tool.parse_args(words), engine)
-    tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cpu"]), engine)
+        tool.check(tool.parse(words), engine)
+    tool.check(tool.parse([*words, "MODEL.DEVICE", "cpu"]), engine)
     path.write_text("MODEL: {DEVICE: cpu}\n")
-    tool.check(tool.parse_args(words), engine)
+    tool.check(tool.parse(words), engine)
     with pytest.raises(UserError, match="torch finds no GPU here"):
-        tool.check(tool.parse_args([*words, "MODEL.DEVICE", "cuda"]), engine)
+        tool.check(tool.parse([*words, "MODEL.DEVICE", "cuda"]), engine)
 
 
 @pytest.mark.parametrize("engine", ["auto", "detectron2"])
