@@ -308,7 +308,7 @@ def hardware() -> dict[str, str]:
     gpus = torch.cuda.device_count()
     return {
         "host": socket.gethostname(),
-        "processor": f"{processor()}, {cores()} cores",
+        "processor": f"{processor()}, {cores()} core{'s' * (cores() > 1)}",
         "gpu": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "none",
         "system": platform.platform(),
     }

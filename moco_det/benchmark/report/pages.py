@@ -273,7 +273,8 @@ def now() -> str:
     """The time, as a page shows it: "26 November 2026, 17:05 UTC+01:00"."""
     time = datetime.now().astimezone()
     zone = time.strftime("%z")
-    return f"{time:%-d %B %Y, %H:%M} UTC{zone[:3]}:{zone[3:5]}"
+    beside = "" if zone == "+0000" else f"{zone[:3]}:{zone[3:5]}"
+    return f"{time:%-d %B %Y, %H:%M} UTC{beside}"
 
 
 # -- boxes, right and wrong -----------------------------------------------------------------------
