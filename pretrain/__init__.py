@@ -6,8 +6,9 @@ Start with `run.py`: it builds what the flags of `main.py`, or a program's argum
 trains. From there a step goes through `data` (files to views), `moco` (views to logits) and
 `engine` (logits to a checkpoint).
 
-    main linear knn voc_svm segment_retrieval davis embed doctor subset crop_overlap
-                             commands: flags, then what they ask for; nobody imports a command
+    main linear knn voc_svm segment_retrieval davis summary embed doctor subset crop_overlap
+                             commands: flags, then what they ask for; nobody imports a command,
+                             but for summary, which runs linear as a user would
     run.py                   one run of pretraining, for main.py and for Python programs
     flags/                   their flags, recipes and launch: the last to see an argparse.Namespace
     data/                    images to batches
