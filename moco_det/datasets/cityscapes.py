@@ -35,8 +35,8 @@ from moco_det.datasets.dataset import (
     NOTHING,
     Dataset,
     Record,
+    SplitLayout,
     Wanted,
-    require,
 )
 from moco_det.datasets.problems import Problems
 
@@ -54,29 +54,13 @@ LAST_LABEL = 33
 IMAGE = "_leftImg8bit.png"
 
 
-class CityscapesLayout:
-    """A split of Cityscapes' folders, for a `Dataset` with the fields `root` and `split`.
+class CityscapesLayout(SplitLayout):
+    """A split of Cityscapes' folders.
 
-    `all_classes` are those of every data set of the kind, `label_endings` the ends of its maps'
-    names, the one that is preferred first.
+    `label_endings`: the ends of its maps' names, the one that is preferred first.
     """
 
-    form: ClassVar[str] = "ROOT:SPLIT"
-    all_classes: ClassVar[tuple[str, ...]]
     label_endings: ClassVar[tuple[str, ...]]
-
-    @classmethod
-    def open(
-        cls,
-        name: str,
-        first: Path,
-        second: str,
-        data_root: Path | None = None,
-        problems: Problems | None = None,
-    ) -> Dataset:
-        dataset = cls(name, cls.all_classes, first, second)
-        require(name, dataset.required, data_root)
-        return dataset
 
     @property
     def required(self) -> tuple[Path, ...]:

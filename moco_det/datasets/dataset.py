@@ -196,6 +196,29 @@ def learnable(
 HEADERS = 5000  # of a data set that are read, evenly spaced; COCO's and VOC's tests have no more
 
 
+class SplitLayout:
+    """How a split in a folder is opened, for a `Dataset` with the fields `root` and `split`.
+
+    `all_classes` are those of every data set of the kind.
+    """
+
+    form: ClassVar[str] = "ROOT:SPLIT"
+    all_classes: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        first: Path,
+        second: str,
+        data_root: Path | None = None,
+        problems: Problems | None = None,
+    ) -> Dataset:
+        dataset = cls(name, cls.all_classes, first, second)
+        require(name, dataset.required, data_root)
+        return dataset
+
+
 class ListedImage(NamedTuple):
     """An image that a data set lists, with the (height, width) that its annotation gives."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moco_det.datasets.dataset import NOTHING, Dataset, Record, Wanted, require
+from moco_det.datasets.dataset import NOTHING, Record, SplitLayout, Wanted
 from moco_det.datasets.depth import DepthDataset
 from moco_det.datasets.problems import Problems
 from moco_det.datasets.semantic import SemanticDataset, existing
@@ -34,29 +34,14 @@ NYUD_CLASSES = (
 # fmt: on
 
 
-class NyudLayout:
+class NyudLayout(SplitLayout):
     """A split of that folder, for a `MappedDataset`.
 
-    `all_classes`: of every data set of the kind; `maps`: the folder and the ending of its maps;
-    `maps_are`: as a problem calls them.
+    `maps`: the folder and the ending of its maps; `maps_are`: as a problem calls them.
     """
 
-    all_classes: ClassVar[tuple[str, ...]] = ()
     maps: ClassVar[tuple[str, str]]
     maps_are: ClassVar[str]
-
-    @classmethod
-    def open(
-        cls,
-        name: str,
-        first: Path,
-        second: str,
-        data_root: Path | None = None,
-        problems: Problems | None = None,
-    ) -> Dataset:
-        dataset = cls(name, cls.all_classes, first, second)
-        require(name, dataset.required, data_root)
-        return dataset
 
     @property
     def required(self) -> tuple[Path, ...]:
@@ -110,5 +95,6 @@ class SemanticNyudDataset(NyudLayout, SemanticDataset):
 class DepthNyudDataset(NyudLayout, DepthDataset):
     """Its depth maps."""
 
+    all_classes: ClassVar[tuple[str, ...]] = ()
     maps: ClassVar[tuple[str, str]] = ("depth", ".npy")
     maps_are: ClassVar[str] = "depth"

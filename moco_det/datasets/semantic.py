@@ -45,8 +45,8 @@ from moco_det.datasets.dataset import (
     NOTHING,
     Dataset,
     Record,
+    SplitLayout,
     Wanted,
-    require,
 )
 from moco_det.datasets.problems import Problems, refuse_each
 from moco_det.datasets.voc import VOC_CLASSES, read_split
@@ -136,7 +136,7 @@ class SemanticDataset(MappedDataset):
 
 
 @dataclass(frozen=True)
-class SemanticVocDataset(SemanticDataset):
+class SemanticVocDataset(SplitLayout, SemanticDataset):
     """VOC's layout."""
 
     all_classes: ClassVar[tuple[str, ...]] = SEMANTIC_VOC_CLASSES
@@ -149,10 +149,9 @@ class SemanticVocDataset(SemanticDataset):
         second: str,
         data_root: Path | None = None,
         problems: Problems | None = None,
-    ) -> "SemanticVocDataset":
-        dataset = cls(name, cls.all_classes, first, second)
+    ) -> Dataset:
         try:
-            require(name, dataset.required, data_root)
+            return super().open(name, first, second, data_root, problems)
         except UserError as error:
             if not second.endswith("_aug"):
                 raise
@@ -160,7 +159,6 @@ class SemanticVocDataset(SemanticDataset):
                 f"{error}. The list and the label maps are not part of VOC: they add the images of "
                 "SBD (Hariharan et al., 2011); moco_det/datasets/semantic.py says what goes where"
             ) from error
-        return dataset
 
     @property
     def required(self) -> tuple[Path, ...]:
