@@ -75,11 +75,10 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class ClassifierExperiment:
-    """A classifier on an encoder, a data set and a schedule.
+class EncoderExperiment:
+    """What an encoder is worth by itself, by a command of pretrain/.
 
-    `data`: its folder below $DETECTRON2_DATASETS; `epochs` and `trials` are the paper's. `flags`:
-    of pretrain/linear.py, whose defaults are the linear protocol; `recipe` is a file in configs/.
+    `data`: its folder below $DETECTRON2_DATASETS; `trials` are the paper's; `flags` the command's.
     `starts`: row -> flags of a row that needs no checkpoint. `gpu_hours` of one run of a ResNet-50,
     as `measured` says; None where no time is published.
     """
@@ -87,35 +86,34 @@ class ClassifierExperiment:
     name: str
     title: str
     data: str
-    epochs: int
-    trials: int
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    gpu_hours: float | None = None
-    measured: str | None = None
-    trial_sd: Mapping[str, KnownDeviation] | None = None
+    trials: int = field(kw_only=True)
+    flags: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
+    gpu_hours: float | None = field(default=None, kw_only=True)
+    measured: str | None = field(default=None, kw_only=True)
+    trial_sd: Mapping[str, KnownDeviation] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
-class FrozenExperiment:
-    """An evaluation of an encoder's frozen features that ends with a file of numbers.
+class ClassifierExperiment(EncoderExperiment):
+    """A classifier that pretrain/linear.py trains, whose defaults are the linear protocol.
 
-    `command`: its script in pretrain/, "voc_svm"; the others are those of `ClassifierExperiment`.
+    `epochs` are the paper's; a `recipe` among the flags is a file in configs/.
     """
 
-    name: str
-    title: str
-    command: str
-    data: str
-    trials: int
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    gpu_hours: float | None = None
-    measured: str | None = None
-    trial_sd: Mapping[str, KnownDeviation] | None = None
+    epochs: int = field(kw_only=True)
 
 
-EncoderExperiment = ClassifierExperiment | FrozenExperiment
+@dataclass(frozen=True)
+class FrozenExperiment(EncoderExperiment):
+    """An evaluation of frozen features that ends with a file of numbers.
+
+    `command`: its script in pretrain/, "voc_svm".
+    """
+
+    command: str = field(kw_only=True)
+
+
 AnyExperiment = Experiment | EncoderExperiment
 
 

@@ -29,7 +29,9 @@ def data(tmp_path, monkeypatch):
 
 
 def make(tmp_path, command="davis", cpu=True, **flags) -> FrozenFolder:
-    experiment = FrozenExperiment(command, "An evaluation", command, DATA[command], trials=1)
+    experiment = FrozenExperiment(
+        command, "An evaluation", DATA[command], trials=1, command=command
+    )
     given = {"arch": "resnet18w0.25x", "pretrained": "random"} | flags
     return FrozenFolder(FrozenRun(experiment, "mine", 2, given, cpu=cpu), tmp_path / "out")
 

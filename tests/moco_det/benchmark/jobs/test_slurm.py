@@ -127,7 +127,7 @@ def test_a_classifier_is_a_job_like_a_detector(settings, tmp_path):
 
 
 def test_an_evaluation_of_frozen_features_is_a_job_too(settings, tmp_path):
-    experiment = FrozenExperiment("davis", "An evaluation", "davis", "DAVIS", trials=1)
+    experiment = FrozenExperiment("davis", "An evaluation", "DAVIS", trials=1, command="davis")
     run = FrozenRun(experiment, "moco", 1, {"pretrained": "random"})
     executor = slurm.make_executor(tmp_path / "slurm", {"nodes": 1}, 2, "debug")
     (job,) = slurm.submit([run], settings, executor, nodes=1)
