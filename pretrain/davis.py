@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from moco_det.common.files import check_output_file, replacing, write_json
+from moco_det.common.files import replacing, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import (
     from_main,
@@ -44,7 +44,7 @@ from pretrain.evaluation.video_segmentation import (
     follow_all,
     mean_measures,
 )
-from pretrain.flags.launch import launch
+from pretrain.flags.launch import check_output_files, launch
 
 ROWS = 8  # videos of the sheet
 MASKS = RunFiles(marks=(), others=(), flag="--masks", resume="the same command")
@@ -53,9 +53,7 @@ MASKS = RunFiles(marks=(), others=(), flag="--masks", resume="the same command")
 def follow(args: argparse.Namespace, device: torch.device) -> None:
     """Print J, F and their mean, and write what is asked for; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
-    for path, flag in ((args.output, "--output"), (args.sheet, "--sheet")):
-        if path:
-            on_main(check_output_file, path, flag)
+    check_output_files(args)
     videos = from_main(on_main(Davis(Path(args.data), args.split).videos))
     torch.manual_seed(args.seed)
     use_deterministic_kernels(True)

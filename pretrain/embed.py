@@ -21,21 +21,19 @@ from pathlib import Path
 
 import torch
 
-from moco_det.common.files import check_output_file, replacing
+from moco_det.common.files import replacing
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, on_main, print_on_main
+from moco_det.common.processes import is_main, print_on_main
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.evaluation.embedding import draw_sheet, embed, write_embedding
 from pretrain.evaluation.features import load_encoder, pooled
-from pretrain.flags.launch import launch, loading
+from pretrain.flags.launch import check_output_files, launch, loading
 
 
 def write_features(args: argparse.Namespace, device: torch.device) -> None:
     """Embed DATA and write what is asked for; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
-    for path, flag in ((args.output, "--output"), (args.sheet, "--sheet")):
-        if path:
-            on_main(check_output_file, path, flag)
+    check_output_files(args)
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)
     backbone = pooled(encoder.to(device, memory_format=torch.channels_last))

@@ -21,20 +21,19 @@ from pathlib import Path
 import torch
 
 from moco_det.common.errors import UserError
-from moco_det.common.files import check_output_file, write_json
+from moco_det.common.files import write_json
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, on_main, print_on_main, workers_per_process
+from moco_det.common.processes import is_main, print_on_main, workers_per_process
 from pretrain.data.benchmarks import FOLDERS, find_dataset
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.knn import KnnMonitor
-from pretrain.flags.launch import launch
+from pretrain.flags.launch import check_output_files, launch
 
 
 def classify(args: argparse.Namespace, device: torch.device) -> None:
     """Print the top-1 accuracy, and write it if asked to; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
-    if args.output:
-        on_main(check_output_file, args.output, "--output")
+    check_output_files(args)
     data = Path(args.data)
     splits = None
     if args.dataset != FOLDERS or args.download:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from moco_det.common.files import check_output_file, replacing, write_json
+from moco_det.common.files import replacing, write_json
 from moco_det.common.images import allow_pixels
 from moco_det.common.processes import (
     from_main,
@@ -35,16 +35,14 @@ from pretrain.engine.device import use_deterministic_kernels
 from pretrain.evaluation.features import load_encoder
 from pretrain.evaluation.segments import Segmenter, draw_retrievals, k_means, scores
 from pretrain.evaluation.spatial_features import SpatialFeatures
-from pretrain.flags.launch import launch
+from pretrain.flags.launch import check_output_files, launch
 
 
 def retrieve(args: argparse.Namespace, device: torch.device) -> None:
     """Print the mean IoU over 7 and 21 classes, and write what is asked for; one of the run's
     processes."""
     allow_pixels(args.max_image_pixels)
-    for path, flag in ((args.output, "--output"), (args.sheet, "--sheet")):
-        if path:
-            on_main(check_output_file, path, flag)
+    check_output_files(args)
     k_means()  # it may not be installed
     train, val = (
         from_main(on_main(find_segmented, Path(args.data), split))

@@ -28,22 +28,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_det.common.errors import import_optional
-from moco_det.common.files import check_output_file, write_json
+from moco_det.common.files import write_json
 from moco_det.common.images import allow_pixels
-from moco_det.common.processes import is_main, on_main, print_on_main
+from moco_det.common.processes import is_main, print_on_main
 from pretrain.data.voc_labels import VocLabels, find_voc
 from pretrain.engine.optimization import AMP_DTYPES
 from pretrain.evaluation.features import SplitFeatures, load_encoder, pooled
 from pretrain.evaluation.svm import COSTS, NEEDS, ClassResult, classify_all
-from pretrain.flags.launch import launch, loading
+from pretrain.flags.launch import check_output_files, launch, loading
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Print the mAP, and write it if asked to; one of the run's processes."""
     allow_pixels(args.max_image_pixels)
     import_optional("sklearn.svm", *NEEDS)
-    if args.output:
-        on_main(check_output_file, args.output, "--output")
+    check_output_files(args)
     classes, train, test = find_voc(Path(args.data), args.train_split, args.test_split)
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.pretrained, args.arch, 1, args.small_stem)

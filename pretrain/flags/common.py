@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from moco_det.common.documents import read_mapping, shown
 from moco_det.common.errors import CommandParser, UserError, nearest, one_line
@@ -121,6 +122,12 @@ def check(
         value = getattr(args, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name.replace('_', '-')} must be {what}")
+
+
+def check_sheet(args: argparse.Namespace) -> None:
+    """Raises UserError where the picture of --sheet is no PNG."""
+    if args.sheet and Path(args.sheet).suffix != ".png":
+        raise UserError(f"--sheet {args.sheet}: the sheet is a .png")
 
 
 # Flag -> the numbers that it takes, ends included. Wide: what is outside is a slip of the hand.

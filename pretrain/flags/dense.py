@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moco_det.common.errors import UserError
-from pretrain.flags.common import PRETRAINED, base_parser, check, check_ranges
+from pretrain.flags.common import PRETRAINED, base_parser, check, check_ranges, check_sheet
 
 
 def davis_parser() -> argparse.ArgumentParser:
@@ -90,6 +90,5 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _check_common(args: argparse.Namespace) -> None:
     check(args, ["image_size", "max_image_pixels"], lambda count: count >= 1, "at least 1")
-    if args.sheet and Path(args.sheet).suffix != ".png":
-        raise UserError(f"--sheet {args.sheet}: the sheet is a .png")
+    check_sheet(args)
     check_ranges(args)

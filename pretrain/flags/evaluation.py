@@ -13,6 +13,7 @@ from pretrain.flags.common import (
     base_parser,
     check,
     check_ranges,
+    check_sheet,
     check_training,
     parse_with_recipe,
 )
@@ -236,7 +237,6 @@ def parse_embed(argv: list[str]) -> argparse.Namespace:
     check(args, ["k", "queries", "image_size", "max_image_pixels"], lambda n: n >= 1, "at least 1")
     if Path(args.output).suffix not in (".npz", ".parquet"):
         raise UserError(f"--output {args.output}: features are written as .npz or .parquet")
-    if args.sheet and Path(args.sheet).suffix != ".png":
-        raise UserError(f"--sheet {args.sheet}: the sheet is a .png")
+    check_sheet(args)
     check_ranges(args)
     return args

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moco_det.common.errors import UserError, exit_cleanly
+from moco_det.common.files import check_output_file
 from moco_det.common.launch import (
     check_url,
     free_local_url,
@@ -17,7 +18,7 @@ from moco_det.common.launch import (
     spawn,
     torchrun_ranks,
 )
-from moco_det.common.processes import workers_per_process
+from moco_det.common.processes import on_main, workers_per_process
 from pretrain.data.images import Loading
 from pretrain.engine.trainer import RunSettings
 
@@ -95,6 +96,15 @@ def _device(local_rank: int) -> torch.device:
         raise UserError(f"GPU {local_rank} asked for; there are {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def check_output_files(args: argparse.Namespace) -> None:
+    """Raises UserError, before the work, for a file of --output or --sheet that could not be
+    written. Collective."""
+    for flag in ("output", "sheet"):
+        path = getattr(args, flag, None)
+        if path:
+            on_main(check_output_file, path, f"--{flag}")
 
 
 def loading(args: argparse.Namespace, device: torch.device, seed: int) -> Loading:
